@@ -1,0 +1,19 @@
+"""RLHF on one GPU: one recipe, one command, SFT → reward → PPO. The same from Python:
+
+    recipe = load_recipe("recipes/smoke.toml")
+    outcome = run(recipe)
+
+Loaded on first use, so that importing a light module of this package loads no other.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"load_recipe": "recipe", "make_plan": "plan", "run": "runner"}
+__all__ = ["load_recipe", "make_plan", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,3 @@
+from rlhf_recipes.cli import main
+
+main()

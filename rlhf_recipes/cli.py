@@ -1,0 +1,247 @@
+"""The command line: parse, call one function, print.
+
+Findings and results go to stdout, progress and errors to stderr. What a command needs is imported
+inside it: `--help` loads typer alone, and nothing here loads torch before a stage has to run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from rlhf_recipes.errors import RecipeError, RlhfRecipesError, UsageError
+
+if TYPE_CHECKING:
+    from rlhf_recipes.runner import RunOutcome
+
+app = typer.Typer(
+    name="rlhf-recipes",
+    help="One recipe, one command: SFT → reward → PPO, with the evidence that it worked.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+]
+Unset = Annotated[
+    list[str], typer.Option("--unset", metavar="KEY", help="Take a key out of the recipe.")
+]
+Runs = Annotated[
+    Path | None,
+    typer.Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or its name.")]
+Json = Annotated[bool, typer.Option("--json", help="For a program to read.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"rlhf-recipes {version_of('rlhf-recipes')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    set_: Set = [],  # noqa: B006 - typer reads it as "may be repeated"
+    unset: Unset = [],  # noqa: B006
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after it.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Take no stage as done.")] = False,
+    name: Annotated[str | None, typer.Option(help="The run's name. [the recipe's]")] = None,
+    runs: Runs = None,
+) -> None:
+    """Run what is not yet done of a recipe."""
+    from rlhf_recipes.recipe import find_recipe, load_recipe
+    from rlhf_recipes.runner import run as run_recipe
+
+    file = find_recipe(recipe)
+    loaded = load_recipe(file, set=set_, unset=unset)
+    for note in loaded.notes:
+        print(f"{file}: {note}", file=sys.stderr)
+    outcome = run_recipe(loaded, runs=runs, until=until, fresh=fresh, name=name)
+    _print_outcome(outcome, recipe)
+
+
+def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
+    """A row a stage; where the model is; what to type next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlhf_recipes.progress import duration, plain
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("stage", "did", "time", "result"):
+        table.add_column(column, justify="right" if column == "time" else "left")
+    for done in outcome.stages:
+        time = duration(done.record["seconds"])
+        table.add_row(done.stage.name, done.did, time, plain(done.record["summary"]))
+    # Piped, a row stays a line however long.
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(table)
+    if outcome.model is None:
+        print(f"\nresults  {outcome.run_folder / 'results.json'}")
+        return
+    print(f"\nmodel    {outcome.model}")
+    print(f"results  {outcome.run_folder / 'results.json'}")
+    print(f"next     rlhf-recipes chat {outcome.run_folder}")
+    print(f"         rlhf-recipes fork {recipe} my-recipe.toml")
+
+
+@app.command()
+def check(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
+    set_: Set = [],  # noqa: B006
+    unset: Unset = [],  # noqa: B006
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print it with all defaults filled in.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check recipes: every problem at once, with file and line."""
+    from dataclasses import asdict
+
+    import tomlkit
+
+    from rlhf_recipes.recipe import find_recipe, load_recipe
+    from rlhf_recipes.rundir import FORMAT, to_json
+
+    found = []
+    for word in recipes:
+        file = find_recipe(word)
+        entry = {"file": str(file), "problems": [], "notes": []}
+        found.append(entry)
+        try:
+            loaded = load_recipe(file, set=set_, unset=unset)
+        except RecipeError as error:
+            entry["problems"] = [asdict(problem) for problem in error.problems]
+            if not json:
+                print(error)
+            continue
+        entry["notes"] = list(loaded.notes)
+        if json:
+            continue
+        for note in loaded.notes:
+            print(f"{file}: note: {note}")
+        if resolved:
+            print(tomlkit.dumps(loaded.resolved()), end="")
+        else:
+            stages = [*loaded.stages, *(["evaluation"] if loaded.evaluation else [])]
+            print(f"{file}: ok ({len(stages)} stages: {' → '.join(stages)})")
+    if json:
+        print(to_json({"format": FORMAT, "recipes": found}, indent=2))
+    if any(entry["problems"] for entry in found):
+        raise typer.Exit(2)
+
+
+@app.command()
+def fork(
+    recipe: Recipe,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The file to write.")],
+    set_: Set = [],  # noqa: B006
+    unset: Unset = [],  # noqa: B006
+) -> None:
+    """Write a copy of a recipe to change, comments kept and paths re-based."""
+    from rlhf_recipes.recipe import find_recipe, fork_recipe
+
+    file = fork_recipe(find_recipe(recipe), new, set=set_, unset=unset)
+    print(f"{file} written; run it with: rlhf-recipes run {file}")
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """List the recipes that ship with this project."""
+    from rlhf_recipes.recipe import load_recipe, shipped_recipes
+    from rlhf_recipes.rundir import FORMAT, to_json
+
+    found = [
+        {"name": file.stem, "title": load_recipe(file).title, "file": str(file)}
+        for file in shipped_recipes()
+    ]
+    if json:
+        print(to_json({"format": FORMAT, "recipes": found}, indent=2))
+        return
+    for entry in found:
+        print(f"{entry['name']:<12} {entry['title']}")
+
+
+@app.command()
+def chat(
+    run: Run,
+    stage: Annotated[str | None, typer.Option(help="A stage. [the last policy]")] = None,
+    runs: Runs = None,
+) -> None:
+    """Talk to the model that a run made."""
+    from rich.console import Console
+
+    from rlhf_recipes.rundir import find_run, runs_folder
+
+    folder = find_run(run, runs_folder(runs))
+    from rlhf_recipes.chat import chat as chat_with
+
+    chat_with(run_folder=folder, stage=stage, console=Console(highlight=False, markup=False))
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    stage: Annotated[str | None, typer.Option(help="A stage. [the last policy]")] = None,
+    form: Annotated[str, typer.Option(metavar="merged|adapter", help="What to write.")] = "merged",
+    runs: Runs = None,
+) -> None:
+    """Write a stage's model where transformers and vLLM load it from."""
+    from rlhf_recipes.rundir import find_run, runs_folder
+
+    if form not in ("merged", "adapter"):
+        raise UsageError(f"no form {form!r}", "--form is merged or adapter")
+    run_folder = find_run(run, runs_folder(runs))
+    from rlhf_recipes.export import export as export_model
+
+    print(export_model(run_folder=run_folder, folder=folder, stage=stage, form=form))
+
+
+def main() -> NoReturn:
+    """The console script: errors as one line, and the exit codes."""
+    # Wherever it is typed: a person adds it to the end of the line that failed.
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    # typer carries click inside; its UsageError is exported only as the base of BadParameter.
+    call_errors = typer.BadParameter.__base__
+    try:
+        code = app(arguments, prog_name="rlhf-recipes", standalone_mode=False)
+    except RlhfRecipesError as error:
+        code = _say(str(error), error.exit_code)
+    except call_errors as error:
+        command = error.ctx.command_path if error.ctx else "rlhf-recipes"
+        code = _say(f"{error.format_message()}\nfor help: {command} --help", 2)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        code = _say(f"{type(error).__name__}: {reason} (--debug shows where)", 1)
+    sys.exit(code or 0)
+
+
+def _say(message: str, code: int) -> int:
+    if "--debug" in sys.argv:
+        import traceback
+
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,177 @@
+"""Recipe → planned stages, in order: each with its key, its folder, and why it runs or does not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes import rundir, sources
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.identity import difference, digest
+from rlhf_recipes.recipe import Recipe, identity_settings
+from rlhf_recipes.stages import KINDS
+
+EVALUATION = "evaluation"
+ROLES = ("policy", "reward_model", "reference")
+# Stages of one name in two recipes need not be akin: past so many differences, it is just new.
+MOST_DIFFERENCES = 4
+SHOWN_DIFFERENCES = 3
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    name: str
+    kind: str
+    index: int  # from 0
+    key: str  # 64 hex digits: the digest of `payload`
+    folder: Path  # <runs>/.stages/<kind>-<key12>
+    payload: dict[str, Any]  # what determines the result
+    inputs: dict[str, str]  # role -> the stage that serves it
+    reason: str  # "cached", "new", "learning_rate 1e-05 → 2e-05", "input sft changed", …
+    done: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    runs: Path
+    run_folder: Path
+    stages: tuple[PlannedStage, ...]
+
+
+def is_policy(kind: str) -> bool:
+    """Whether a stage of this kind makes a policy; every kind to come does, too."""
+    return kind not in ("reward", EVALUATION)
+
+
+def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: bool = False) -> Plan:
+    """Plan every stage of the recipe; `fresh` takes none as done.
+
+    Reads the model's and the data's files for their digests. Raises UsageError for a run name that
+    is no folder name, DataError and ModelError where a source is not to be had.
+    """
+    run_folder = runs / run_name(recipe, name)
+    model = sources.identify_model(recipe, runs)
+    model |= {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization}
+    stages: dict[str, PlannedStage] = {}
+    for index, (stage, kind, roles) in enumerate(_wiring(recipe)):
+        inputs = {role: source for role, source in roles.items() if source in stages}
+        foreign = {
+            role: sources.identify_reward_model(source, recipe, runs)
+            for role, source in roles.items()
+            if source not in stages
+        }
+        payload = {
+            "kind": kind,
+            "version": KINDS[kind][1],
+            "settings": _settings(recipe, stage),
+            "model": model,
+            "lora": recipe.lora,
+            "dataset": _data(recipe, stage, kind, runs),
+            "seed": recipe.seed,
+            "inputs": {role: stages[source].key for role, source in inputs.items()},
+            **foreign,
+        }
+        key = digest(payload)
+        folder = rundir.stage_folder(runs, kind, key)
+        done = not fresh and (rundir.read_record(folder) or {}).get("key") == key
+        if done or fresh:
+            reason = "cached" if done else "computed afresh"
+        else:
+            reason = _reason(stage, folder, payload, inputs, run_folder)
+        stages[stage] = PlannedStage(stage, kind, index, key, folder, payload, inputs, reason, done)
+    return Plan(recipe, runs, run_folder, tuple(stages.values()))
+
+
+def run_name(recipe: Recipe, name: str | None) -> str:
+    if name is None:
+        name = recipe.path.stem
+        if recipe.overrides:
+            name += f"-{digest(sorted(recipe.overrides))[:6]}"
+    if name != Path(name).name or name.startswith(".") or not name.isprintable():
+        raise UsageError(f"{name!r} is no name for a run", "pass --name with a plain folder name")
+    return name
+
+
+def _wiring(recipe: Recipe) -> list[tuple[str, str, dict[str, str]]]:
+    """Each stage's name, kind, and what serves each of its roles: a stage, or a foreign model."""
+    wired = []
+    policies: dict[str, str] = {}
+    judge: dict[str, str] = {}  # what the evaluation scores with: what was optimised last
+    for stage in recipe.stages:
+        table = recipe.table(stage)
+        roles = {role: getattr(table, role) for role in ROLES if getattr(table, role)}
+        wired.append((stage, table.kind, roles))
+        if is_policy(table.kind):
+            policies[f"policy:{stage}"] = stage
+            judge = {"reward_model": roles["reward_model"]} if "reward_model" in roles else judge
+        elif not judge:
+            judge = {"reward_model": stage}
+    if recipe.evaluation is not None:
+        wired.append((EVALUATION, EVALUATION, policies | judge))
+    return wired
+
+
+def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    if stage == EVALUATION:
+        return asdict(recipe.evaluation)
+    return identity_settings(recipe, stage)
+
+
+def _data(recipe: Recipe, stage: str, kind: str, runs: Path) -> dict[str, Any]:
+    """The identity of the stage's rows: their files, and the settings that choose among them."""
+    table = recipe.dataset
+    if stage != EVALUATION:
+        table = recipe.table(stage).dataset or table
+    settings = asdict(table)
+    for place in ("path", "revision", "base"):
+        del settings[place]  # the source's identity stands for them
+    if kind != "reward":
+        del settings["judge_fraction"]  # so that asking for the judge later redoes no SFT
+    return sources.identify_dataset(table, runs) | settings
+
+
+# ---- why ----------------------------------------------------------------------------------------
+
+
+def _reason(
+    stage: str, folder: Path, payload: dict[str, Any], inputs: dict[str, str], run_folder: Path
+) -> str:
+    """What differs from this stage of this run before, else from its nearest kin in any run."""
+    if (folder / "work").exists():
+        return "was not finished"
+    before = _last_of_run(stage, run_folder)
+    if before is not None:
+        phrases = _differences(before, payload, inputs)
+    else:
+        kin = [
+            _differences(record["payload"], payload, inputs)
+            for path in folder.parent.glob(f"{payload['kind']}-*")
+            if (record := rundir.read_record(path)) is not None and record["name"] == stage
+        ]
+        phrases = min(kin, key=len, default=[])
+        phrases = phrases if len(phrases) <= MOST_DIFFERENCES else []
+    more = len(phrases) - SHOWN_DIFFERENCES
+    shown = phrases[:SHOWN_DIFFERENCES] + ([f"{more} more"] if more > 0 else [])
+    return ", ".join(shown) or "new"
+
+
+def _last_of_run(stage: str, run_folder: Path) -> dict[str, Any] | None:
+    """The payload that this stage of this run finished with last."""
+    manifest = rundir.read_json(run_folder / rundir.MANIFEST) or {"stages": []}
+    for entry in manifest["stages"]:
+        if entry["name"] == stage:
+            record = rundir.read_record(run_folder.parent / entry["folder"])
+            return record and record["payload"]
+    return None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], inputs: dict[str, str]) -> list[str]:
+    own = difference({**old, "inputs": None}, {**new, "inputs": None})
+    changed = [
+        f"input {inputs.get(role, role)} changed"
+        for role in dict.fromkeys([*new["inputs"], *old["inputs"]])
+        if old["inputs"].get(role) != new["inputs"].get(role)
+    ]
+    return [phrase.removeprefix("settings.") for phrase in own] + list(dict.fromkeys(changed))

@@ -1,0 +1,350 @@
+"""TRL's PPOTrainer with a loop that is right: its constructor, config and metric names, our loop.
+
+TRL 1.12 is the last release with PPO and its loop is unmaintained. Where it is right, this one
+gives the same numbers. It departs in that (numbers are those of the TRL-facts list in LOG.md)
+
+- 4: an optimizer step is one mini-batch: `num_ppo_epochs × num_mini_batches` steps an update,
+  whatever the accumulation; losses are sums over a mini-batch's tokens divided by their number;
+- 5: the reference is a role of its own, frozen where the stage started, not the bare base;
+- 8, 16: what an update draws is a function of (seed, update), so the loop holds no hidden state;
+- 10: prompts are taken from an endless permutation, so a dataset smaller than a batch serves;
+- 12: rollouts are sampled under a GenerationConfig that nothing is filled into;
+- 13: masks come from lengths;
+- 15: `max_grad_norm` clips, policy and value apart; `gradient_checkpointing` is enabled for the
+  update and off in rollouts;
+- 19: no logits for prompt positions, none kept for a whole rollout batch;
+- 21: policy and value have learning rates of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl.experimental.ppo import PPOTrainer as StockPPOTrainer
+from trl.experimental.ppo.ppo_trainer import masked_mean, masked_whiten
+
+from rlhf_recipes.adapters import logprobs, score, values
+from rlhf_recipes.errors import StageError
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.sequences import Sequences, join, sample
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one update's policy did. [batch, R] but for those said to be [batch]."""
+
+    sequences: Sequences
+    mask: torch.Tensor  # tokens of the answers
+    value_mask: torch.Tensor  # and the state after an early EOS, where the score lands
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor  # [batch], in units of the reward, less `missing_eos_penalty`
+    ended: torch.Tensor  # [batch], whether the answer ends in EOS
+    entropy: torch.Tensor
+
+
+class PPOTrainer(StockPPOTrainer):
+    """`model`, `ref_model`, `reward_model` and `value_model` are `adapters.Role`s.
+
+    `train_dataset` is a list of {"input_ids": prompt}. `on_update(trainer, rollout, metrics)` is
+    called after each update. The reference must equal the policy at the start unless
+    `other_reference`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        value_learning_rate: float | None = None,
+        other_reference: bool = False,
+        max_kl: float | None = None,
+        on_update: Callable[[PPOTrainer, Rollout, dict[str, float]], None] = lambda *_: None,
+        **kwargs: Any,
+    ):
+        self.value_learning_rate = value_learning_rate
+        self.other_reference = other_reference
+        self.max_kl = max_kl
+        self.on_update = on_update
+        super().__init__(*args, **kwargs)
+        # accelerate's `backward` divides by this; the losses below are normalised already.
+        self.accelerator.gradient_accumulation_steps = 1
+        self.tokenizer = self.processing_class
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        """The optimizer that `optim` names, one group for the policy and one for the value."""
+        policy, value = self.policy_model.trainable(), self.value_model.trainable()
+        kind, words = self.get_optimizer_cls_and_kwargs(self.args)
+        groups = [
+            {"params": policy},
+            {"params": value, "lr": self.value_learning_rate or self.args.learning_rate},
+        ]
+        self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **words)
+        return self.optimizer
+
+    # ---- the loop -------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run the updates that `total_episodes` asks for, or fewer where a guard stops."""
+        args, state = self.args, self.state
+        state.max_steps = args.num_total_batches
+        state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        self.control = self.callback_handler.on_train_begin(args, state, self.control)
+        started = time.time()
+        for update in range(state.global_step + 1, args.num_total_batches + 1):
+            rollout = self.rollout(update)
+            if update == 1 and not self.other_reference:
+                self._check_reference(rollout)
+            metrics = self.optimize(rollout, update)
+            state.global_step = update
+            state.episode += args.batch_size
+            state.epoch = state.episode / self.train_dataset_len
+            metrics["eps"] = state.episode / (time.time() - started)
+            metrics["episode"] = state.episode
+            self._check_finite(metrics)
+            self.on_update(self, rollout, metrics)
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_step_end(args, state, self.control)
+            if self.max_kl is not None and metrics["objective/kl"] > self.max_kl:
+                self.control.should_training_stop = True
+            if self.control.should_training_stop:
+                break
+        self.control = self.callback_handler.on_train_end(args, state, self.control)
+
+    def prompts(self, update: int) -> list[list[int]]:
+        """The ids of this update's prompts: the next `batch_size` of an endless permutation."""
+        count, size = self.train_dataset_len, self.args.batch_size
+        chosen, orders = [], {}
+        for place in range((update - 1) * size, update * size):
+            epoch, index = divmod(place, count)
+            if epoch not in orders:
+                orders[epoch] = self._permutation(count, "epoch", epoch)
+            chosen.append(self.train_dataset[int(orders[epoch][index])]["input_ids"])
+        return chosen
+
+    def _permutation(self, size: int, *place: str | int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.args.seed, *place))
+        return torch.randperm(size, generator=generator)
+
+    @torch.no_grad()
+    def rollout(self, update: int) -> Rollout:
+        """Sample an answer to each prompt; read the roles' opinions of it."""
+        args, pad, eos = self.args, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        prompts = self.prompts(update)
+        answers = sample(
+            self.policy_model,
+            prompts,
+            length=args.response_length,
+            temperature=args.temperature,
+            eos=eos,
+            pad=pad,
+            batch=args.local_rollout_forward_batch_size,
+            seed=derive_seed(args.seed, "rollout", update),
+        )
+        # One column more than the longest answer where it ended early: the state after its EOS is
+        # where TRL, like the reference implementation, places the score.
+        ended = torch.tensor([ids[-1] == eos for ids in answers])
+        width = min(max(len(ids) for ids in answers) + 1, args.response_length)
+        sequences = join(prompts, answers, pad, self._device, width)
+        columns = torch.arange(sequences.answer, device=self._device)
+        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for start in range(0, len(sequences), args.local_rollout_forward_batch_size):
+            chunk = sequences[start : start + args.local_rollout_forward_batch_size]
+            for name, tensor in self._opinions(chunk).items():
+                parts[name].append(tensor)
+        seen = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        if args.missing_eos_penalty is not None:
+            seen["scores"][~ended] -= args.missing_eos_penalty
+        return Rollout(
+            sequences=sequences,
+            mask=columns < sequences.lengths[:, None],
+            value_mask=columns < sequences.lengths[:, None] + 1,
+            ended=ended.to(self._device),
+            **seen,
+        )
+
+    def _opinions(self, chunk: Sequences) -> dict[str, torch.Tensor]:
+        ids, mask, answer = chunk.ids, chunk.mask, chunk.answer
+        policy, reference = self.policy_model, self.ref_model
+        with policy.active():
+            old, entropy = logprobs(policy, ids, mask, answer, self.args.temperature)
+        with reference.active():
+            ref, _ = logprobs(reference, ids, mask, answer, self.args.temperature)
+        with self.value_model.active():
+            value = values(self.value_model, ids, mask, answer)
+        with self.reward_model.active():
+            scores = score(self.reward_model, ids, mask, chunk.last)
+        return {
+            "logprobs": old,
+            "ref_logprobs": ref,
+            "values": value,
+            "scores": scores,
+            "entropy": entropy,
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return self.policy_model.lm.device
+
+    # ---- one update -----------------------------------------------------------------------------
+
+    def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Whitened advantages, returns and KL, each [batch, R] (GAE, arXiv 1506.02438)."""
+        args = self.args
+        log_ratio = (rollout.ref_logprobs - rollout.logprobs) * rollout.mask
+        kl = -log_ratio if args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+        rewards = -args.kl_coef * kl
+        value = rollout.values * rollout.value_mask
+        rows = torch.arange(len(rewards), device=rewards.device)
+        end = rollout.sequences.lengths.clamp(max=rewards.shape[1] - 1)
+        rewards[rows, end] += rollout.scores
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, rollout.value_mask, shift_mean=False)
+            rewards = rewards * rollout.value_mask
+        advantage = torch.zeros_like(rewards)
+        last = torch.zeros_like(rollout.scores)
+        for t in reversed(range(rewards.shape[1])):
+            following = value[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+            delta = rewards[:, t] + args.gamma * following - value[:, t]
+            last = delta + args.gamma * args.lam * last
+            advantage[:, t] = last
+        returns = advantage + value
+        whitened = masked_whiten(advantage, rollout.mask) * rollout.mask
+        return whitened, returns, kl
+
+    def optimize(self, rollout: Rollout, update: int) -> dict[str, float]:
+        """`num_ppo_epochs × num_mini_batches` optimizer steps on one rollout; TRL's metrics."""
+        args = self.args
+        advantage, returns, kl = self.advantages(rollout)
+        stats: dict[str, list[float]] = defaultdict(list)
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        self._checkpointing(True)
+        for epoch in range(args.num_ppo_epochs):
+            order = self._permutation(args.local_batch_size, "minibatch", update, epoch)
+            for mini in order.split(args.local_mini_batch_size):
+                step: dict[str, float] = defaultdict(float)
+                for micro in mini.split(args.per_device_train_batch_size):
+                    self._policy_loss(rollout, advantage, mini, micro, step)
+                    self._value_loss(rollout, returns, mini, micro, step)
+                self._step()
+                for name, number in step.items():
+                    stats[name].append(float(number))
+        self._checkpointing(False)
+        self.lr_scheduler.step()
+        return {**_averages(stats), **self._objective(rollout, kl), "lr": learning_rate}
+
+    def _policy_loss(
+        self,
+        rollout: Rollout,
+        advantage: torch.Tensor,
+        mini: torch.Tensor,
+        micro: torch.Tensor,
+        step: dict[str, float],
+    ) -> None:
+        """Back-propagate one micro-batch's clipped objective, as its share of the mini-batch."""
+        args, policy = self.args, self.policy_model
+        part, mask = rollout.sequences[micro], rollout.mask[micro]
+        share = 1.0 / rollout.mask[mini].sum()
+        with policy.active():
+            new, entropy = logprobs(policy, part.ids, part.mask, part.answer, args.temperature)
+            difference = (new - rollout.logprobs[micro]) * mask
+            ratio = difference.exp()
+            plain = -advantage[micro] * ratio
+            clipped = -advantage[micro] * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+            loss = (torch.max(plain, clipped) * mask).sum() * share
+            self.accelerator.backward(loss)
+        step["loss/policy_avg"] += loss.detach()
+        step["policy/approxkl_avg"] += 0.5 * difference.detach().square().sum() * share
+        step["policy/clipfrac_avg"] += ((clipped > plain) & mask).sum() * share
+        step["policy/entropy_avg"] += (entropy * mask).sum() * share
+        step["val/ratio"] += (ratio.detach() * mask).sum() * share
+
+    def _value_loss(
+        self,
+        rollout: Rollout,
+        returns: torch.Tensor,
+        mini: torch.Tensor,
+        micro: torch.Tensor,
+        step: dict[str, float],
+    ) -> None:
+        """Back-propagate the clipped value loss of one micro-batch.
+
+        Apart from the policy's: the two share no weight, and only one graph is held at a time.
+        """
+        args, value = self.args, self.value_model
+        part, mask = rollout.sequences[micro], rollout.value_mask[micro]
+        share = 1.0 / rollout.value_mask[mini].sum()
+        old = (rollout.values * rollout.value_mask)[micro]
+        with value.active():
+            new = values(value, part.ids, part.mask, part.answer) * mask
+            near = new.clamp(old - args.cliprange_value, old + args.cliprange_value)
+            plain, clipped = (new - returns[micro]).square(), (near - returns[micro]).square()
+            loss = 0.5 * (torch.max(plain, clipped) * mask).sum() * share
+            self.accelerator.backward(args.vf_coef * loss)
+        step["loss/value_avg"] += loss.detach()
+        step["val/clipfrac_avg"] += ((clipped > plain) & mask).sum() * share
+
+    def _step(self) -> None:
+        if self.args.max_grad_norm:
+            for group in self.optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _checkpointing(self, on: bool) -> None:
+        """Checkpoint activations in the update alone: in a rollout it turns the cache off."""
+        if not self.args.gradient_checkpointing:
+            return
+        for role in (self.policy_model, self.value_model):
+            if on:
+                words = self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+                role.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=words)
+            else:
+                role.lm.gradient_checkpointing_disable()
+            role.lm.train(on)  # layers checkpoint in training mode alone
+
+    def _objective(self, rollout: Rollout, kl: torch.Tensor) -> dict[str, float]:
+        surprise = (-rollout.logprobs * rollout.mask).sum(1).mean()
+        penalty = (-self.args.kl_coef * kl).sum(1).mean()
+        numbers = {
+            "objective/scores": rollout.scores.mean(),
+            "objective/kl": kl.sum(1).mean(),
+            "objective/entropy": surprise,
+            "objective/non_score_reward": penalty,
+            "objective/rlhf_reward": penalty + rollout.scores.mean(),
+            "val/num_eos_tokens": rollout.ended.sum(),
+            "val/length": rollout.sequences.lengths.float().mean(),
+            "val/entropy_per_token": masked_mean(rollout.entropy, rollout.mask),
+        }
+        return {name: float(number) for name, number in numbers.items()}
+
+    # ---- what must hold -------------------------------------------------------------------------
+
+    def _check_reference(self, rollout: Rollout) -> None:
+        """At the first update policy and reference are one: their KL is 0, in any dtype."""
+        apart = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).abs().max().item()
+        if apart != 0.0:
+            raise StageError(
+                f"the reference is not the policy that PPO starts from: log-probs differ by {apart}"
+                " at the first update",
+                "this is a bug in rlhf-recipes; please report it with the recipe",
+            )
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        for name in ("objective/scores", "loss/policy_avg", "loss/value_avg"):
+            if metrics[name] != metrics[name] or abs(metrics[name]) == float("inf"):
+                raise StageError(
+                    f"{name} is {metrics[name]} at update {self.state.global_step}",
+                    'lower learning_rate, or set dtype = "float32" in [model]',
+                )
+
+
+def _averages(stats: dict[str, list[float]]) -> dict[str, float]:
+    means = {name: sum(numbers) / len(numbers) for name, numbers in stats.items()}
+    means["val/ratio_var"] = float(torch.tensor(stats["val/ratio"]).var(unbiased=False))
+    return means

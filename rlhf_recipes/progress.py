@@ -1,0 +1,209 @@
+"""What a person sees of a run: headings, a bar or plain lines, samples; the noise goes to a log.
+
+All of it goes to stderr. Libraries print, log and warn where they like, some of them from C, so
+while a stage runs the process's stdout and stderr themselves lead into the log, and the screen
+keeps a way of its own to the person.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from rlhf_recipes.rundir import now, to_json
+
+LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
+LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often
+SHOWN_NUMBERS = 3
+SPEED_SECONDS = 600  # a PPO update can take a minute: rich's 30 s would never see two
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|.)", re.DOTALL)
+
+
+def plain(text: str) -> str:
+    """Hostile text as one printable line: no control sequence, no line break, no bidi trick."""
+    text = " ".join(ESCAPES.sub("", text).split())
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+
+
+def duration(seconds: float) -> str:
+    """3 s · 2 min 05 s · 1 h 02 min"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+class Screen:
+    """The person's side of one run, and the run's log file."""
+
+    def __init__(self, log: Path) -> None:
+        self.log_path = log
+        self._log = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self._log.write(f"==== {now()} {' '.join(sys.argv)}\n")
+        self._stream = _own_way_to(sys.stderr)
+        self.console = Console(file=self._stream, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._log.close()
+        if self._stream is not sys.stderr:
+            self._stream.close()
+
+    def line(self, text: str, style: str = "") -> None:
+        self.console.print(Text(text, style))
+        self._log.write(text + "\n")
+
+    def log_traceback(self) -> None:
+        self._log.write(traceback.format_exc())
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Everything that anything in this process prints, logs or warns goes to the log."""
+        handler = logging.StreamHandler(self._log)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        ours = logging.getLogger("rlhf_recipes")
+        level = ours.level
+        _flush()
+        saved = {descriptor: os.dup(descriptor) for descriptor in _outputs()}
+        for descriptor in saved:
+            os.dup2(self._log.fileno(), descriptor)
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            ours.removeHandler(handler)
+            ours.setLevel(level)
+            _flush()
+            for descriptor, copy in saved.items():
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+
+def _own_way_to(stream: TextIO) -> IO[str]:
+    """A stream to where `stream` leads, which redirecting the latter leaves alone."""
+    try:
+        copy = os.dup(stream.fileno())
+    except (OSError, io.UnsupportedOperation):
+        return stream  # a notebook's or a test's: no descriptor, nothing to redirect
+    return open(copy, "w", encoding=stream.encoding, errors="replace", buffering=1)
+
+
+def _outputs() -> set[int]:
+    """The descriptors that output leaves by: the process's own, and Python's where they differ."""
+    found = {1, 2}
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, io.UnsupportedOperation):
+            found.add(stream.fileno())
+    return found
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+class StageProgress:
+    """`stages.Progress`: shows it, and appends it to metrics.jsonl and samples.jsonl."""
+
+    def __init__(
+        self, screen: Screen, folder: Path, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._screen = screen
+        self._folder = folder
+        self._clock = clock
+        self._started = self._last_time = clock()
+        self._last_share = 0.0
+        self._numbers: dict[str, float] = {}
+        self._done = 0
+        self._bar: Progress | None = None
+        if screen.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("  "),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}", markup=False),
+                console=screen.console,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                speed_estimate_period=SPEED_SECONDS,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._task = self._bar.add_task("", total=None, numbers="starting")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, **numbers: float) -> None:
+        """`done` of `total` steps; the numbers that matter most come first."""
+        self._done = done
+        self._numbers |= numbers
+        if numbers:
+            seconds = round(self._clock() - self._started, 3)
+            self._append("metrics.jsonl", {"step": done, **numbers, "seconds": seconds})
+        if self._bar:
+            shown = self._shown(self._numbers)
+            self._bar.update(self._task, completed=done, total=total, numbers=shown)
+        else:
+            self._plain_line(done, total)
+
+    def sample(self, prompt: str, answer: str, **numbers: float) -> None:
+        """A completion worth looking at, as the stage goes."""
+        entry = {"step": self._done, "prompt": prompt, "answer": answer, **numbers}
+        self._append("samples.jsonl", entry)
+        text = f"    {_cut(plain(prompt), 60)} → {_cut(plain(answer), 120)}"
+        self._screen.line(f"{text}   {self._shown(numbers)}".rstrip(), "dim")
+
+    def note(self, text: str) -> None:
+        self._screen.line(f"  {text}", "dim")
+
+    def _plain_line(self, done: int, total: int) -> None:
+        share = done / max(total, 1)
+        elapsed = self._clock() - self._started
+        waited = self._clock() - self._last_time
+        overdue = waited >= max(LINE_SECONDS, elapsed / 20)
+        if share - self._last_share < LINE_SHARE - 1e-9 and not overdue and done < total:
+            return
+        if share == self._last_share:
+            return
+        self._last_share, self._last_time = share, self._clock()
+        left = f"{duration(elapsed / share - elapsed)} left" if done < total else "done"
+        text = f"  {done}/{total}  {left}  {self._shown(self._numbers)}"
+        self._screen.line(text.rstrip())
+
+    def _shown(self, numbers: dict[str, float]) -> str:
+        first = list(numbers.items())[:SHOWN_NUMBERS]
+        return "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in first)
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        with (self._folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(to_json(entry) + "\n")
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,196 @@
+"""The disk layout: runs, stage folders, records, locks, provenance.
+
+A stage folder is complete where its `stage.json` stands: it is written last, to a temporary name,
+synced, then renamed. Nothing on disk says "running"; a lock is a kernel lock that dies with its
+process, so nobody ever clears one by hand.
+
+    <runs>/<name>/                    one run: recipe, manifest, results, log, model/
+    <runs>/.stages/<kind>-<key12>/    one stage, shared by all runs: stage.json, work/, output/, …
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.errors import BusyError, UsageError
+
+FORMAT = 1  # of every JSON file here
+RECORD = "stage.json"
+MANIFEST = "manifest.json"
+LIBRARIES = (
+    "rlhf-recipes",
+    "trl",
+    "transformers",
+    "torch",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+)
+
+
+def runs_folder(given: Path | None = None) -> Path:
+    """`--runs`, else RLHF_RECIPES_RUNS, else ./runs."""
+    return given or Path(os.environ.get("RLHF_RECIPES_RUNS") or "runs")
+
+
+def stage_folder(runs: Path, kind: str, key: str) -> Path:
+    return runs / ".stages" / f"{kind}-{key[:12]}"
+
+
+def find_run(word: str, runs: Path) -> Path:
+    """The run that a person means: its folder, or its name. Raises UsageError with the nearest."""
+    for folder in (Path(word), runs / word):
+        if (folder / MANIFEST).is_file():
+            return folder
+    known = sorted(manifest.parent.name for manifest in runs.glob(f"*/{MANIFEST}"))
+    near = difflib.get_close_matches(Path(word).name, known, n=1, cutoff=0.5)
+    if near:
+        hint = f"did you mean {runs / near[0]}?"
+    else:
+        hint = f"runs there: {', '.join(known)}" if known else "none was made there yet"
+    raise UsageError(f"no run {word!r} in {runs}", hint)
+
+
+# ---- JSON ---------------------------------------------------------------------------------------
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinity become null, scalars of torch and NumPy plain numbers."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    number = value.item() if hasattr(value, "item") else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, to_json({"format": FORMAT, **value}, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, also when the power fails: temporary name, sync, rename, sync."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file of ours; None where it is missing, damaged or of another format."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and value.get("format") == FORMAT else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- stage folders ------------------------------------------------------------------------------
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a complete stage; None where the stage is not complete."""
+    return read_json(folder / RECORD)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Complete the stage. What it made is synced first: the record must not outlive it."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            _sync(path)
+    write_json(folder / RECORD, record)
+
+
+def clear_stage(folder: Path) -> None:
+    """Make the stage folder as new; only for who holds its lock. The record goes first."""
+    (folder / RECORD).unlink(missing_ok=True)
+    _sync(folder)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+    (folder / "work").mkdir()
+    (folder / "output").mkdir()
+
+
+@contextlib.contextmanager
+def lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold `folder` for this process alone. Raises BusyError, with the holder, where it is held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            hint = "wait for it, or stop it; nothing needs to be cleared by hand"
+            raise BusyError(f"{what} is held by {holder}", hint) from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()} since {now()}\n")
+        stream.flush()
+        yield
+
+
+# ---- provenance ---------------------------------------------------------------------------------
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a result depends on, read without importing them."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """This machine, without torch: a run that finds everything cached never loads it."""
+    gpus = []
+    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        facts = dict(
+            line.split(":", 1) for line in information.read_text().splitlines() if ":" in line
+        )
+        gpus.append(facts.get("Model", "unknown").strip())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "gpus": gpus,
+    }

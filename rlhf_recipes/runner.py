@@ -1,0 +1,300 @@
+"""For each planned stage: take it as done, or run it and write its record; then the model.
+
+The runner knows no kind of stage: it hands each a `StageContext` and keeps what comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from rlhf_recipes import rundir, stages
+from rlhf_recipes.errors import (
+    DataError,
+    GateError,
+    Interrupted,
+    ModelError,
+    StageError,
+    UsageError,
+)
+from rlhf_recipes.identity import difference
+from rlhf_recipes.plan import Plan, PlannedStage, is_policy, make_plan, run_name
+from rlhf_recipes.progress import Screen, StageProgress, duration, plain
+from rlhf_recipes.recipe import Recipe, layout_settings
+from rlhf_recipes.shared import Shared
+
+MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """A finished stage of this run."""
+
+    stage: PlannedStage
+    did: str  # "ran" or "cached"
+    record: dict[str, Any]  # its stage.json: metrics, summary, seconds, versions, …
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    run_folder: Path
+    stages: tuple[StageOutcome, ...]
+    results: dict[str, float | int | str]  # "<stage>.<metric>"
+    model: Path | None  # None where no policy was trained
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program was, so that it ends in order as on Ctrl-C."""
+
+
+def run(
+    recipe: Recipe,
+    *,
+    runs: Path | None = None,
+    until: str | None = None,
+    fresh: bool = False,
+    name: str | None = None,
+) -> RunOutcome:
+    """Run what is not done yet of a recipe, and write the run's folder.
+
+    Raises BusyError where another process holds the run or a stage of it, Interrupted on Ctrl-C
+    and SIGTERM, StageError (or the stage's own DataError, ModelError, GateError) where one fails.
+    """
+    runs, name = rundir.runs_folder(runs), run_name(recipe, name)
+    folder = runs / name
+    with _nothing_for_others_to_write(), _terminable(), rundir.lock(folder, f"run {name}"):
+        plan = make_plan(recipe, runs, name=name, fresh=fresh)
+        planned = _through(until, plan)
+        rundir.write_text(folder / "recipe.toml", recipe.text)
+        rundir.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
+        with Screen(folder / "log.txt") as screen:
+            screen.line(f"{plain(recipe.title)} · {folder}", "bold")
+            return _Run(plan, planned, screen, fresh).run()
+
+
+class _Run:
+    """One pass over the planned stages."""
+
+    def __init__(
+        self, plan: Plan, planned: list[PlannedStage], screen: Screen, fresh: bool
+    ) -> None:
+        self.plan = plan
+        self.planned = planned
+        self.screen = screen
+        self.fresh = fresh
+        self.shared = Shared(plan.recipe)
+        self.done: list[StageOutcome] = []
+        self.started = rundir.now()
+        self.at = "planning"  # where an interruption falls
+
+    def run(self) -> RunOutcome:
+        outcome, model = "failed", None
+        try:
+            for stage in self.planned:
+                self.at = f"stage {stage.name}"
+                self.done.append(self._stage(stage))
+                self._write_manifest("unfinished")
+            self.at = "writing the model"
+            model = self._write_model()
+            outcome = "finished"
+        except KeyboardInterrupt as signalled:
+            outcome = "interrupted"
+            raise Interrupted(
+                f"interrupted in {self.at}",
+                "finished stages are kept: the same command goes on from there",
+                exit_code=143 if isinstance(signalled, Terminated) else 130,
+            ) from None
+        finally:
+            self._write_manifest(outcome)
+        results = {
+            f"{done.stage.name}.{metric}": value
+            for done in self.done
+            for metric, value in done.record["metrics"].items()
+        }
+        rundir.write_json(self.plan.run_folder / "results.json", results)
+        return RunOutcome(self.plan.run_folder, tuple(self.done), results, model)
+
+    # ---- one stage ------------------------------------------------------------------------------
+
+    def _stage(self, stage: PlannedStage) -> StageOutcome:
+        record = rundir.read_record(stage.folder) if stage.done else None
+        if record is None:
+            self._heading(stage, stage.reason)
+            with rundir.lock(stage.folder, f"stage {stage.name}"):
+                # Another process may have finished it since it was planned.
+                record = None if self.fresh else rundir.read_record(stage.folder)
+                if record is None:
+                    return StageOutcome(stage, "ran", self._compute(stage))
+        self._heading(stage, f"cached ({duration(record['seconds'])} when it ran)")
+        changed = difference(record["versions"], rundir.versions())
+        if changed:
+            self.screen.line(f"  computed with other versions: {', '.join(changed)}", "yellow")
+        return StageOutcome(stage, "cached", record)
+
+    def _heading(self, stage: PlannedStage, reason: str) -> None:
+        place = f"Stage {stage.index + 1} of {len(self.plan.stages)}"
+        self.screen.line(f"{place} · {stage.name} — {reason}", "bold")
+
+    def _compute(self, stage: PlannedStage) -> dict[str, Any]:
+        rundir.clear_stage(stage.folder)
+        started, clock = rundir.now(), time.monotonic()
+        folders = {other.name: other.folder for other in self.plan.stages}
+        with self._failing_as(f"stage {stage.name}"), self.screen.quiet():
+            with StageProgress(self.screen, stage.folder) as progress:
+                context = stages.StageContext(
+                    name=stage.name,
+                    kind=stage.kind,
+                    recipe=self.plan.recipe,
+                    folder=stage.folder,
+                    inputs={r: folders[name] / "output" for r, name in stage.inputs.items()},
+                    progress=progress,
+                    shared=self.shared,
+                )
+                result = stages.load(stage.kind)(context)
+        layout = (
+            {}
+            if stage.name not in self.plan.recipe.stages
+            else layout_settings(self.plan.recipe, stage.name)
+        )
+        record = {
+            "kind": stage.kind,
+            "name": stage.name,
+            "key": stage.key,
+            "run": self.plan.run_folder.name,
+            "started": started,
+            "seconds": round(time.monotonic() - clock, 3),
+            "summary": result.summary,
+            "metrics": result.metrics,
+            "payload": stage.payload,
+            "layout": layout,
+            "versions": rundir.versions(),
+        }
+        rundir.write_record(stage.folder, record)
+        return record
+
+    @contextlib.contextmanager
+    def _failing_as(self, what: str) -> Iterator[None]:
+        """Name the place and the log in whatever fails; the traceback goes to the log alone."""
+        where = f"log: {self.screen.log_path}"
+        try:
+            yield
+        except (DataError, ModelError, StageError, GateError) as error:
+            self.screen.log_traceback()
+            hint = f"{error.hint}; {where}" if error.hint else where
+            raise type(error)(f"{what}: {error.message}", hint) from error
+        except Exception as error:
+            self.screen.log_traceback()
+            reason = str(error).strip().partition("\n")[0] or "no reason given"
+            raise StageError(
+                f"{what} failed: {type(error).__name__}: {plain(reason)}", where
+            ) from error
+
+    # ---- the run's own files --------------------------------------------------------------------
+
+    def _write_model(self) -> Path | None:
+        """model/, of the last policy; built aside, and left alone where it is that already."""
+        policies = [done for done in self.done if is_policy(done.stage.kind)]
+        if not policies:
+            return None
+        last = policies[-1]
+        folder = self.plan.run_folder / "model"
+        source = {
+            "stage": last.stage.name,
+            "key": last.stage.key,
+            "started": last.record["started"],
+        }
+        if rundir.read_json(folder / MODEL_SOURCE) == {"format": rundir.FORMAT, **source}:
+            return folder
+        from rlhf_recipes.export import write_model
+
+        aside = self.plan.run_folder / ".model"
+        shutil.rmtree(aside, ignore_errors=True)
+        with self._failing_as("writing the model"), self.screen.quiet():
+            write_model(self.plan.recipe, last.stage.folder / "output", aside, form="merged")
+        rundir.write_json(aside / MODEL_SOURCE, source)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+        return folder
+
+    def _write_manifest(self, outcome: str) -> None:
+        recipe = self.plan.recipe
+        did = {done.stage.name: done for done in self.done}
+        entries = [
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "key": stage.key,
+                "folder": stage.folder.relative_to(self.plan.runs).as_posix(),
+                "outcome": did[stage.name].did if stage.name in did else "not run",
+                "reason": stage.reason,
+                "seconds": did[stage.name].record["seconds"] if stage.name in did else None,
+            }
+            for stage in self.plan.stages
+        ]
+        manifest = {
+            "title": recipe.title,
+            "recipe": str(recipe.path.resolve()),
+            "command": sys.argv,
+            "started": self.started,
+            "ended": rundir.now(),
+            "outcome": outcome,
+            "stages": entries,
+            "model": self.plan.stages[0].payload["model"],
+            "dataset": self.plan.stages[0].payload["dataset"],
+            "versions": rundir.versions(),
+            "hardware": rundir.hardware(),
+        }
+        rundir.write_json(self.plan.run_folder / rundir.MANIFEST, manifest)
+
+
+def _through(until: str | None, plan: Plan) -> list[PlannedStage]:
+    """The stages up to `until`. Raises UsageError for a stage that the recipe has not."""
+    names = [stage.name for stage in plan.stages]
+    if until is None:
+        return list(plan.stages)
+    if until not in names:
+        near = difflib.get_close_matches(until, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"its stages: {', '.join(names)}"
+        raise UsageError(f"the recipe has no stage {until!r}", hint)
+    return list(plan.stages[: names.index(until) + 1])
+
+
+@contextlib.contextmanager
+def _nothing_for_others_to_write() -> Iterator[None]:
+    """No file or folder made here is writable by others, whatever this process's umask."""
+    before = os.umask(0o022)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the run in order. Python delivers signals to the main thread alone."""
+
+    def terminate(signum: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

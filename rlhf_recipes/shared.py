@@ -1,0 +1,71 @@
+"""What the stages of one run share, each loaded on first use: tokenizer, rows, base model."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes import sources
+
+if TYPE_CHECKING:
+    from rlhf_recipes.adapters import Base
+    from rlhf_recipes.data import Data
+    from rlhf_recipes.recipe import Recipe
+    from rlhf_recipes.tokens import Tokens
+
+
+class Shared:
+    """Holds nothing that a stage's result depends on beyond the recipe itself."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._data: dict[str, Data] = {}
+
+    @cached_property
+    def model_folder(self) -> Path:
+        return sources.model_folder(self.recipe)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        from transformers import AutoConfig
+
+        from rlhf_recipes.models import load_tokenizer
+        from rlhf_recipes.tokens import settle
+
+        config = AutoConfig.from_pretrained(self.model_folder).get_text_config()
+        return settle(load_tokenizer(self.model_folder), config.vocab_size)
+
+    def data(self, table: Any) -> Data:
+        """The rows of a [dataset] table, encoded and split."""
+        from rlhf_recipes.data import load_data
+
+        key = repr(table)
+        if key not in self._data:
+            self._data[key] = load_data(table, self.tokens)
+        return self._data[key]
+
+    @cached_property
+    def base(self) -> Base:
+        import torch
+
+        from rlhf_recipes.adapters import Base
+        from rlhf_recipes.models import compute_dtype, load_causal_lm
+
+        model = self.recipe.model
+        dtype = compute_dtype(model.dtype)
+        whole = self.recipe.lora is None
+
+        def load(source: Path | None) -> Any:
+            lm = load_causal_lm(
+                source or self.model_folder,
+                # Weights that are trained whole are float32 under autocast: a step of 1e-6
+                # vanishes in bfloat16's 8 bits.
+                dtype=torch.float32 if whole else dtype,
+                quantization=model.quantization,
+            )
+            lm.generation_config.eos_token_id = self.tokens.eos_id
+            lm.generation_config.pad_token_id = self.tokens.pad_id
+            return lm
+
+        return Base(load, self.recipe.lora, dtype)

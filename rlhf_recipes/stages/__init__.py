@@ -1,0 +1,59 @@
+"""The stage contract: `run(context) -> result`, and which function serves which kind.
+
+A stage reads its recipe and its inputs' folders, writes `output/` in its own folder, and returns
+numbers. It knows neither the runner nor the other stages. A new kind is a new file beside these
+and a line in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+# kind -> (module with a `run`, version). A version goes up when the same settings on the same
+# inputs would give another result: it is part of every key.
+KINDS: dict[str, tuple[str, int]] = {
+    "sft": ("rlhf_recipes.stages.sft", 1),
+    "reward": ("rlhf_recipes.stages.reward", 1),
+    "ppo": ("rlhf_recipes.stages.ppo", 1),
+    "evaluation": ("rlhf_recipes.stages.evaluate", 1),
+}
+
+
+class Progress(Protocol):
+    """What a stage tells the person who waits; see `progress.py`."""
+
+    def update(self, done: int, total: int, **numbers: float) -> None: ...
+
+    def sample(self, prompt: str, answer: str, **numbers: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """All that a stage may look at."""
+
+    name: str  # the stage's name in the recipe
+    kind: str
+    recipe: Any  # recipe.Recipe
+    folder: Path  # <kind>-<key12>/, with work/ and output/ made by the runner
+    inputs: Mapping[str, Path]  # role ("policy", "reward_model", …) -> that stage's output/
+    progress: Progress
+    shared: Any  # shared.Shared: tokenizer, rows and the one base model, loaded once a run
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage hands back; its weights lie in `output/`."""
+
+    metrics: dict[str, float | int | str]  # flat: "<stage>.<metric>" in results.json
+    summary: str  # one phrase for the closing table
+
+
+def load(kind: str) -> Callable[[StageContext], StageResult]:
+    """The function that runs a stage of this kind; imports torch."""
+    return importlib.import_module(KINDS[kind][0]).run

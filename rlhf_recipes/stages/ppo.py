@@ -1,0 +1,117 @@
+"""PPO: the policy and its value model learn against the reward model, held near the reference.
+
+Four roles on one base. The reference is the policy that the stage starts from (the bare base only
+where nothing was trained before), the value starts from the reward model, and the reward is read in
+units of its own spread over the training chosen answers. Default λ is 1: over answers of tens of
+tokens with one score at the end, bootstrapping from a young value model costs more in bias than it
+saves in variance.
+"""
+
+from __future__ import annotations
+
+import math
+
+from trl.experimental.ppo import PPOConfig
+
+from rlhf_recipes.adapters import Role, load_head
+from rlhf_recipes.data import unique_prompts
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
+from rlhf_recipes.stages import StageContext, StageResult
+from rlhf_recipes.stages.common import float32, need, trainer_config
+
+
+def run(context: StageContext) -> StageResult:
+    recipe, shared = context.recipe, context.shared
+    table = recipe.table(context.name)
+    data = shared.data(table.dataset or recipe.dataset)
+    prompts = unique_prompts(need(data.train, "train", context))
+
+    # ---- four roles on one base
+    base, start = shared.base, context.inputs.get("policy")
+    reward_folder = context.inputs["reward_model"]
+    seed = derive_seed(recipe.seed, context.name, "lora")
+    policy = base.open("policy", start, seed=seed, trainable=True)
+    reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
+    reward = base.open("reward", reward_folder, seed=seed)
+    reward.add_head(load_head(reward.lm, reward_folder, unit=True))
+    value = base.open("value", reward_folder, seed=seed, trainable=True)
+    value.add_head(load_head(value.lm, reward_folder, unit=True).requires_grad_(True))
+    float32(*policy.trainable(), *value.trainable())
+
+    # ---- training
+    report = Report(context)
+    trainer = PPOTrainer(
+        args=trainer_config(PPOConfig, context, stop_token="eos"),
+        processing_class=shared.tokens.tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=[{"input_ids": example.prompt_ids} for example in prompts],
+        value_learning_rate=table.extras["value_learning_rate"],
+        other_reference="reference" in context.inputs,
+        max_kl=table.extras["guard"].get("max_kl"),
+        on_update=report,
+    )
+    trainer.train()
+
+    # ---- output
+    output = context.folder / "output"
+    base.save(policy, output)
+    _save_value(base, value, output / "value")
+    base.close(policy, reference, reward, value)
+    last = report.last
+    metrics = {
+        "updates": trainer.state.global_step,
+        "episodes": trainer.state.episode,
+        "train_score_first": report.first["objective/scores"],
+        "train_score": last["objective/scores"],
+        "train_kl": last["objective/kl"],
+        "train_length": last["val/length"],
+    }
+    first, now = metrics["train_score_first"], metrics["train_score"]
+    return StageResult(metrics, f"score {first:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}")
+
+
+def _save_value(base, value: Role, folder) -> None:
+    folder.mkdir()
+    base.save(value, folder)
+
+
+class Report:
+    """Hands each update's numbers, and two completions every few updates, to the progress."""
+
+    def __init__(self, context: StageContext):
+        self.context = context
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+
+    def __call__(self, trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float]) -> None:
+        state = trainer.state
+        self.first = self.first or metrics
+        self.last = metrics
+        shown = {
+            "score": metrics["objective/scores"],
+            "KL": metrics["objective/kl"],
+            "length": metrics["val/length"],
+        }
+        self.context.progress.update(state.global_step, state.max_steps, **shown, **metrics)
+        count = trainer.args.num_sample_generations
+        every = math.ceil(state.max_steps / count) if count else 0
+        if every and (state.global_step - 1) % every == 0:
+            for row in range(min(2, len(rollout.scores))):
+                self._sample(trainer, rollout, row)
+
+    def _sample(self, trainer: PPOTrainer, rollout: Rollout, row: int) -> None:
+        tokens, sequences = self.context.shared.tokens, rollout.sequences[row : row + 1]
+        ids, mask = sequences.ids[0].tolist(), sequences.mask[0].tolist()
+        cut = len(ids) - sequences.answer
+        prompt = [i for i, kept in zip(ids[:cut], mask[:cut], strict=True) if kept]
+        answer = ids[cut : cut + int(sequences.lengths[0])]
+        self.context.progress.sample(
+            tokens.decode(prompt),
+            tokens.decode(answer),
+            update=trainer.state.global_step,
+            score=float(rollout.scores[row]),
+        )

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning: stock `SFTTrainer` on ids, loss on the answer alone.
+
+Departs from TRL's own script in that
+- ids and labels come from `encode()`, so EOS is the last token trained and no newline follows it;
+- trainable weights stay float32 on a 4-bit base;
+- without demonstrations of its own (`dataset = {…}`), it learns the chosen answers.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_recipes.data import Example
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.stages import StageContext, StageResult
+from rlhf_recipes.stages.common import Report, float32, need, trainer_config
+
+log = logging.getLogger(__name__)
+
+
+def run(context: StageContext) -> StageResult:
+    recipe, shared = context.recipe, context.shared
+    data = shared.data(recipe.table(context.name).dataset or recipe.dataset)
+    log.info("%s: %d rows, dropped %s", context.name, data.rows, dict(data.dropped))
+
+    # ---- policy
+    base = shared.base
+    policy = base.open(
+        "policy",
+        context.inputs.get("policy"),
+        seed=derive_seed(recipe.seed, context.name, "lora"),
+        trainable=True,
+    )
+
+    # ---- training
+    trainer = SFTTrainer(
+        model=policy.lm if recipe.lora is None else base.peft,
+        args=trainer_config(SFTConfig, context, max_length=None, completion_only_loss=True),
+        train_dataset=_rows(need(data.train, "train", context)),
+        eval_dataset=_rows(data.validation) if data.validation else None,
+        processing_class=shared.tokens.tokenizer,
+        callbacks=[Report(context.progress, {"loss": "loss", "mean_token_accuracy": "accuracy"})],
+    )
+    float32(*policy.trainable())
+    with policy.active():
+        before = _validation_loss(trainer)
+        trained = trainer.train()
+        after = _validation_loss(trainer)
+
+    # ---- output
+    base.save(policy, context.folder / "output")
+    base.close(policy)
+    metrics = {
+        "train_loss": trained.training_loss,
+        "steps": trained.global_step,
+        "rows": len(data.train),
+        "rows_dropped": sum(data.dropped.values()),
+    }
+    if before is None:
+        return StageResult(metrics, f"loss {trained.training_loss:.3f}")
+    metrics |= {"validation_loss_before": before, "validation_loss": after}
+    return StageResult(metrics, f"validation loss {before:.3f} → {after:.3f}")
+
+
+def _rows(examples: list[Example]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": e.prompt_ids + e.chosen_ids,
+                "labels": [-100] * len(e.prompt_ids) + e.chosen_ids,
+            }
+            for e in examples
+        ]
+    )
+
+
+def _validation_loss(trainer: SFTTrainer) -> float | None:
+    return trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None

@@ -1,0 +1,165 @@
+"""The recipe's own tables, and the map of every key that a recipe may hold."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_recipes.fields import Field, Keys, fields_of, trl_fields
+
+KINDS = ("sft", "reward", "ppo")
+RESERVED = ("dpo", "kto", "rloo", "grpo")
+POLICY_KINDS = ("sft", "ppo")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def is_path(text: str) -> bool:
+    """Whether a name is a local path rather than a hub id."""
+    return text in (".", "..") or text.startswith(("./", "../", "/", "~"))
+
+
+def _base() -> Any:
+    """The recipe's folder, which relative paths start from; no key of the recipe."""
+    return field(default=Path("."), repr=False, compare=False, metadata={"key": False})
+
+
+def _ranged(default: Any, words: str) -> Any:
+    return field(default=default, metadata={"range": words})
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    name: str
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    base: Path = _base()
+
+    @property
+    def is_local(self) -> bool:
+        return is_path(self.name)
+
+    @property
+    def folder(self) -> Path:
+        return (self.base / Path(self.name).expanduser()).resolve()
+
+
+@dataclass(frozen=True)
+class DatasetTable:
+    """Lengths are in tokens, fractions of prompts (`judge_fraction`: of training pairs)."""
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, Any] | None = field(default=None, hash=False)
+    split: str | None = None
+    revision: str | None = None
+    max_prompt_tokens: int = _ranged(512, "at least 1")
+    max_answer_tokens: int = _ranged(512, "at least 1")
+    max_rows: int | None = _ranged(None, "at least 1")
+    validation_fraction: float = _ranged(0.05, "at least 0 and below 1")
+    test_fraction: float = _ranged(0.1, "at least 0 and below 1")
+    test_split: str | None = None
+    judge_fraction: float = _ranged(0.25, "at least 0 and below 1")
+    system: str | None = None
+    base: Path = _base()
+
+    @property
+    def is_local(self) -> bool:
+        return is_path(self.path) or self.path.endswith(DATA_SUFFIXES)
+
+    @property
+    def file(self) -> Path:
+        """The file, or the folder."""
+        return (self.base / Path(self.path).expanduser()).resolve()
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """None: as the last PPO stage has it."""
+
+    prompts: int = _ranged(128, "at least 1")
+    response_length: int | None = _ranged(None, "at least 1")
+    temperature: float | None = _ranged(None, "above 0")
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """One stage, resolved. `policy` and `reward_model` are what the stage takes, named or not."""
+
+    name: str
+    kind: str
+    policy: str | None  # a stage; None: the bare base
+    reward_model: str | None  # a stage, a folder or a hub id; PPO alone has one
+    reference: str | None  # a stage; None: the policy that the stage starts from
+    dataset: DatasetTable | None  # its own; None: the recipe's
+    extras: dict[str, Any]  # our own keys of the kind
+    options: dict[str, Any]  # every passed field of TRL's config
+    given: dict[str, Any]  # those that differ from TRL's defaults by our choice or the recipe's
+
+
+# What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
+SHARED_DATA_KEYS = ("validation_fraction", "test_fraction", "judge_fraction")
+INHERITED_DATA_KEYS = (*SHARED_DATA_KEYS, "max_prompt_tokens", "max_answer_tokens", "system")
+
+_RATE = Field(("float",), range="above 0")
+_TEXT = Field(("str",))
+EXTRAS: dict[str, Keys] = {
+    "sft": {},
+    "reward": {"head_learning_rate": _RATE},
+    "ppo": {"value_learning_rate": _RATE, "guard": {"max_kl": _RATE}},
+}
+
+
+def dataset_keys(of_stage: bool) -> Keys:
+    keys = fields_of(DatasetTable)
+    if of_stage:
+        del keys["test_split"]
+        for key in SHARED_DATA_KEYS:
+            keys[key] = Field(
+                standing="owned",
+                owner=f"dataset.{key}",
+                reason="a prompt is on the same side of the split in every stage",
+            )
+    return keys
+
+
+def stage_keys(kind: str) -> Keys:
+    """Every key of a stage's table, TRL's fields first."""
+    wiring = {"kind": Field(("str",), choices=KINDS), "policy": _TEXT}
+    if kind == "ppo":
+        wiring |= {"reward_model": _TEXT, "reference": _TEXT}
+    return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": dataset_keys(of_stage=True)}
+
+
+def top_keys() -> Keys:
+    """Every key of a recipe but the stages' tables."""
+    return {
+        "title": _TEXT,
+        "stages": Field(("list[str]",)),
+        "seed": Field(("int",), 42, range="at least 0"),
+        "model": fields_of(ModelTable),
+        "lora": trl_fields()["lora"],
+        "dataset": dataset_keys(of_stage=False),
+        "evaluation": fields_of(EvaluationTable),
+    }
+
+
+def kinds_of(data: dict[str, Any]) -> dict[str, str]:
+    """The kind of each stage that `stages` or a table names, where it can be told."""
+    stages = data.get("stages")
+    names = [*(stages if isinstance(stages, list) else []), *data]
+    kinds = {}
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        table = data.get(name)
+        kind = table.get("kind") if isinstance(table, dict) else None
+        if name in KINDS or (kind in KINDS and name not in top_keys()):
+            kinds[name] = name if name in KINDS else kind
+    return kinds
+
+
+def field_at(path: tuple[str, ...], kinds: dict[str, str]) -> Field | None:
+    """The field that a dotted key names, if there is one."""
+    keys: Any = top_keys() | {name: stage_keys(kind) for name, kind in kinds.items()}
+    for part in path:
+        keys = keys.get(part) if isinstance(keys, dict) else None
+    return keys if isinstance(keys, Field) else None

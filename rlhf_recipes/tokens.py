@@ -1,0 +1,121 @@
+"""The tokenizer contract and the one `encode()` that every stage takes its ids from.
+
+Settled once, before the first stage: a chat template, the end-of-turn token as EOS, and a pad token
+that is not EOS, lies in the vocabulary and stands in no row. Stock trainers each settle these for
+themselves, and their ids differ by a trailing newline that is then the token scored (TRL-facts 13
+and 27 in LOG.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+# For a base model that brings none. Only tokens that exist already, so nothing has to be learned
+# before SFT starts; an answer ends in EOS.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+
+# What tokenizers call a token that is there to be padded with, best first.
+PAD_CANDIDATES = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<|vision_pad|>",
+    "<unk>",
+    "<|end_of_text|>",
+    "</s>",
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A settled tokenizer. `specials` are the texts that no row may contain."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_id: int
+    pad_id: int
+    specials: tuple[str, ...]
+
+    def has_specials(self, text: str) -> bool:
+        return any(special in text for special in self.specials)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tokens:
+    """Give `tokenizer` a template, EOS and pad, in place.
+
+    `vocabulary` is the number of rows of the model's embedding: a pad id beyond it crashes `gather`
+    in PPO. Raises ModelError where no token is free to pad with.
+    """
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.eos_token = _end_of_turn(tokenizer)
+    tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
+    tokenizer.padding_side = "left"
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    specials = tuple(sorted({*tokenizer.all_special_tokens, *added}))
+    return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials)
+
+
+def encode(tokens: Tokens, prompt: Messages, answer: str | None = None) -> tuple[list, list]:
+    """Ids of a prompt, generation prompt included, and of its answer, EOS included.
+
+    The two are tokenized apart, as they are in a rollout: PPO appends what it samples to exactly
+    these prompt ids, so SFT and the reward model see the ids that PPO will see.
+    """
+    text = tokens.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if answer is None:
+        return prompt_ids, []
+    answer_ids = tokens.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return prompt_ids, [*answer_ids, tokens.eos_id]
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that the template writes after an assistant's turn, else the EOS."""
+    mark = "ANSWER-ENDS-HERE"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2].lstrip()
+    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    for token in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
+        if rest.startswith(token):
+            return token
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token and its chat template ends no turn",
+            "set `eos_token` in the model folder's tokenizer_config.json",
+        )
+    return tokenizer.eos_token
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
+    vocab = tokenizer.get_vocab()
+    used = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
+    )
+    for token in (tokenizer.pad_token, *PAD_CANDIDATES):
+        free = token in vocab and vocab[token] < vocabulary
+        if free and token not in (tokenizer.eos_token, tokenizer.bos_token) and token not in used:
+            return token
+    raise ModelError(
+        f"no token is free to pad with: {tokenizer.pad_token!r} is the end of a turn, stands in "
+        "the template, or lies beyond the vocabulary",
+        "set another `pad_token` in the model folder's tokenizer_config.json",
+    )

@@ -1,0 +1,177 @@
+"""A recipe's parsed text → its parts, resolved; or every problem that it has."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
+from rlhf_recipes.tables import (
+    DATA_SUFFIXES,
+    EXTRAS,
+    INHERITED_DATA_KEYS,
+    KINDS,
+    POLICY_KINDS,
+    RESERVED,
+    DatasetTable,
+    EvaluationTable,
+    ModelTable,
+    StageTable,
+    dataset_keys,
+    is_path,
+    kinds_of,
+    stage_keys,
+    top_keys,
+)
+
+Key = tuple[str | int, ...]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Modules that carry the vocabulary, by the names that transformers' models give them.
+VOCABULARY = "lm_head embed_out output_projection embed_tokens wte wpe word_embeddings embed_in"
+MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
+
+
+class Checker:
+    """Goes through the whole recipe; `problems` holds a key path and a message each."""
+
+    def __init__(self, data: dict[str, Any], base: Path) -> None:
+        self.data = data
+        self.base = base
+        self.kinds = kinds_of(data)
+        self.problems: list[tuple[Key, str]] = []
+        self.notes: list[str] = []
+
+    def problem(self, key: Key, message: str) -> None:
+        self.problems.append((key, message))
+
+    # ---- any table: unknown, owned and refused keys; types, choices and ranges
+
+    def table(self, data: Any, keys: Keys, at: Key) -> dict[str, Any]:
+        """The values that are right. The others are left out, and noted as problems."""
+        if not isinstance(data, dict):
+            self.problem(at, f"must be a table, not {show(data)}")
+            return {}
+        values = {}
+        for name, value in data.items():
+            field, key = keys.get(name), (*at, name)
+            if field is None:
+                self.problem(key, self.unknown(name, keys))
+            elif not isinstance(field, Field):
+                values[name] = self.table(value, field, key)
+            elif field.standing == "owned":
+                self.problem(key, f"{field.owner} owns it: {field.reason}")
+            elif field.standing == "refused":
+                self.problem(key, f"is refused: {field.reason}")
+            else:
+                values[name], wrong = field.check(value)
+                if wrong:
+                    self.problem(key, wrong)
+                    del values[name]
+        return values
+
+    def unknown(self, name: str, keys: Keys) -> str:
+        settable = [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
+        tables = top_keys() | {stage: stage_keys(kind) for stage, kind in self.kinds.items()}
+        for table, inner in tables.items():
+            if not isinstance(inner, Field) and name in inner:
+                return f"unknown key here (it is one of [{table}])"
+        return "unknown key" + (suggest(name, settable) or _listed(settable))
+
+    # ---- the recipe's own tables
+
+    def model(self) -> dict[str, Any]:
+        at = ("model",)
+        if "model" not in self.data:
+            self.problem(at, 'is missing: [model] with name = "…" names the base model')
+            return {}
+        model = self.table(self.data["model"], top_keys()["model"], at)
+        if "name" not in self.data["model"]:
+            self.problem(at, 'needs name = "…": a hub id, or a folder (./…)')
+        if name := model.get("name"):
+            self.model_name(name, (*at, "name"))
+            if is_path(name) and "revision" in model:
+                self.problem((*at, "revision"), "is for models on the hub; a folder has none")
+        return model
+
+    def model_name(self, name: str, key: Key) -> None:
+        folder = self.base / Path(name).expanduser()
+        if not is_path(name):
+            if not HUB_ID.fullmatch(name):
+                self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")
+            elif folder.is_dir():
+                self.notes.append(f'{_dotted(key)}: a hub id; for the folder write "./{name}"')
+        elif not folder.is_dir():
+            self.problem(key, f"no such folder: {folder}")
+        elif not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
+            self.problem(key, f"{folder} is {what}")
+
+    def dataset(self, data: Any, at: Key) -> dict[str, Any]:
+        values = self.table(data, dataset_keys(of_stage=len(at) > 1), at)
+        if isinstance(data, dict) and "path" not in data:
+            self.problem(at, 'needs path = "…": a hub id, or a file or folder (./…)')
+        if "path" in values:
+            self.data_path(values, at)
+        if "test_split" in values and "test_fraction" in values:
+            self.problem((*at, "test_fraction"), "leave it out: test_split says what the test is")
+        validation = values.get("validation_fraction", DatasetTable.validation_fraction)
+        test = 0.0 if "test_split" in values else values.get("test_fraction", 0.1)
+        if validation + test >= 1:
+            key = "test_fraction" if "test_fraction" in values else "validation_fraction"
+            self.problem((*at, key), f"nothing is left to train on: {validation} + {test} ≥ 1")
+        return values
+
+    def data_path(self, values: dict[str, Any], at: Key) -> None:
+        table, key = DatasetTable(values["path"], base=self.base), (*at, "path")
+        if not table.is_local:
+            if table.path in ("json", "csv", "parquet", "text"):
+                self.problem(key, 'name the file itself: path = "./….jsonl"')
+            elif not HUB_ID.fullmatch(table.path):
+                self.problem(key, f"{show(table.path)} is neither a hub id nor a file (./… or /…)")
+            return
+        if not table.file.exists():
+            self.problem(key, f"no such file or folder: {table.file}")
+        elif table.file.is_file() and table.file.suffix not in DATA_SUFFIXES:
+            self.problem(key, f"must end in {', '.join(DATA_SUFFIXES)}, or be a folder")
+        if "revision" in values:
+            self.problem((*at, "revision"), "is for datasets on the hub; a file has none")
+
+    def lora(self) -> dict[str, Any] | None:
+        """LoraConfig's arguments, every passed field that is not None; None where there is none."""
+        written, at = self.data.get("lora", {}), ("lora",)
+        if written is False:
+            quantization = self.data.get("model")
+            quantization = isinstance(quantization, dict) and quantization.get("quantization")
+            if quantization in ("4bit", "8bit"):
+                self.problem(at, f"weights in {quantization} cannot be trained: use LoRA, or none")
+            return None
+        given = self.table(written, trl_fields()["lora"], at)
+        lora = _resolve(trl_fields()["lora"], given, lora=True)
+        for key in ("layers_to_transform", "layers_pattern"):
+            if key in given and isinstance(lora["target_modules"], str):
+                self.problem((*at, key), "needs target_modules to be a list of names")
+        if "layers_pattern" in given and "layers_to_transform" not in given:
+            self.problem((*at, "layers_pattern"), "needs layers_to_transform")
+        if lora["init_lora_weights"] == "orthogonal" and lora["r"] % 2:
+            self.problem((*at, "r"), 'must be even for init_lora_weights = "orthogonal"')
+        self.targets(lora["target_modules"], (*at, "target_modules"))
+        return {key: value for key, value in lora.items() if value is not None}
+
+    def targets(self, targets: str | list[str], key: Key) -> None:
+        if isinstance(targets, list):
+            hit = [t for t in targets if t.split(".")[-1] in VOCABULARY.split()]
+        else:
+            try:
+                pattern = re.compile(targets)
+            except re.error as error:
+                return self.problem(key, f"is no regular expression: {error}")
+            names = VOCABULARY.split()
+            hit = [n for n in names if pattern.fullmatch(n) or pattern.fullmatch(f"model.{n}")]
+        if hit:
+            self.problem(key, f"{hit[0]} holds the vocabulary, which all adapters share as it is")
+
+    def evaluation(self) -> dict[str, Any] | None:
+        written = self.data.get("evaluation", {})
+        return None if written is False else self.table(written, top_keys()["evaluation"], ("evaluation",))
