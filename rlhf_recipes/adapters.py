@@ -134,6 +134,7 @@ class Role(nn.Module):
     """
 
     base_model_prefix = "backbone"
+    is_gradient_checkpointing = False  # PPOTrainer reads it and never acts on it
 
     def __init__(
         self,
@@ -213,10 +214,6 @@ class Role(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.lm.gradient_checkpointing_enable(**kwargs)
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.lm.is_gradient_checkpointing
 
     def add_model_tags(self, tags: Any) -> None:
         """Nothing to tag: what is exported writes its own card."""

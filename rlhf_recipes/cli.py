@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rlhf_recipes.errors import RecipeError, RlhfRecipesError, UsageError
+from rlhf_recipes.errors import Problem, RecipeError, RlhfRecipesError, UsageError
 
 if TYPE_CHECKING:
     from rlhf_recipes.runner import RunOutcome
@@ -58,8 +58,8 @@ def _main(
 @app.command()
 def run(
     recipe: Recipe,
-    set_: Set = [],  # noqa: B006 - typer reads it as "may be repeated"
-    unset: Unset = [],  # noqa: B006
+    set_: Set = (),
+    unset: Unset = (),
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after it.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Take no stage as done.")] = False,
     name: Annotated[str | None, typer.Option(help="The run's name. [the recipe's]")] = None,
@@ -79,36 +79,28 @@ def run(
 
 def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
     """A row a stage; where the model is; what to type next."""
-    from rich.console import Console
-    from rich.table import Table
-
     from rlhf_recipes.progress import duration, plain
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("stage", "did", "time", "result"):
-        table.add_column(column, justify="right" if column == "time" else "left")
+    rows = [("stage", "", "time", "result")]
     for done in outcome.stages:
-        time = duration(done.record["seconds"])
-        table.add_row(done.stage.name, done.did, time, plain(done.record["summary"]))
-    # Piped, a row stays a line however long.
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = 1000
-    console.print(table)
-    if outcome.model is None:
-        print(f"\nresults  {outcome.run_folder / 'results.json'}")
-        return
-    print(f"\nmodel    {outcome.model}")
-    print(f"results  {outcome.run_folder / 'results.json'}")
-    print(f"next     rlhf-recipes chat {outcome.run_folder}")
-    print(f"         rlhf-recipes fork {recipe} my-recipe.toml")
+        time, summary = duration(done.record["seconds"]), plain(done.record["summary"])
+        rows.append((done.stage.name, done.did, time, summary))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    print()
+    for name, did, time, summary in rows:
+        print(f"{name:<{widths[0]}}  {did:<{widths[1]}}  {time:>{widths[2]}}  {summary}")
+    print(f"\nresults  {outcome.run_folder / 'results.json'}")
+    if outcome.model:
+        print(f"model    {outcome.model}")
+        print(f"next     rlhf-recipes chat {outcome.run_folder}")
+    print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
 
 
 @app.command()
 def check(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
-    set_: Set = [],  # noqa: B006
-    unset: Unset = [],  # noqa: B006
+    set_: Set = (),
+    unset: Unset = (),
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print it with all defaults filled in.")
     ] = False,
@@ -119,18 +111,20 @@ def check(
 
     import tomlkit
 
+    from rlhf_recipes.plan import stage_names
     from rlhf_recipes.recipe import find_recipe, load_recipe
     from rlhf_recipes.rundir import FORMAT, to_json
 
     found = []
     for word in recipes:
-        file = find_recipe(word)
-        entry = {"file": str(file), "problems": [], "notes": []}
+        entry = {"file": word, "problems": [], "notes": []}
         found.append(entry)
         try:
+            file = find_recipe(word)
             loaded = load_recipe(file, set=set_, unset=unset)
-        except RecipeError as error:
-            entry["problems"] = [asdict(problem) for problem in error.problems]
+        except (RecipeError, UsageError) as error:
+            problems = getattr(error, "problems", [Problem(word, None, "", str(error))])
+            entry["problems"] = [asdict(problem) for problem in problems]
             if not json:
                 print(error)
             continue
@@ -142,7 +136,7 @@ def check(
         if resolved:
             print(tomlkit.dumps(loaded.resolved()), end="")
         else:
-            stages = [*loaded.stages, *(["evaluation"] if loaded.evaluation else [])]
+            stages = stage_names(loaded)
             print(f"{file}: ok ({len(stages)} stages: {' → '.join(stages)})")
     if json:
         print(to_json({"format": FORMAT, "recipes": found}, indent=2))
@@ -154,8 +148,8 @@ def check(
 def fork(
     recipe: Recipe,
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The file to write.")],
-    set_: Set = [],  # noqa: B006
-    unset: Unset = [],  # noqa: B006
+    set_: Set = (),
+    unset: Unset = (),
 ) -> None:
     """Write a copy of a recipe to change, comments kept and paths re-based."""
     from rlhf_recipes.recipe import find_recipe, fork_recipe
@@ -190,12 +184,14 @@ def chat(
     """Talk to the model that a run made."""
     from rich.console import Console
 
+    from rlhf_recipes.progress import Screen
     from rlhf_recipes.rundir import find_run, runs_folder
 
     folder = find_run(run, runs_folder(runs))
-    from rlhf_recipes.chat import chat as chat_with
-
-    chat_with(run_folder=folder, stage=stage, console=Console(highlight=False, markup=False))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with Screen(folder / "log.txt") as screen, screen.quiet():
+        from rlhf_recipes.chat import chat as chat_with
+    chat_with(run_folder=folder, stage=stage, console=console)
 
 
 @app.command()
@@ -207,14 +203,17 @@ def export(
     runs: Runs = None,
 ) -> None:
     """Write a stage's model where transformers and vLLM load it from."""
+    from rlhf_recipes.progress import Screen
     from rlhf_recipes.rundir import find_run, runs_folder
 
     if form not in ("merged", "adapter"):
         raise UsageError(f"no form {form!r}", "--form is merged or adapter")
     run_folder = find_run(run, runs_folder(runs))
-    from rlhf_recipes.export import export as export_model
+    with Screen(run_folder / "log.txt") as screen, screen.quiet():
+        from rlhf_recipes.export import export as export_model
 
-    print(export_model(run_folder=run_folder, folder=folder, stage=stage, form=form))
+        said = export_model(run_folder=run_folder, folder=folder, stage=stage, form=form)
+    print(said)
 
 
 def main() -> NoReturn:
@@ -230,8 +229,6 @@ def main() -> NoReturn:
     except call_errors as error:
         command = error.ctx.command_path if error.ctx else "rlhf-recipes"
         code = _say(f"{error.format_message()}\nfor help: {command} --help", 2)
-    except KeyboardInterrupt:
-        code = _say("interrupted", 130)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         code = _say(f"{type(error).__name__}: {reason} (--debug shows where)", 1)

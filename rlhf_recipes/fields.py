@@ -59,17 +59,18 @@ class Field:
 
     def check(self, value: Any) -> tuple[Any, str]:
         """The value (a whole number made a float where the field is one), and what is wrong."""
-        if not any(_fits(value, kind) for kind in self.types):
-            return value, f"must be {_or(TYPE_NAMES[t] for t in self.types)}, not {show(value)}" + (
-                " (leave out the quotes)" if self._quoted(value) else ""
-            )
+        if not self._fits(value):
+            quoted = isinstance(value, str) and self._fits(parse_value(value))
+            hint = " (leave out the quotes)" if quoted else ""
+            wanted = _or(TYPE_NAMES[kind] for kind in self.types)
+            return value, f"must be {wanted}, not {show(value)}{hint}"
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if "float" in self.types and "int" not in self.types:
-                value = float(value)
             if not math.isfinite(value):
                 return value, f"must be a finite number, not {show(value)}"
             if self.range and not RANGES[self.range](value):
                 return value, f"must be {self.range}, not {show(value)}"
+            if "float" in self.types and "int" not in self.types:
+                value = float(value)
         if self.choices and value not in self.choices:
             near = suggest(str(value), [c for c in self.choices if isinstance(c, str)])
             return value, f"must be {_or(map(show, self.choices))}, not {show(value)}{near}"
@@ -80,8 +81,8 @@ class Field:
         value = parse_value(raw)
         return raw if self.check(value)[1] and not self.check(raw)[1] else value
 
-    def _quoted(self, value: Any) -> bool:
-        return isinstance(value, str) and not self.check(parse_value(value))[1]
+    def _fits(self, value: Any) -> bool:
+        return any(_fits(value, kind) for kind in self.types)
 
 
 # Keys of a table by name; a sub-table is a mapping of its own.
@@ -104,7 +105,7 @@ def show(value: Any) -> str:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 

@@ -11,6 +11,7 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
 from rlhf_recipes.stages import KINDS
+from rlhf_recipes.tables import POLICY_KINDS
 
 EVALUATION = "evaluation"
 ROLES = ("policy", "reward_model", "reference")
@@ -41,8 +42,12 @@ class Plan:
 
 
 def is_policy(kind: str) -> bool:
-    """Whether a stage of this kind makes a policy; every kind to come does, too."""
-    return kind not in ("reward", EVALUATION)
+    return kind in POLICY_KINDS
+
+
+def stage_names(recipe: Recipe) -> list[str]:
+    """The recipe's stages and, where it is not left out, the evaluation that closes them."""
+    return [*recipe.stages, *([EVALUATION] if recipe.evaluation else [])]
 
 
 def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: bool = False) -> Plan:
@@ -89,7 +94,7 @@ def run_name(recipe: Recipe, name: str | None) -> str:
         name = recipe.path.stem
         if recipe.overrides:
             name += f"-{digest(sorted(recipe.overrides))[:6]}"
-    if name != Path(name).name or name.startswith(".") or not name.isprintable():
+    if not name or name != Path(name).name or name.startswith(".") or not name.isprintable():
         raise UsageError(f"{name!r} is no name for a run", "pass --name with a plain folder name")
     return name
 

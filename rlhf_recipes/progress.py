@@ -8,6 +8,7 @@ keeps a way of its own to the person.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rlhf_recipes.rundir import now, to_json
@@ -92,6 +93,7 @@ class Screen:
         finally:
             ours.removeHandler(handler)
             ours.setLevel(level)
+            gc.collect()  # an abandoned tqdm bar prints its last line when it is collected
             _flush()
             for descriptor, copy in saved.items():
                 os.dup2(copy, descriptor)
@@ -130,8 +132,9 @@ class StageProgress:
         self._screen = screen
         self._folder = folder
         self._clock = clock
-        self._started = self._last_time = clock()
-        self._last_share = 0.0
+        self._started = clock()
+        self._first: tuple[float, float] | None = None  # time and share done at the first update
+        self._last = (self._started, 0.0)  # at the last plain line
         self._numbers: dict[str, float] = {}
         self._done = 0
         self._bar: Progress | None = None
@@ -139,7 +142,7 @@ class StageProgress:
             self._bar = Progress(
                 TextColumn("  "),
                 BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+                MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}", markup=False),
                 console=screen.console,
@@ -167,7 +170,7 @@ class StageProgress:
             seconds = round(self._clock() - self._started, 3)
             self._append("metrics.jsonl", {"step": done, **numbers, "seconds": seconds})
         if self._bar:
-            shown = self._shown(self._numbers)
+            shown = _shown(self._numbers)
             self._bar.update(self._task, completed=done, total=total, numbers=shown)
         else:
             self._plain_line(done, total)
@@ -177,28 +180,24 @@ class StageProgress:
         entry = {"step": self._done, "prompt": prompt, "answer": answer, **numbers}
         self._append("samples.jsonl", entry)
         text = f"    {_cut(plain(prompt), 60)} → {_cut(plain(answer), 120)}"
-        self._screen.line(f"{text}   {self._shown(numbers)}".rstrip(), "dim")
+        self._screen.line(f"{text}   {_shown(numbers)}".rstrip(), "dim")
 
     def note(self, text: str) -> None:
-        self._screen.line(f"  {text}", "dim")
+        self._screen.line(f"  {plain(text)}", "dim")
 
     def _plain_line(self, done: int, total: int) -> None:
-        share = done / max(total, 1)
-        elapsed = self._clock() - self._started
-        waited = self._clock() - self._last_time
-        overdue = waited >= max(LINE_SECONDS, elapsed / 20)
-        if share - self._last_share < LINE_SHARE - 1e-9 and not overdue and done < total:
+        now, share = self._clock(), done / max(total, 1)
+        self._first = self._first or (now, share)
+        waited = max(LINE_SECONDS, (now - self._started) / 20)
+        due = share - self._last[1] > LINE_SHARE - 1e-9 or now - self._last[0] >= waited
+        if share == self._last[1] or not (due or done >= total):
             return
-        if share == self._last_share:
-            return
-        self._last_share, self._last_time = share, self._clock()
-        left = f"{duration(elapsed / share - elapsed)} left" if done < total else "done"
-        text = f"  {done}/{total}  {left}  {self._shown(self._numbers)}"
-        self._screen.line(text.rstrip())
-
-    def _shown(self, numbers: dict[str, float]) -> str:
-        first = list(numbers.items())[:SHOWN_NUMBERS]
-        return "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in first)
+        self._last = (now, share)
+        left = ""
+        if self._first[1] < share < 1:  # what came before the first step says nothing of its pace
+            pace = (now - self._first[0]) / (share - self._first[1])
+            left = f"{duration(pace * (1 - share))} left"
+        self._screen.line(f"  {done}/{total}  {left:<12}  {_shown(self._numbers)}".rstrip())
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         with (self._folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -207,3 +206,8 @@ class StageProgress:
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _shown(numbers: dict[str, float]) -> str:
+    first = list(numbers.items())[:SHOWN_NUMBERS]
+    return "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in first)

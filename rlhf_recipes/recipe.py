@@ -1,257 +1,207 @@
-"""Crude first version: the interface stands, the checks are coming."""
+"""A recipe: one TOML file that names a model, a dataset and the stages. No torch in here."""
 
-import json
+import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import tomlkit
-
+from rlhf_recipes.edit import Edited, edit, rebase
 from rlhf_recipes.errors import Problem, RecipeError, UsageError
-
-FIELDS = json.loads((Path(__file__).parent / "fields.json").read_text())
-OURS = {
-    "sft": {},
-    "reward": {"center_rewards_coefficient": 0.01},
-    "ppo": {"lam": 1.0, "missing_eos_penalty": 1.0},
-}
-LORA_LR = {"sft": 2e-4, "reward": 1e-4, "ppo": 1e-4}
-KINDS = ("sft", "reward", "ppo")
-POLICY_KINDS = ("sft", "ppo")
-
-
-def is_path(text: str) -> bool:
-    return text in (".", "..") or text.startswith(("./", "../", "/", "~"))
-
-
-@dataclass(frozen=True)
-class ModelTable:
-    name: str
-    revision: str | None = None
-    dtype: str = "auto"
-    quantization: str = "none"
-    base: Path = field(default=Path("."), repr=False, compare=False)
-
-    @property
-    def is_local(self) -> bool:
-        return is_path(self.name)
-
-    @property
-    def folder(self) -> Path:
-        return (self.base / Path(self.name).expanduser()).resolve()
-
-
-@dataclass(frozen=True)
-class DatasetTable:
-    path: str
-    name: str | None = None
-    data_dir: str | None = None
-    data_files: Any = None
-    split: str | None = None
-    revision: str | None = None
-    columns: dict[str, str] | None = None
-    max_prompt_tokens: int = 512
-    max_answer_tokens: int = 512
-    max_rows: int | None = None
-    validation_fraction: float = 0.05
-    test_fraction: float = 0.1
-    test_split: str | None = None
-    judge_fraction: float = 0.25
-    system: str | None = None
-    base: Path = field(default=Path("."), repr=False, compare=False)
-
-    @property
-    def is_local(self) -> bool:
-        return is_path(self.path) or self.path.endswith((".jsonl", ".json", ".csv", ".parquet"))
-
-    @property
-    def file(self) -> Path:
-        return (self.base / Path(self.path).expanduser()).resolve()
-
-
-@dataclass(frozen=True)
-class EvaluationTable:
-    prompts: int = 128
-    response_length: int | None = None
-    temperature: float | None = None
-
-
-@dataclass(frozen=True)
-class StageTable:
-    name: str
-    kind: str
-    policy: str | None
-    reward_model: str | None
-    reference: str | None
-    dataset: DatasetTable | None
-    extras: dict[str, Any]
-    options: dict[str, Any]
-    given: dict[str, Any]
+from rlhf_recipes.fields import suggest, trl_fields
+from rlhf_recipes.lines import key_lines
+from rlhf_recipes.tables import (
+    SHARED_DATA_KEYS,
+    DatasetTable,
+    EvaluationTable,
+    ModelTable,
+    StageTable,
+    is_path,
+)
+from rlhf_recipes.validate import Key, dotted
+from rlhf_recipes.wiring import check
 
 
 @dataclass(frozen=True)
 class Recipe:
     path: Path
-    text: str
-    overrides: tuple[str, ...]
+    text: str  # as written, `--set` and `--unset` applied
+    overrides: tuple[str, ...]  # the words of `--set`, and "unset KEY"
     title: str
     stages: tuple[str, ...]
     seed: int
     model: ModelTable
-    lora: dict[str, Any] | None
+    lora: dict[str, Any] | None  # LoraConfig's arguments; None: all weights train
     dataset: DatasetTable
     evaluation: EvaluationTable | None
     tables: dict[str, StageTable]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]  # what is no mistake, and yet worth a look
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]
 
     def resolved(self) -> dict[str, Any]:
-        out: dict[str, Any] = {"title": self.title, "stages": list(self.stages), "seed": self.seed}
-        out["model"] = asdict(replace(self.model, base=None))
-        out["lora"] = self.lora or False
-        out["dataset"] = asdict(replace(self.dataset, base=None))
-        for t in self.tables.values():
-            out[t.name] = {"kind": t.kind, **t.extras, **t.options}
-        out["evaluation"] = asdict(self.evaluation) if self.evaluation else False
-        return _no_none(out)
+        """Every key with its value, paths absolute: a recipe of its own, whose stages are these."""
+        model = asdict(self.model) | {"base": None}
+        if self.model.is_local:
+            model["name"] = str(self.model.folder)
+        stages = {table.name: self._resolved_stage(table) for table in self.tables.values()}
+        return _without_none(
+            {
+                "title": self.title,
+                "stages": list(self.stages),
+                "seed": self.seed,
+                "evaluation": asdict(self.evaluation) if self.evaluation else False,
+                "lora": False if self.lora is None else self.lora,
+                "model": model,
+                "dataset": _resolved_dataset(self.dataset),
+                **stages,
+            }
+        )
+
+    def _resolved_stage(self, table: StageTable) -> dict[str, Any]:
+        roles = {role: getattr(table, role) for role in ("policy", "reward_model", "reference")}
+        if is_path(roles["reward_model"] or ""):
+            folder = self.path.parent / Path(roles["reward_model"]).expanduser()
+            roles["reward_model"] = str(folder.resolve())
+        own = _resolved_dataset(table.dataset) if table.dataset else {}
+        own = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
+        dataset = {"dataset": own} if own else {}
+        return {"kind": table.kind, **roles, **table.options, **table.extras, **dataset}
 
 
-def _no_none(value: Any) -> Any:
+def _resolved_dataset(table: DatasetTable) -> dict[str, Any]:
+    out = asdict(table) | {"base": None}
+    if table.is_local:
+        out["path"] = str(table.file)
+    if table.test_split:
+        out["test_fraction"] = None
+    return out
+
+
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _no_none(v) for k, v in value.items() if v is not None}
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
     return value
 
 
+# ---- loading
+
+
 def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such recipe")
-    text = path.read_text(encoding="utf-8")
-    try:
-        doc = tomlkit.parse(text)
-    except ValueError as error:
-        raise RecipeError([Problem(str(path), None, "", str(error))]) from None
-    for word in set:
-        key, _, raw = word.partition("=")
-        *tables, last = key.split(".")
-        node: Any = doc
-        for t in tables:
-            node = node.setdefault(t, tomlkit.table())
-        try:
-            node[last] = tomllib.loads(f"v = {raw}")["v"]
-        except tomllib.TOMLDecodeError:
-            node[last] = raw
-    for key in unset:
-        *tables, last = key.split(".")
-        node = doc
-        for t in tables:
-            node = node[t]
-        del node[last]
-    text = doc.as_string()
-    data = tomllib.loads(text)
-    base = path.parent.resolve()
-    lora = data.get("lora", {})
-    lora = (
-        None
-        if lora is False
-        else {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"} | lora
-    )
-    dataset = DatasetTable(**data["dataset"], base=base)
-    tables_: dict[str, StageTable] = {}
-    policy = reward = None
-    for name in data["stages"]:
-        given = dict(data.get(name, {}))
-        kind = given.pop("kind", name)
-        own = given.pop("dataset", None)
-        wiring = [given.pop(k, None) for k in ("policy", "reward_model", "reference")]
-        defaults = OURS[kind] | ({"learning_rate": LORA_LR[kind]} if lora is not None else {})
-        extras: dict[str, Any] = {}
-        if kind == "reward":
-            extras = {"head_learning_rate": given.pop("head_learning_rate", None)}
-        if kind == "ppo":
-            guard = {"max_kl": None} | given.pop("guard", {})
-            extras = {"value_learning_rate": given.pop("value_learning_rate", None), "guard": guard}
-        given = defaults | given
-        options = {k: f["default"] for k, f in FIELDS[kind].items()} | given
-        tables_[name] = StageTable(
-            name,
-            kind,
-            wiring[0] or policy,
-            (wiring[1] or reward) if kind == "ppo" else None,
-            wiring[2],
-            DatasetTable(
-                **{
-                    "max_prompt_tokens": dataset.max_prompt_tokens,
-                    "max_answer_tokens": dataset.max_answer_tokens,
-                }
-                | own,
-                base=base,
-            )
-            if own
-            else None,
-            extras,
-            options,
-            given,
-        )
-        policy = name if kind in POLICY_KINDS else policy
-        reward = name if kind == "reward" else reward
-    evaluation = data.get("evaluation", {})
+    text = _read(path)
+    data = _parse(text, path)
+    edited = edit(text, set, unset)
+    if set or unset:
+        data = tomllib.loads(edited.text)
+    parts, checker = check(data, path.parent.resolve())
+    lines = key_lines(text)
+    problems = [_place(key, what, path, lines, edited) for key, what in checker.problems]
+    if problems or edited.problems:
+        problems.sort(key=lambda p: (p.file != str(path), p.line or 0))
+        raise RecipeError([*problems, *edited.problems])
     return Recipe(
         path=path,
-        text=text,
-        overrides=(*set, *(f"unset {u}" for u in unset)),
-        title=data.get("title", path.stem),
-        stages=tuple(data["stages"]),
-        seed=data.get("seed", 42),
-        model=ModelTable(**data["model"], base=base),
-        lora=lora,
-        dataset=dataset,
-        evaluation=None if evaluation is False else EvaluationTable(**evaluation),
-        tables=tables_,
+        text=edited.text,
+        overrides=(*set, *(f"unset {key}" for key in unset)),
+        **{**parts, "title": parts["title"] or path.stem},
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"{path} is no recipe file", "`rlhf-recipes recipes` lists some") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError([Problem(str(path), line, "", "is not UTF-8 text")]) from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).partition(" (at ")
+        found = re.match(r"line (\d+)", place)
+        line = int(found[1]) if found else text.count("\n") + 1
+        shown = text.splitlines()[line - 1].strip() if text.strip() else ""
+        hint = "; text needs quotes" if message == "Invalid value" else ""
+        raise RecipeError(
+            [Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint}")]
+        ) from None
+
+
+def _place(key: Key, message: str, path: Path, lines: dict[Key, int], edited: Edited) -> Problem:
+    """A problem with the `--set` that made it, or the line of its key or of the table around it."""
+    around = [key[:length] for length in range(len(key), 0, -1)]
+    words = [edited.words[at] for at in around if at in edited.words]
+    if not words and key not in lines:
+        words = [word for at, word in edited.words.items() if at[: len(key)] == key]
+    if words:
+        return Problem(words[0], None, dotted(key), message)
+    line = next((lines[at] for at in around if at in lines), None)
+    return Problem(str(path), line, dotted(key), message)
+
+
+# ---- what determines a stage's result
 
 
 def identity_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    t = recipe.table(stage)
-    out = {k: v for k, v in t.options.items() if FIELDS[t.kind][k]["effect"] == "identity"}
-    size = t.options["per_device_train_batch_size"] * t.options["gradient_accumulation_steps"]
-    return {
-        **out,
-        **t.extras,
-        "batch_size": size,
-        "lora": recipe.lora,
-        "dtype": recipe.model.dtype,
-        "quantization": recipe.model.quantization,
-    }
+    """The stage's own settings that determine its result. Of the batch only its size counts."""
+    table = recipe.table(stage)
+    batch = table.options["per_device_train_batch_size"]
+    batch *= table.options["gradient_accumulation_steps"]
+    return {**_of_effect(table, "identity"), **table.extras, "batch_size": batch}
 
 
 def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    t = recipe.table(stage)
-    return {k: v for k, v in t.options.items() if FIELDS[t.kind][k]["effect"] == "layout"}
+    """The settings that say where and how the stage computes, and leave its result alone."""
+    return _of_effect(recipe.table(stage), "layout")
+
+
+def _of_effect(table: StageTable, effect: str) -> dict[str, Any]:
+    fields = trl_fields()[table.kind]
+    return {key: v for key, v in table.options.items() if fields[key].effect == effect}
+
+
+# ---- files
 
 
 def shipped_recipes() -> list[Path]:
-    inside = Path(__file__).parent / "recipes"
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-    return sorted(folder.rglob("*.toml"))
+    """The recipes of this installation: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "recipes"
+    return sorted((inside if inside.is_dir() else package.parent / "recipes").rglob("*.toml"))
 
 
 def find_recipe(name: str) -> Path:
+    """A file, or a shipped recipe by its stem. Raises UsageError."""
     if Path(name).is_file():
         return Path(name)
-    shipped = {p.stem: p for p in shipped_recipes()}
-    if name in shipped:
-        return shipped[name]
-    raise UsageError(f"no recipe {name!r}", f"the shipped ones: {', '.join(shipped)}")
+    shipped = {path.stem: path for path in shipped_recipes()}
+    if name not in shipped:
+        near = suggest(name, shipped)
+        raise UsageError(f"no recipe {name}{near}", f"shipped: {', '.join(shipped)}")
+    return shipped[name]
 
 
 def fork_recipe(
     source: Path, new: Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()
 ) -> Path:
+    """Write a copy to change: comments kept, relative paths re-based, what it came from on line 1.
+
+    Raises RecipeError if the copy would not be valid, UsageError if `new` is there already.
+    """
+    new = new if new.suffix == ".toml" else new.with_name(new.name + ".toml")
+    if new.exists():
+        raise UsageError(f"{new} is there already", "choose another name")
     recipe = load_recipe(source, set=set, unset=unset)
-    new.write_text(f"# Forked from {source}\n" + recipe.text)
+    changes = ", ".join(edit(_read(source), set, unset).changes) or "nothing changed yet"
+    text = rebase(recipe.text, source.parent, new.parent)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.write_text(f"# Forked from {source}: {changes}\n{text}", encoding="utf-8")
     return new

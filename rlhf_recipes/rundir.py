@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import math
@@ -167,9 +168,10 @@ def lock(folder: Path, what: str) -> Iterator[None]:
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that a result depends on, read without importing them."""
     found = {"python": platform.python_version()}

@@ -30,7 +30,15 @@ from rlhf_recipes.errors import (
     UsageError,
 )
 from rlhf_recipes.identity import difference
-from rlhf_recipes.plan import Plan, PlannedStage, is_policy, make_plan, run_name
+from rlhf_recipes.plan import (
+    EVALUATION,
+    Plan,
+    PlannedStage,
+    is_policy,
+    make_plan,
+    run_name,
+    stage_names,
+)
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
 from rlhf_recipes.recipe import Recipe, layout_settings
 from rlhf_recipes.shared import Shared
@@ -70,61 +78,53 @@ def run(
     """Run what is not done yet of a recipe, and write the run's folder.
 
     Raises BusyError where another process holds the run or a stage of it, Interrupted on Ctrl-C
-    and SIGTERM, StageError (or the stage's own DataError, ModelError, GateError) where one fails.
+    and SIGTERM, and StageError (or the stage's own DataError, ModelError, GateError) where one
+    fails.
     """
     runs, name = rundir.runs_folder(runs), run_name(recipe, name)
-    folder = runs / name
-    with _nothing_for_others_to_write(), _terminable(), rundir.lock(folder, f"run {name}"):
-        plan = make_plan(recipe, runs, name=name, fresh=fresh)
-        planned = _through(until, plan)
-        rundir.write_text(folder / "recipe.toml", recipe.text)
-        rundir.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
-        with Screen(folder / "log.txt") as screen:
-            screen.line(f"{plain(recipe.title)} · {folder}", "bold")
-            return _Run(plan, planned, screen, fresh).run()
+    folder, wanted = runs / name, _names_until(until, recipe)
+    try:
+        with _nothing_for_others_to_write(), _terminable(), rundir.lock(folder, f"run {name}"):
+            with Screen(folder / "log.txt") as screen:
+                screen.line(f"{plain(recipe.title)} · {folder}", "bold")
+                plan = make_plan(recipe, runs, name=name, fresh=fresh)
+                rundir.write_text(folder / "recipe.toml", recipe.text)
+                rundir.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
+                return _Run(plan, screen, fresh).go(wanted)
+    except KeyboardInterrupt as signalled:
+        raise Interrupted(
+            f"run {name} was interrupted",
+            "finished stages are kept, and the same command goes on from there",
+            exit_code=143 if isinstance(signalled, Terminated) else 130,
+        ) from None
 
 
 class _Run:
     """One pass over the planned stages."""
 
-    def __init__(
-        self, plan: Plan, planned: list[PlannedStage], screen: Screen, fresh: bool
-    ) -> None:
+    def __init__(self, plan: Plan, screen: Screen, fresh: bool) -> None:
         self.plan = plan
-        self.planned = planned
         self.screen = screen
         self.fresh = fresh
         self.shared = Shared(plan.recipe)
-        self.done: list[StageOutcome] = []
+        self.done: dict[str, StageOutcome] = {}
         self.started = rundir.now()
-        self.at = "planning"  # where an interruption falls
 
-    def run(self) -> RunOutcome:
-        outcome, model = "failed", None
+    def go(self, wanted: list[str]) -> RunOutcome:
+        outcome = "failed"
         try:
-            for stage in self.planned:
-                self.at = f"stage {stage.name}"
-                self.done.append(self._stage(stage))
-                self._write_manifest("unfinished")
-            self.at = "writing the model"
+            for stage in self.plan.stages[: len(wanted)]:
+                self.done[stage.name] = self._stage(stage)
+                if self.done[stage.name].did == "ran":
+                    self._write("unfinished")
             model = self._write_model()
             outcome = "finished"
-        except KeyboardInterrupt as signalled:
+        except KeyboardInterrupt:
             outcome = "interrupted"
-            raise Interrupted(
-                f"interrupted in {self.at}",
-                "finished stages are kept: the same command goes on from there",
-                exit_code=143 if isinstance(signalled, Terminated) else 130,
-            ) from None
+            raise
         finally:
-            self._write_manifest(outcome)
-        results = {
-            f"{done.stage.name}.{metric}": value
-            for done in self.done
-            for metric, value in done.record["metrics"].items()
-        }
-        rundir.write_json(self.plan.run_folder / "results.json", results)
-        return RunOutcome(self.plan.run_folder, tuple(self.done), results, model)
+            results = self._write(outcome)
+        return RunOutcome(self.plan.run_folder, tuple(self.done.values()), results, model)
 
     # ---- one stage ------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class _Run:
     def _compute(self, stage: PlannedStage) -> dict[str, Any]:
         rundir.clear_stage(stage.folder)
         started, clock = rundir.now(), time.monotonic()
-        folders = {other.name: other.folder for other in self.plan.stages}
+        outputs = {other.name: other.folder / "output" for other in self.plan.stages}
         with self._failing_as(f"stage {stage.name}"), self.screen.quiet():
             with StageProgress(self.screen, stage.folder) as progress:
                 context = stages.StageContext(
@@ -158,16 +158,12 @@ class _Run:
                     kind=stage.kind,
                     recipe=self.plan.recipe,
                     folder=stage.folder,
-                    inputs={r: folders[name] / "output" for r, name in stage.inputs.items()},
+                    inputs={role: outputs[source] for role, source in stage.inputs.items()},
                     progress=progress,
                     shared=self.shared,
                 )
                 result = stages.load(stage.kind)(context)
-        layout = (
-            {}
-            if stage.name not in self.plan.recipe.stages
-            else layout_settings(self.plan.recipe, stage.name)
-        )
+        evaluation = stage.kind == EVALUATION
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -178,7 +174,7 @@ class _Run:
             "summary": result.summary,
             "metrics": result.metrics,
             "payload": stage.payload,
-            "layout": layout,
+            "layout": {} if evaluation else layout_settings(self.plan.recipe, stage.name),
             "versions": rundir.versions(),
         }
         rundir.write_record(stage.folder, record)
@@ -196,16 +192,14 @@ class _Run:
             raise type(error)(f"{what}: {error.message}", hint) from error
         except Exception as error:
             self.screen.log_traceback()
-            reason = str(error).strip().partition("\n")[0] or "no reason given"
-            raise StageError(
-                f"{what} failed: {type(error).__name__}: {plain(reason)}", where
-            ) from error
+            reason = plain(str(error).strip().partition("\n")[0])
+            raise StageError(f"{what} failed: {type(error).__name__}: {reason}", where) from error
 
     # ---- the run's own files --------------------------------------------------------------------
 
     def _write_model(self) -> Path | None:
-        """model/, of the last policy; built aside, and left alone where it is that already."""
-        policies = [done for done in self.done if is_policy(done.stage.kind)]
+        """model/, of the last policy: built aside, and left alone where it is that already."""
+        policies = [done for done in self.done.values() if is_policy(done.stage.kind)]
         if not policies:
             return None
         last = policies[-1]
@@ -213,37 +207,30 @@ class _Run:
         source = {
             "stage": last.stage.name,
             "key": last.stage.key,
-            "started": last.record["started"],
+            "started": last.record["started"],  # `--fresh` makes another of the same key
         }
         if rundir.read_json(folder / MODEL_SOURCE) == {"format": rundir.FORMAT, **source}:
             return folder
-        from rlhf_recipes.export import write_model
-
         aside = self.plan.run_folder / ".model"
         shutil.rmtree(aside, ignore_errors=True)
         with self._failing_as("writing the model"), self.screen.quiet():
+            from rlhf_recipes.export import write_model
+
             write_model(self.plan.recipe, last.stage.folder / "output", aside, form="merged")
         rundir.write_json(aside / MODEL_SOURCE, source)
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         return folder
 
-    def _write_manifest(self, outcome: str) -> None:
-        recipe = self.plan.recipe
-        did = {done.stage.name: done for done in self.done}
-        entries = [
-            {
-                "name": stage.name,
-                "kind": stage.kind,
-                "key": stage.key,
-                "folder": stage.folder.relative_to(self.plan.runs).as_posix(),
-                "outcome": did[stage.name].did if stage.name in did else "not run",
-                "reason": stage.reason,
-                "seconds": did[stage.name].record["seconds"] if stage.name in did else None,
-            }
-            for stage in self.plan.stages
-        ]
+    def _write(self, outcome: str) -> dict[str, float | int | str]:
+        """manifest.json and results.json, as far as the run has come; returns the results."""
+        results = {}
+        for name, done in self.done.items():
+            for metric, value in done.record["metrics"].items():
+                # The evaluation says itself which stage a number is about: "ppo.win_rate".
+                results[metric if "." in metric else f"{name}.{metric}"] = value
+        rundir.write_json(self.plan.run_folder / "results.json", results)
+        recipe, last = self.plan.recipe, self.plan.stages[-1]
         manifest = {
             "title": recipe.title,
             "recipe": str(recipe.path.resolve()),
@@ -251,25 +238,39 @@ class _Run:
             "started": self.started,
             "ended": rundir.now(),
             "outcome": outcome,
-            "stages": entries,
-            "model": self.plan.stages[0].payload["model"],
-            "dataset": self.plan.stages[0].payload["dataset"],
+            "stages": [self._entry(stage) for stage in self.plan.stages],
+            "seed": recipe.seed,
+            "model": last.payload["model"],
+            "dataset": last.payload["dataset"],
             "versions": rundir.versions(),
             "hardware": rundir.hardware(),
         }
         rundir.write_json(self.plan.run_folder / rundir.MANIFEST, manifest)
+        return results
+
+    def _entry(self, stage: PlannedStage) -> dict[str, Any]:
+        done = self.done.get(stage.name)
+        return {
+            "name": stage.name,
+            "kind": stage.kind,
+            "key": stage.key,
+            "folder": stage.folder.relative_to(self.plan.runs).as_posix(),
+            "outcome": done.did if done else "not run",
+            "reason": stage.reason,
+            "seconds": done.record["seconds"] if done else None,
+        }
 
 
-def _through(until: str | None, plan: Plan) -> list[PlannedStage]:
-    """The stages up to `until`. Raises UsageError for a stage that the recipe has not."""
-    names = [stage.name for stage in plan.stages]
+def _names_until(until: str | None, recipe: Recipe) -> list[str]:
+    """The recipe's stages up to `until`. Raises UsageError where it has none of that name."""
+    names = stage_names(recipe)
     if until is None:
-        return list(plan.stages)
+        return names
     if until not in names:
         near = difflib.get_close_matches(until, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"its stages: {', '.join(names)}"
         raise UsageError(f"the recipe has no stage {until!r}", hint)
-    return list(plan.stages[: names.index(until) + 1])
+    return names[: names.index(until) + 1]
 
 
 @contextlib.contextmanager
@@ -285,7 +286,7 @@ def _nothing_for_others_to_write() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run in order. Python delivers signals to the main thread alone."""
+    """SIGTERM ends the run in order. Only the main thread can be told so."""
 
     def terminate(signum: int, frame: object) -> None:
         raise Terminated

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.identity import digest
-from rlhf_recipes.recipe import is_path
+from rlhf_recipes.tables import is_path
 
 if TYPE_CHECKING:
-    from rlhf_recipes.recipe import DatasetTable, Recipe
+    from rlhf_recipes.recipe import Recipe
+    from rlhf_recipes.tables import DatasetTable
 
 # Smaller files are read each time; the digest of a larger one is kept by size and time of change.
 REMEMBERED_BYTES = 8 * 2**20
@@ -71,19 +72,20 @@ def local_path(name: str, recipe: Recipe, revision: str | None = None) -> Path:
     if is_path(name):
         return resolve(name, recipe)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     commit = identify_hub_model(name, revision)["revision"]
-    try:
-        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
-        if any(folder.glob("*.safetensors")):
-            return folder
-    except LocalEntryNotFoundError:
-        pass  # only the commit is known so far
-    try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES))
-    except Exception as error:
-        raise ModelError(*_hub_trouble(name, "model", error)) from error
+    reason: Exception = FileNotFoundError("it has no weights in safetensors")
+    for here in (True, False):
+        try:
+            found = snapshot_download(
+                name, revision=commit, allow_patterns=MODEL_FILES, local_files_only=here
+            )
+        except Exception as error:
+            reason = error
+            continue
+        if any(Path(found).glob("*.safetensors")):  # of a snapshot, any part may be here
+            return Path(found)
+    raise ModelError(*_hub_trouble(name, "model", reason)) from reason
 
 
 def content_digest(path: Path, runs: Path) -> str:
@@ -100,8 +102,6 @@ def content_digest(path: Path, runs: Path) -> str:
         if file.is_file() and file.suffix != ".md"
     ]
     shown = sorted(name for name in names if not any(p.startswith(".") for p in name.split("/")))
-    if not shown:
-        raise ModelError(f"{path} holds no files", "name a folder with a model or data in it")
     return digest({name: _file_digest(path / name, runs) for name in shown})
 
 

@@ -1,23 +1,16 @@
-"""A recipe's parsed text → its parts, resolved; or every problem that it has."""
+"""The rules for every key of a recipe but the stages' own: types, ranges, files, and what clashes.
+
+`wiring.check` goes through the whole recipe.
+"""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
 from rlhf_recipes.tables import (
     DATA_SUFFIXES,
-    EXTRAS,
-    INHERITED_DATA_KEYS,
-    KINDS,
-    POLICY_KINDS,
-    RESERVED,
     DatasetTable,
-    EvaluationTable,
-    ModelTable,
-    StageTable,
-    dataset_keys,
     is_path,
     kinds_of,
     stage_keys,
@@ -26,14 +19,12 @@ from rlhf_recipes.tables import (
 
 Key = tuple[str | int, ...]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Modules that carry the vocabulary, by the names that transformers' models give them.
 VOCABULARY = "lm_head embed_out output_projection embed_tokens wte wpe word_embeddings embed_in"
-MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
 
 
 class Checker:
-    """Goes through the whole recipe; `problems` holds a key path and a message each."""
+    """Goes through a recipe; `problems` holds a key path and a message each, in no order."""
 
     def __init__(self, data: dict[str, Any], base: Path) -> None:
         self.data = data
@@ -50,7 +41,8 @@ class Checker:
     def table(self, data: Any, keys: Keys, at: Key) -> dict[str, Any]:
         """The values that are right. The others are left out, and noted as problems."""
         if not isinstance(data, dict):
-            self.problem(at, f"must be a table, not {show(data)}")
+            false = " or false" if at in (("lora",), ("evaluation",)) else ""
+            self.problem(at, f"must be a table{false}, not {show(data)}")
             return {}
         values = {}
         for name, value in data.items():
@@ -60,7 +52,7 @@ class Checker:
             elif not isinstance(field, Field):
                 values[name] = self.table(value, field, key)
             elif field.standing == "owned":
-                self.problem(key, f"{field.owner} owns it: {field.reason}")
+                self.problem(key, f"belongs to {field.owner}: {field.reason}")
             elif field.standing == "refused":
                 self.problem(key, f"is refused: {field.reason}")
             else:
@@ -71,14 +63,27 @@ class Checker:
         return values
 
     def unknown(self, name: str, keys: Keys) -> str:
-        settable = [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
         tables = top_keys() | {stage: stage_keys(kind) for stage, kind in self.kinds.items()}
         for table, inner in tables.items():
-            if not isinstance(inner, Field) and name in inner:
-                return f"unknown key here (it is one of [{table}])"
-        return "unknown key" + (suggest(name, settable) or _listed(settable))
+            if table == name:
+                return "unknown key here: it belongs at the top, before the first [table]"
+            if not isinstance(inner, Field) and name in _settable(inner):
+                return f"unknown key here: it is one of [{table}]"
+        known = _settable(keys)
+        listed = f" (there are {', '.join(known)})" if len(known) < 20 else ""
+        return "unknown key" + (suggest(name, known) or listed)
 
-    # ---- the recipe's own tables
+    # ---- the recipe's own keys and tables
+
+    def top(self) -> dict[str, Any]:
+        """title, stages and seed; and every key that is no table and should not be there."""
+        keys = [k for k, field in top_keys().items() if isinstance(field, Field)]
+        tables = [k for k, v in self.data.items() if isinstance(v, dict) and k not in keys]
+        aside = {*tables, *self.kinds, "model", "lora", "dataset", "evaluation"}
+        top = self.table({k: v for k, v in self.data.items() if k not in aside}, top_keys(), ())
+        if not top.get("stages") and not any(key[0] == "stages" for key, _ in self.problems):
+            self.problem(("stages",), 'is missing: stages = ["sft", "reward", "ppo"], or fewer')
+        return top
 
     def model(self) -> dict[str, Any]:
         at = ("model",)
@@ -100,7 +105,7 @@ class Checker:
             if not HUB_ID.fullmatch(name):
                 self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")
             elif folder.is_dir():
-                self.notes.append(f'{_dotted(key)}: a hub id; for the folder write "./{name}"')
+                self.notes.append(f'{dotted(key)}: a hub id; for the folder write "./{name}"')
         elif not folder.is_dir():
             self.problem(key, f"no such folder: {folder}")
         elif not (folder / "config.json").is_file():
@@ -108,22 +113,31 @@ class Checker:
             what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
             self.problem(key, f"{folder} is {what}")
 
-    def dataset(self, data: Any, at: Key) -> dict[str, Any]:
-        values = self.table(data, dataset_keys(of_stage=len(at) > 1), at)
-        if isinstance(data, dict) and "path" not in data:
-            self.problem(at, 'needs path = "…": a hub id, or a file or folder (./…)')
-        if "path" in values:
-            self.data_path(values, at)
+    def dataset(self) -> dict[str, Any]:
+        at = ("dataset",)
+        if "dataset" not in self.data:
+            self.problem(at, 'is missing: [dataset] with path = "…" names the preference data')
+            return {}
+        values = self.table(self.data["dataset"], top_keys()["dataset"], at)
+        self.data_source(self.data["dataset"], values, at)
         if "test_split" in values and "test_fraction" in values:
             self.problem((*at, "test_fraction"), "leave it out: test_split says what the test is")
         validation = values.get("validation_fraction", DatasetTable.validation_fraction)
-        test = 0.0 if "test_split" in values else values.get("test_fraction", 0.1)
+        test = (
+            0.0
+            if "test_split" in values
+            else values.get("test_fraction", DatasetTable.test_fraction)
+        )
         if validation + test >= 1:
             key = "test_fraction" if "test_fraction" in values else "validation_fraction"
             self.problem((*at, key), f"nothing is left to train on: {validation} + {test} ≥ 1")
         return values
 
-    def data_path(self, values: dict[str, Any], at: Key) -> None:
+    def data_source(self, written: Any, values: dict[str, Any], at: Key) -> None:
+        if isinstance(written, dict) and "path" not in written:
+            self.problem(at, 'needs path = "…": a hub id, or a file or folder (./…)')
+        if "path" not in values:
+            return
         table, key = DatasetTable(values["path"], base=self.base), (*at, "path")
         if not table.is_local:
             if table.path in ("json", "csv", "parquet", "text"):
@@ -135,20 +149,22 @@ class Checker:
             self.problem(key, f"no such file or folder: {table.file}")
         elif table.file.is_file() and table.file.suffix not in DATA_SUFFIXES:
             self.problem(key, f"must end in {', '.join(DATA_SUFFIXES)}, or be a folder")
-        if "revision" in values:
-            self.problem((*at, "revision"), "is for datasets on the hub; a file has none")
+        idle = ["revision"]
+        if table.file.suffix in DATA_SUFFIXES:
+            idle += ["name", "data_dir", "data_files"]
+        for name in idle:
+            if name in values:
+                self.problem((*at, name), "says nothing about a local file: leave it out")
 
-    def lora(self) -> dict[str, Any] | None:
-        """LoraConfig's arguments, every passed field that is not None; None where there is none."""
+    def lora(self, quantization: str) -> dict[str, Any] | None:
+        """LoraConfig's arguments, every passed field that is not None; None for `lora = false`."""
         written, at = self.data.get("lora", {}), ("lora",)
         if written is False:
-            quantization = self.data.get("model")
-            quantization = isinstance(quantization, dict) and quantization.get("quantization")
-            if quantization in ("4bit", "8bit"):
-                self.problem(at, f"weights in {quantization} cannot be trained: use LoRA, or none")
+            if quantization != "none":
+                self.problem(at, f"weights in {quantization} cannot train; adapters on them can")
             return None
         given = self.table(written, trl_fields()["lora"], at)
-        lora = _resolve(trl_fields()["lora"], given, lora=True)
+        lora = resolve(trl_fields()["lora"], given, lora=True)
         for key in ("layers_to_transform", "layers_pattern"):
             if key in given and isinstance(lora["target_modules"], str):
                 self.problem((*at, key), "needs target_modules to be a list of names")
@@ -167,11 +183,32 @@ class Checker:
                 pattern = re.compile(targets)
             except re.error as error:
                 return self.problem(key, f"is no regular expression: {error}")
-            names = VOCABULARY.split()
-            hit = [n for n in names if pattern.fullmatch(n) or pattern.fullmatch(f"model.{n}")]
+            places = [f"{place}{n}" for n in VOCABULARY.split() for place in ("", "model.")]
+            hit = [name for name in places if pattern.fullmatch(name)]
         if hit:
             self.problem(key, f"{hit[0]} holds the vocabulary, which all adapters share as it is")
 
     def evaluation(self) -> dict[str, Any] | None:
         written = self.data.get("evaluation", {})
-        return None if written is False else self.table(written, top_keys()["evaluation"], ("evaluation",))
+        if written is False:
+            return None
+        return self.table(written, top_keys()["evaluation"], ("evaluation",))
+
+
+def resolve(fields: dict[str, Field], given: dict[str, Any], lora: bool) -> dict[str, Any]:
+    """Every passed field: as given, else our default, else upstream's."""
+    resolved = {}
+    for name, field in fields.items():
+        if field.standing == "passed":
+            ours = field.our_default(lora)
+            resolved[name] = given.get(name, field.default if ours is None else ours)
+    return resolved
+
+
+def _settable(keys: Keys) -> list[str]:
+    return [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
+
+
+def dotted(key: Key) -> str:
+    """A key's path as a recipe spells it; places in an array are left out."""
+    return ".".join(part for part in key if isinstance(part, str))

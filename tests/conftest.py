@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    HF_HOME=tempfile.mkdtemp(prefix="rlhf-recipes-tests-"),
     HF_HUB_DISABLE_TELEMETRY="1",
     TRL_EXPERIMENTAL_SILENCE="1",
     RLHF_RECIPES_RUNS="",
     COLUMNS="200",
+    OMP_NUM_THREADS="1",  # these models are too small to share out; it also fixes every sum's order
 )
 
 TEMPLATE = (

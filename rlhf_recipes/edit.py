@@ -1,0 +1,110 @@
+"""Changing a recipe's text with its comments kept: `--set`, `--unset`, and a fork's paths."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from rlhf_recipes.errors import Problem, UsageError
+from rlhf_recipes.fields import parse_value, show, suggest
+from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, top_keys
+
+
+@dataclass
+class Edited:
+    text: str
+    words: dict[tuple[str, ...], str] = field(default_factory=dict)  # a key's path -> its `--set …`
+    problems: list[Problem] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)  # "seed 42 → 7", for people
+
+
+def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
+    """`text`, valid TOML, with keys taken out and then set.
+
+    A value is read as its field's type asks; `stages` and whole tables come before the keys in
+    them, whatever the order of the words. Raises UsageError for a word that is no `key=value`.
+    """
+    document, edited = tomlkit.parse(text), Edited(text)
+    pairs = [_split(word) for word in set]
+    for key in unset:
+        path = tuple(key.split("."))
+        wrong = _remove(document, path, edited)
+        if wrong:
+            edited.problems.append(Problem(f"--unset {key}", None, key, wrong))
+    for path, raw in sorted(pairs, key=lambda pair: len(pair[0])):
+        word, key = f"--set {'.'.join(path)}={raw}", ".".join(path)
+        edited.words[path] = word
+        wrong = _put(document, path, raw, edited)
+        if wrong:
+            edited.problems.append(Problem(word, None, key, wrong))
+    edited.text = document.as_string()
+    return edited
+
+
+def _split(word: str) -> tuple[tuple[str, ...], str]:
+    key, equals, raw = word.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise UsageError(f"--set {word}: no key=value", "as in --set ppo.kl_coef=0.1")
+    return path, raw.strip()
+
+
+def _remove(document: Any, path: tuple[str, ...], edited: Edited) -> str:
+    node = document
+    for part in path[:-1]:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or path[-1] not in node:
+        return "is not written in the recipe" + suggest(path[-1], _plain(node or {}))
+    edited.changes.append(f"{'.'.join(path)} left out")
+    del node[path[-1]]
+    return ""
+
+
+def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
+    kinds = kinds_of(document.unwrap())
+    stages = document.get("stages")
+    tables = {*top_keys(), *document, *(stages if isinstance(stages, list) else ())}
+    if len(path) > 1 and path[0] not in tables:
+        return f"the recipe has no table [{path[0]}]{suggest(path[0], [*tables, *kinds])}"
+    node = document
+    for depth, part in enumerate(path[:-1], 1):
+        if part not in node:
+            node[part] = tomlkit.table() if depth == 1 else tomlkit.inline_table()
+        node = node[part]
+        if not isinstance(node, dict):
+            return f"{'.'.join(path[:depth])} is {show(node)} here, not a table"
+    known = field_at(path, kinds)
+    value = known.read(raw) if known and known.types else parse_value(raw)
+    name, old = path[-1], node.get(path[-1])
+    edited.changes.append(
+        f"{'.'.join(path)} {show(value)} set"
+        if old is None
+        else f"{'.'.join(path)} {show(_plain(old))} → {show(value)}"
+    )
+    if isinstance(old, dict):
+        del node[name]  # in place, a plain value would end up inside the table before it
+    node[name] = tomlkit.value(raw) if isinstance(value, dict) else value
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    return value.unwrap() if hasattr(value, "unwrap") else value
+
+
+def rebase(text: str, source: Path, target: Path) -> str:
+    """`text` with its relative paths, which start from `source`, starting from `target`."""
+    document = tomlkit.parse(text)
+    tables = [document[name] for name in kinds_of(document.unwrap()) if name in document]
+    places = [(document["model"], "name"), (document["dataset"], "path")]
+    places += [(table, "reward_model") for table in tables]
+    places += [(table["dataset"], "path") for table in tables if "dataset" in table]
+    for table, key in places:
+        written = str(table.get(key, ""))
+        local = DatasetTable(written).is_local if key == "path" else is_path(written)
+        if local and not written.startswith(("/", "~")):
+            moved = os.path.relpath((source / written).resolve(), target.resolve())
+            table[key] = moved if moved.startswith(".") else f"./{moved}"
+    return document.as_string()

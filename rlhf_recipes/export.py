@@ -1,0 +1,110 @@
+"""From a stage's output to a folder that `transformers` and vLLM load.
+
+"merged" folds the adapter into the base in 16 or 32 bit, whatever it was trained on: merging into a
+4-bit model quantizes it again (logit error 0.38 of 0.72, against 0.006 in bfloat16, TRL-facts 32).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf_recipes.adapters import ADAPTER, HEAD, read_unit
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.models import compute_dtype, load_causal_lm
+from rlhf_recipes.plan import is_policy
+from rlhf_recipes.recipe import Recipe, load_recipe
+from rlhf_recipes.rundir import MANIFEST, read_json
+from rlhf_recipes.shared import Shared
+
+
+def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> str:
+    """Write one stage of a run to `folder`; says what lies there and how to share it.
+
+    Raises UsageError where the folder is not empty or the run has no such finished stage.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", "name a new folder")
+    recipe = load_recipe(run_folder / "resolved.toml")
+    name, kind, output = finished_stage(run_folder, stage)
+    if kind == "reward":
+        write_reward_model(recipe, output, folder, form=form)
+    else:
+        write_model(recipe, output, folder, form=form)
+    return (
+        f"{folder} holds {name} ({form}), ready for from_pretrained\n"
+        f"to share it: hf upload YOUR-NAME/{run_folder.name}-{name} {folder}"
+    )
+
+
+def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
+    """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
+    entries = [e for e in read_json(run_folder / MANIFEST)["stages"] if e["outcome"] != "not run"]
+    models = [e for e in entries if e["kind"] != "evaluation"]
+    fitting = [e for e in models if (is_policy(e["kind"]) if stage is None else e["name"] == stage)]
+    if not fitting:
+        names = ", ".join(e["name"] for e in models) or "none"
+        raise UsageError(f"{run_folder} has no finished stage {stage or 'with a policy'}", names)
+    entry = fitting[-1]
+    return entry["name"], entry["kind"], run_folder.parent / entry["folder"] / "output"
+
+
+def write_model(recipe: Recipe, output: Path, folder: Path, *, form: str = "merged") -> None:
+    """A policy's `output` as a model folder: weights, tokenizer, generation settings."""
+    shared = Shared(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    shared.tokens.tokenizer.save_pretrained(folder)
+    if form == "adapter" and recipe.lora is not None:
+        _copy_adapter(recipe, output, folder)
+        return
+    lm = load_policy(shared, output)
+    lm.generation_config = lm.shipped_generation_config
+    lm.generation_config.eos_token_id = lm.config.eos_token_id = shared.tokens.eos_id
+    lm.generation_config.pad_token_id = lm.config.pad_token_id = shared.tokens.pad_id
+    lm.save_pretrained(folder)
+
+
+def load_policy(shared: Shared, output: Path | None) -> PreTrainedModel:
+    """The causal model of a stage's output, merged, unquantized; the base where it is None."""
+    recipe = shared.recipe
+    dtype = compute_dtype(recipe.model.dtype)
+    if recipe.lora is None:
+        return load_causal_lm(output or shared.model_folder, dtype=dtype)
+    lm = load_causal_lm(shared.model_folder, dtype=dtype)
+    if output is None:
+        return lm
+    return PeftModel.from_pretrained(lm, output).merge_and_unload()
+
+
+def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str) -> None:
+    """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
+    write_model(recipe, output, folder, form=form)
+    unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
+    if form == "adapter" and recipe.lora is not None:
+        for name in (HEAD, "unit.json"):
+            shutil.copy(output / name, folder / name)
+        return
+    dtype = compute_dtype(recipe.model.dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
+    with torch.no_grad():
+        model.score.weight.copy_(load_file(output / HEAD)["score.weight"])
+    model.config.reward_unit = unit
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(folder)
+
+
+def _copy_adapter(recipe: Recipe, output: Path, folder: Path) -> None:
+    config: dict[str, Any] = json.loads((output / "adapter_config.json").read_text())
+    local = recipe.model.is_local
+    config["base_model_name_or_path"] = str(recipe.model.folder) if local else recipe.model.name
+    config["revision"] = recipe.model.revision
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    shutil.copy(output / ADAPTER, folder / ADAPTER)

@@ -1,0 +1,180 @@
+"""The stages of a recipe: the kind of each, what it takes from those before, its settings."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.fields import Field, suggest, trl_fields
+from rlhf_recipes.tables import (
+    EXTRAS,
+    INHERITED_DATA_KEYS,
+    KINDS,
+    POLICY_KINDS,
+    RESERVED,
+    DatasetTable,
+    EvaluationTable,
+    ModelTable,
+    StageTable,
+    is_path,
+    stage_keys,
+    top_keys,
+)
+from rlhf_recipes.validate import Checker, Key, resolve
+
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# The kinds that can serve each role.
+ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
+MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
+
+
+class StageChecker(Checker):
+    def stages(self, written: list[str]) -> list[str]:
+        """The stages that can be gone through; what is wrong with the others is noted."""
+        valid: list[str] = []
+        for i, name in enumerate(written):
+            key, table = ("stages", i), self.data.get(name)
+            if name in valid:
+                self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
+            elif name in RESERVED:
+                self.problem(key, f'"{name}" is reserved: this version knows {", ".join(KINDS)}')
+            elif name in top_keys() or not STAGE_NAME.fullmatch(name):
+                self.problem(key, f'"{name}" cannot be the name of a stage')
+            elif name in self.kinds:
+                valid.append(name)
+            elif isinstance(table, dict):
+                key = (name, "kind") if "kind" in table else (name,)
+                self.problem(key, f"needs kind = one of {', '.join(KINDS)}")
+            else:
+                near = suggest(name, (*KINDS, *self.kinds))
+                self.problem(key, f'"{name}" is no kind of stage, and has no table{near}')
+        return valid
+
+    def stray_tables(self, stages: list[str]) -> None:
+        """Every table that `stages`, as written, does not name."""
+        for name, table in self.data.items():
+            if name in stages or name in top_keys() or not isinstance(table, dict):
+                continue
+            if name in self.kinds:
+                self.notes.append(f"[{name}] is not used: stages does not name it")
+                self.table(table, stage_keys(self.kinds[name]), (name,))
+            elif name in RESERVED:
+                self.problem((name,), f"is reserved: this version knows {', '.join(KINDS)}")
+            else:
+                near = suggest(name, (*KINDS, *stages, *top_keys()))
+                self.problem((name,), f"unknown table: stages does not name it{near}")
+
+    def stage(self, name: str, stages: list[str], lora: bool, data: dict[str, Any]) -> StageTable:
+        """One stage, resolved. `data` is [dataset], of which its own dataset takes its limits."""
+        kind, at = self.kinds[name], (name,)
+        keys, fields = stage_keys(kind), trl_fields()[kind]
+        values = self.table(self.data.get(name, {}), keys, at)
+        if name in KINDS and values.get("kind", kind) != kind:
+            self.problem((*at, "kind"), f'must be "{name}", or left out')
+        given = {n: v for n, f in fields.items() if (v := f.our_default(lora)) is not None}
+        given |= {n: v for n, v in values.items() if n in fields}
+        options = resolve(fields, given, lora)
+        if kind == "ppo":
+            self.ppo(options, at)
+        return StageTable(
+            name=name,
+            kind=kind,
+            policy=self.role("policy", name, values, stages),
+            reward_model=self.role("reward_model", name, values, stages),
+            reference=self.role("reference", name, values, stages),
+            dataset=self.own_dataset(name, values, data),
+            extras=_extras(kind, values, options),
+            options=options,
+            given=given,
+        )
+
+    def role(self, role: str, name: str, values: dict[str, Any], stages: list[str]) -> str | None:
+        """What serves a role: what the table names, or the latest stage before that can."""
+        if role not in stage_keys(self.kinds[name]):
+            return None
+        before = stages[: stages.index(name)]
+        able = [s for s in before if self.kinds[s] in ROLES[role]]
+        named, key = values.get(role), (name, role)
+        if named is None:
+            return able[-1] if able and role != "reference" else None
+        if role == "reward_model" and (is_path(named) or "/" in named):
+            self.model_name(named, key)
+        elif named in before and named not in able:
+            self.problem(
+                key, f'"{named}" is of kind {self.kinds[named]}, not {" or ".join(ROLES[role])}'
+            )
+        elif named in stages and named not in able:
+            self.problem(key, f'"{named}" does not come before "{name}" in stages')
+        elif named not in able:
+            self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
+        return named
+
+    def own_dataset(
+        self, name: str, values: dict[str, Any], data: dict[str, Any]
+    ) -> DatasetTable | None:
+        if "dataset" not in values:
+            return None
+        own, at = values["dataset"], (name, "dataset")
+        self.data_source(self.data[name]["dataset"], own, at)
+        inherited = {key: data[key] for key in INHERITED_DATA_KEYS if key in data}
+        if "test_split" in data:
+            inherited["test_fraction"] = 0.0
+        return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
+
+    def ppo(self, options: dict[str, Any], at: Key) -> None:
+        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        parts = options["num_mini_batches"]
+        if batch % parts:
+            what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
+            self.problem((*at, "num_mini_batches"), f"{parts} does not divide {what}")
+        elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
+            what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
+            self.problem((*at, "whiten_rewards"), f"needs {what}")
+
+    def scoring(self, table: StageTable) -> None:
+        if table.kind == "ppo" and table.reward_model is None:
+            key: Key = (table.name,) if table.name in self.data else ("stages",)
+            what = 'put a "reward" stage before it, or say reward_model = "…"'
+            self.problem(key, f"{table.name} has nothing to score with: {what}")
+
+
+def check(data: dict[str, Any], base: Path) -> tuple[dict[str, Any], StageChecker]:
+    """The parts of a Recipe, to be used only if the checker holds no problem.
+
+    `data` is the parsed recipe, `base` the folder that its relative paths start from.
+    """
+    checker = StageChecker(data, base)
+    top = checker.top()
+    model, dataset, evaluation = checker.model(), checker.dataset(), checker.evaluation()
+    lora = checker.lora(model.get("quantization", ModelTable.quantization))
+    written = top.get("stages", [])
+    names = checker.stages(written)
+    tables = [checker.stage(name, names, lora is not None, dataset) for name in names]
+    if names == written:
+        for table in tables:
+            checker.scoring(table)
+    checker.stray_tables(written)
+    if checker.problems:
+        return {}, checker
+    return {
+        "title": top.get("title", ""),
+        "stages": tuple(names),
+        "seed": top.get("seed", 42),
+        "model": ModelTable(**model, base=base),
+        "lora": lora,
+        "dataset": DatasetTable(**dataset, base=base),
+        "evaluation": None if evaluation is None else EvaluationTable(**evaluation),
+        "tables": {table.name: table for table in tables},
+        "notes": tuple(checker.notes),
+    }, checker
+
+
+def _extras(kind: str, values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Our own keys of the kind; a learning rate that is left out is the stage's."""
+    extras: dict[str, Any] = {}
+    for key, field in EXTRAS[kind].items():
+        if isinstance(field, Field):
+            rate = options["learning_rate"] if key.endswith("learning_rate") else None
+            extras[key] = values.get(key, rate)
+        else:
+            extras[key] = {inner: values.get(key, {}).get(inner) for inner in field}
+    return extras

@@ -1,0 +1,137 @@
+"""Stages that only count, on a model and data of a few bytes: what the runner is tested with.
+
+In process: `Counting(monkeypatch)`. As a command of its own: `python counting.py run toy.toml`,
+where COUNTING says what goes wrong ("fail:reward", "hang:ppo", "noise:sft").
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes import stages
+from rlhf_recipes.errors import DataError
+
+RECIPE = """\
+# a toy
+title = "Toy"
+stages = ["sft", "reward", "ppo"]
+
+[model]
+name = "./model"
+
+[dataset]
+path = "./pairs.jsonl"
+
+[sft]
+learning_rate = 1e-3
+
+[reward]
+learning_rate = 1e-5
+
+[ppo]
+total_episodes = 64
+response_length = 16
+
+[evaluation]
+prompts = 8
+"""
+
+
+def toy(folder: Path, name: str = "toy", text: str = RECIPE) -> Path:
+    """A recipe with its model and data beside it."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model" / "model.safetensors").write_bytes(b"weights")
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    file = folder / f"{name}.toml"
+    file.write_text(text)
+    return file
+
+
+class Counting:
+    """Stands in for every stage and for the export; `ran` lists the stages that were computed."""
+
+    def __init__(self, patch: Any) -> None:
+        self.ran: list[str] = []
+        self.exported: list[str] = []
+        self.fault: dict[str, Any] = {}  # stage -> called with its context
+        patch.setattr(stages, "load", lambda kind: self.stage)
+        export = types.ModuleType("rlhf_recipes.export")
+        export.write_model = self.write_model
+        patch.setitem(sys.modules, "rlhf_recipes.export", export)
+
+    def stage(self, context: stages.StageContext) -> stages.StageResult:
+        self.ran.append(context.name)
+        for role, output in context.inputs.items():
+            assert (output / "weights").is_file(), f"{role} of {context.name}"
+        (context.folder / "output" / "weights").write_text(f"{context.name} {len(self.ran)}")
+        if context.name in self.fault:
+            self.fault[context.name](context)
+        context.progress.update(1, 2, loss=0.5, score=1.25)
+        context.progress.sample("Where is Paris?", "In France.", score=1.5)
+        context.progress.update(2, 2, loss=0.25, score=1.5)
+        metrics = {"loss": 0.25, "steps": 2}
+        if context.kind == "evaluation":
+            metrics = {"ppo.win_rate": 0.75, "prompts": 8}
+        return stages.StageResult(metrics, "loss 0.50 → 0.25")
+
+    def write_model(self, recipe: Any, output: Path, folder: Path, *, form: str) -> None:
+        assert form == "merged"
+        self.exported.append(output.parent.name.partition("-")[0])
+        folder.mkdir()
+        (folder / "model.safetensors").write_text((output / "weights").read_text())
+
+
+class _Patch:
+    """What of pytest's monkeypatch is used above, for a process of its own."""
+
+    def setattr(self, target: Any, name: str, value: Any) -> None:
+        setattr(target, name, value)
+
+    def setitem(self, target: Any, name: str, value: Any) -> None:
+        target[name] = value
+
+
+def noise(context: stages.StageContext) -> None:
+    print("printed by a library")
+    print("complained by a library", file=sys.stderr)
+    os.system("echo echoed from C >&2")
+    warnings.warn("warned by a library", stacklevel=1)
+    logging.getLogger("transformers").warning("logged by a library")
+    logging.getLogger("rlhf_recipes.stages").info("logged by us")
+
+
+def hang(context: stages.StageContext) -> None:
+    Path("hanging").write_text("")
+    time.sleep(60)
+
+
+def fail(context: stages.StageContext) -> None:
+    raise ValueError("the loss is NaN\nand more of the same")
+
+
+def refuse(context: stages.StageContext) -> None:
+    raise DataError("no rows on the train side", "lower test_fraction")
+
+
+def main() -> None:
+    counting = Counting(_Patch())
+    fault, _, stage = os.environ.get("COUNTING", "").partition(":")
+    if fault:
+        counting.fault[stage] = {"noise": noise, "hang": hang, "fail": fail, "refuse": refuse}[
+            fault
+        ]
+    from rlhf_recipes.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

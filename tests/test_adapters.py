@@ -1,0 +1,147 @@
+"""One base, several adapters: what is in memory, who moves, and what is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_recipes.adapters import Base, Role, logprobs, score, values
+from rlhf_recipes.models import load_causal_lm, new_head
+from rlhf_recipes.sequences import Sequences, join
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+CPU = torch.device("cpu")
+
+
+def make_base(model: Path, dtype: torch.dtype = torch.float32, **lora: object) -> Base:
+    return Base(lambda _: load_causal_lm(model, dtype=dtype), {**LORA, **lora}, dtype)
+
+
+def trained(base: Base, name: str, seed: int = 1) -> Role:
+    """A role whose adapter is no longer the base: B of LoRA starts at zero."""
+    role = base.open(name, None, seed=seed, trainable=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in role.trainable():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return role
+
+
+def batch() -> Sequences:
+    return join([[1, 4, 7, 5], [1, 4, 8, 9, 10, 5]], [[7, 8, 2], [12, 2]], 0, CPU)
+
+
+def test_four_roles_hold_the_base_once(tiny_model: Path) -> None:
+    base = make_base(tiny_model)
+    size = {p.data_ptr(): p.numel() for p in base.lm.parameters()}
+    roles = [trained(base, name) for name in ("policy", "reference", "reward", "value")]
+    now = {p.data_ptr(): p.numel() for role in roles for p in role.parameters()}
+    adapter = sum(p.numel() for p in roles[0].trainable())
+    assert sum(now.values()) == sum(size.values()) + 4 * adapter
+    assert set(size) <= set(now)
+
+
+def test_a_role_sees_its_own_adapter_and_closing_leaves_the_base(tiny_model: Path) -> None:
+    base, rows = make_base(tiny_model), batch()
+    bare = base.open("bare", None, seed=0)
+    first, second = trained(base, "policy", 1), trained(base, "value", 2)
+
+    def read(role: Role) -> torch.Tensor:
+        with role.active(), torch.no_grad():
+            return logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0]
+
+    before = read(bare)
+    assert not torch.allclose(read(first), read(second), atol=1e-3)
+    assert not torch.allclose(read(first), before, atol=1e-3)
+    base.close(first, second)
+    again = base.open("policy", None, seed=3)
+    assert torch.equal(read(again), before)
+    assert not [name for name, _ in base.lm.named_parameters() if "policy" in name]
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_a_saved_adapter_is_the_same_adapter(tiny_model: Path, tmp_path: Path, lora: dict) -> None:
+    base, rows = make_base(tiny_model, **lora), batch()
+    role = trained(base, "policy")
+    with role.active(), torch.no_grad():
+        before = logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0]
+    base.save(role, tmp_path)
+    base.close(role)
+    for name in ("reference", "policy"):
+        again = base.open(name, tmp_path, seed=9)
+        with again.active(), torch.no_grad():
+            assert torch.equal(logprobs(again, rows.ids, rows.mask, rows.answer, 1.0)[0], before)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_switching_between_forward_and_backward_of_another_role_drops_no_gradient(
+    tiny_model: Path,
+) -> None:
+    """PEFT's own switch flips requires_grad; ours must not (TRL-facts 33)."""
+    base, rows = make_base(tiny_model), batch()
+    policy, value = trained(base, "policy", 1), trained(base, "value", 2)
+    value.add_head(new_head(value.lm))
+    reference = base.open("bare", None, seed=0)
+    with value.active():
+        loss = values(value, rows.ids, rows.mask, rows.answer).sum()
+    with policy.active(), torch.no_grad():
+        logprobs(policy, rows.ids, rows.mask, rows.answer, 1.0)
+    with reference.active(), torch.no_grad():
+        logprobs(reference, rows.ids, rows.mask, rows.answer, 1.0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in value.trainable())
+    assert all(p.grad is None for p in policy.trainable())
+    assert all(p.grad is None for name, p in base.lm.named_parameters() if "lora" not in name)
+
+
+def gradients(base: Base, policy: Role, value: Role, rows: Sequences) -> list[torch.Tensor]:
+    for role in (policy, value):
+        for parameter in role.trainable():
+            parameter.grad = None
+    with policy.active():
+        logprobs(policy, rows.ids, rows.mask, rows.answer, 1.0)[0].sum().backward()
+    with value.active():
+        values(value, rows.ids, rows.mask, rows.answer).sum().backward()
+    return [p.grad.clone() for p in (*policy.trainable(), *value.trainable())]
+
+
+def test_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
+    base, rows = make_base(tiny_model), batch()
+    policy, value = trained(base, "policy", 1), trained(base, "value", 2)
+    value.add_head(new_head(value.lm))
+    plain = gradients(base, policy, value, rows)
+    base.lm.train()
+    base.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = gradients(base, policy, value, rows)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, checkpointed, strict=True))
+
+
+def test_the_score_is_at_eos_and_does_not_see_padding(tiny_model: Path) -> None:
+    """Left- or right-padded, alone or in a batch: the logit that RewardTrainer trains."""
+    base, rows = make_base(tiny_model), batch()
+    reward = trained(base, "reward")
+    reward.add_head(new_head(reward.lm))
+    with reward.active(), torch.no_grad():
+        ours = score(reward, rows.ids, rows.mask, rows.last)
+    right = torch.tensor([[1, 4, 7, 5, 7, 8, 2, 0], [1, 4, 8, 9, 10, 5, 12, 2]])
+    with torch.no_grad():
+        stock = reward(input_ids=right, attention_mask=(right != 0).long()).logits.squeeze(-1)
+    assert torch.allclose(ours, stock, atol=1e-5)
+    assert rows.ids[torch.arange(2), rows.last].tolist() == [2, 2]
+
+
+def test_logprobs_are_the_models_own(tiny_model: Path) -> None:
+    """Against a plain forward of one unpadded row, at temperature 0.7."""
+    base, rows = make_base(tiny_model), batch()
+    policy = trained(base, "policy")
+    alone = torch.tensor([[1, 4, 7, 5, 7, 8, 2]])
+    with policy.active(), torch.no_grad():
+        ours, entropy = logprobs(policy, rows.ids, rows.mask, rows.answer, 0.7)
+        plain = torch.log_softmax(base.lm(input_ids=alone).logits[0, 3:6] / 0.7, -1)
+    assert torch.allclose(ours[0], plain[range(3), [7, 8, 2]], atol=1e-5)
+    assert torch.allclose(entropy[0], -(plain.exp() * plain).sum(-1), atol=1e-5)

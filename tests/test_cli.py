@@ -1,0 +1,250 @@
+"""The command itself, in a process of its own where a signal or an exit code is the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_recipes.cli import main
+from rlhf_recipes.recipe import shipped_recipes
+from tests.counting import RECIPE, Counting, toy
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ["run", "check", "fork", "recipes", "chat", "export"]
+
+
+def environment(fault: str = "") -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COUNTING": fault}
+
+
+def command(*words: str, cwd: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """`rlhf-recipes WORDS`, with stages that only count."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.counting", *words],
+        cwd=cwd,
+        env=environment(fault),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with toy.toml in it, to be in."""
+    toy(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of `rlhf-recipes WORDS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["rlhf-recipes", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_a_run_ends_in_a_table_and_what_to_type_next(here: Path) -> None:
+    done = command("run", "toy.toml", cwd=here)
+    assert done.returncode == 0
+    table, rest = done.stdout.strip("\n").split("\n\n")
+    rows = [line.split(maxsplit=4) for line in table.splitlines()]
+    assert rows[0] == ["stage", "time", "result"]
+    assert rows[1:] == [
+        [name, "ran", "0", "s", "loss 0.50 → 0.25"]
+        for name in ("sft", "reward", "ppo", "evaluation")
+    ]
+    assert rest.splitlines() == [
+        "results  runs/toy/results.json",
+        "model    runs/toy/model",
+        "next     rlhf-recipes chat runs/toy",
+        "         rlhf-recipes fork toy.toml my-recipe.toml",
+    ]
+    assert done.stderr.splitlines()[0] == "Toy · runs/toy"
+
+    again = command("run", "toy.toml", cwd=here)
+    assert again.returncode == 0
+    assert again.stdout.count("cached") == 4
+    assert len(again.stderr.splitlines()) == 5
+
+
+def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(here: Path) -> None:
+    done = command("run", "toy.toml", cwd=here, fault="fail:reward")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-2:] == [
+        "Stage 2 of 4 · reward — new",
+        "stage reward failed: ValueError: the loss is NaN (log: runs/toy/log.txt)",
+    ]
+    shown = command("run", "toy.toml", "--debug", cwd=here, fault="fail:reward")
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+    assert "in fail" in shown.stderr
+    assert "and more of the same" in shown.stderr
+
+
+def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
+    done = command("run", "toy.toml", "--until", "sft", cwd=here, fault="noise:sft")
+    assert done.returncode == 0
+    assert "library" not in done.stdout + done.stderr
+    log = (here / "runs" / "toy" / "log.txt").read_text()
+    for words in (
+        "printed by a library",
+        "complained by a library",
+        "echoed from C",
+        "UserWarning: warned by a library",
+        "logged by a library",
+        "INFO rlhf_recipes.stages: logged by us",
+    ):
+        assert words in log
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tests.counting", "run", "toy.toml"],
+        cwd=here,
+        env=environment("hang:ppo"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (here / "hanging").exists():
+        assert running.poll() is None
+        time.sleep(0.02)
+    busy = command("run", "toy.toml", cwd=here)
+    assert busy.returncode == 75
+    assert busy.stderr.startswith(f"run toy is held by process {running.pid} on ")
+    assert len(busy.stderr.splitlines()) == 1
+
+    running.send_signal(signum)
+    stderr = running.communicate(timeout=10)[1]
+    assert running.returncode == code
+    assert stderr.splitlines()[-1] == (
+        "run toy was interrupted "
+        "(finished stages are kept, and the same command goes on from there)"
+    )
+    assert json.loads((here / "runs/toy/manifest.json").read_text())["outcome"] == "interrupted"
+    after = command("run", "toy.toml", cwd=here)
+    assert [line.rpartition(" — ")[2] for line in after.stderr.splitlines() if "Stage" in line] == [
+        "cached (0 s when it ran)", "cached (0 s when it ran)", "was not finished", "new"
+    ]  # fmt: skip
+
+
+def test_a_call_that_is_wrong_is_two_plain_lines(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, lines in [
+        (["run", "--nam", "x"], ["No such option: --nam", "for help: rlhf-recipes run --help"]),
+        (["run"], ["Missing argument 'RECIPE'.", "for help: rlhf-recipes run --help"]),
+        (["rum"], ["No such command 'rum'. Did you mean 'run'?", "for help: rlhf-recipes --help"]),
+        (
+            ["run", "toy.toml", "--until", "sf"],
+            ["the recipe has no stage 'sf' (did you mean sft?)"],
+        ),
+        (["chat", "toi"], ["no run 'toi' in runs (none was made there yet)"]),
+        (["export", "toy", "x", "--form", "z"], ["no form 'z' (--form is merged or adapter)"]),
+    ]:
+        assert call(monkeypatch, *words) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert [line.partition(" (Possible")[0] for line in err.splitlines()] == lines
+
+
+def test_check_prints_findings_and_is_done(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "bad.toml").write_text(RECIPE.replace("learning_rate = 1e-5", "learning_rat = 1e-5"))
+    assert call(monkeypatch, "check", "toy.toml") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("toy.toml: ok (4 stages: sft → reward → ppo → evaluation)\n", "")
+
+    assert call(monkeypatch, "check", "bad.toml", "toy.toml", "none.toml") == 2
+    out, err = capsys.readouterr()
+    bad, good, none = out.splitlines()
+    assert bad.startswith("bad.toml:15: reward.learning_rat: ")
+    assert good.startswith("toy.toml: ok")
+    assert none.startswith("no recipe none.toml")
+    assert err == ""
+
+    assert call(monkeypatch, "check", "bad.toml", "toy.toml", "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == 1
+    first, second = found["recipes"]
+    assert first["file"] == "bad.toml"
+    assert (first["problems"][0]["line"], first["problems"][0]["key"]) == (
+        15,
+        "reward.learning_rat",
+    )
+    assert second == {"file": "toy.toml", "problems": [], "notes": []}
+
+
+def test_check_resolved_is_a_recipe_of_its_own(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "check", "toy.toml", "--resolved", "--set", "seed=5") == 0
+    (here / "resolved.toml").write_text(capsys.readouterr().out)
+    assert call(monkeypatch, "check", "resolved.toml", "--resolved") == 0
+    assert capsys.readouterr().out == (here / "resolved.toml").read_text()
+    assert "seed = 5\n" in (here / "resolved.toml").read_text()
+
+
+def test_recipes_and_fork(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "recipes", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["format"] == 1
+    assert [entry["file"] for entry in listed["recipes"]] == [str(p) for p in shipped_recipes()]
+    assert call(monkeypatch, "recipes") == 0
+    assert capsys.readouterr().out.startswith("smoke        Smoke: ")
+
+    assert call(monkeypatch, "fork", "toy.toml", "mine.toml", "--set", "seed=5") == 0
+    assert capsys.readouterr().out == "mine.toml written; run it with: rlhf-recipes run mine.toml\n"
+    assert "seed = 5" in (here / "mine.toml").read_text()
+
+
+def test_chat_and_export_get_a_run_s_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Counting(monkeypatch)
+    import types
+
+    got: list[dict] = []
+    talk, export = types.ModuleType("rlhf_recipes.chat"), sys.modules["rlhf_recipes.export"]
+    talk.chat = lambda **given: got.append(given)
+    export.export = lambda **given: got.append(given) or "written"
+    monkeypatch.setitem(sys.modules, "rlhf_recipes.chat", talk)
+    assert call(monkeypatch, "run", "toy.toml", "--runs", "kept", "--name", "one") == 0
+    capsys.readouterr()
+    assert call(monkeypatch, "chat", "one", "--runs", "kept") == 0
+    assert call(monkeypatch, "export", "kept/one", "out", "--form=adapter", "--stage=sft") == 0
+    assert capsys.readouterr().out == "written\n"
+    assert {**got[0], "console": None} == {
+        "run_folder": Path("kept/one"), "stage": None, "console": None
+    }  # fmt: skip
+    assert got[1] == {
+        "run_folder": Path("kept/one"), "folder": Path("out"), "stage": "sft", "form": "adapter"
+    }  # fmt: skip
+
+
+def test_help_names_every_command_and_version_is_the_package_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        assert call(monkeypatch, *words) == 0
+        out = capsys.readouterr().out
+        listed = out.partition("Commands:\n")[2].splitlines()
+        assert [line.split()[0] for line in listed if line.strip()] == COMMANDS
+    for name in COMMANDS:
+        assert call(monkeypatch, name, "--help") == 0
+        assert capsys.readouterr().out.startswith(f"Usage: rlhf-recipes {name} ")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.2.3")
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == "rlhf-recipes 1.2.3\n"

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rlhf_recipes.edit import edit
+from rlhf_recipes.errors import RecipeError, UsageError
+from rlhf_recipes.recipe import fork_recipe, load_recipe
+from tests.test_recipe import MINIMAL, problems, write
+
+COMMENTED = """\
+# A recipe.
+title = "Before"  # the title
+stages = ["sft", "reward", "ppo"]
+seed = 42
+
+# the model
+[model]
+name = "./model"  # small
+
+[lora]
+r = 8
+
+[dataset]
+path = "pairs.jsonl"
+
+# PPO
+[ppo]
+kl_coef = 0.1  # how far
+reward_model = "./model"
+[ppo.guard]
+max_kl = 8.0
+
+[sft]
+dataset = { path = "./pairs.jsonl", max_rows = 5 }
+"""
+
+
+def test_set_keeps_comments_and_order(tmp_path: Path) -> None:
+    words = [
+        "ppo.kl_coef=0.2",
+        "title=After",
+        "model.name=Qwen/Qwen2.5-0.5B",
+        "ppo.guard.max_kl=4",
+        "sft.dataset.max_rows=6",
+        "sft.max_steps=3",
+    ]
+    recipe = load_recipe(write(tmp_path, COMMENTED), set=words, unset=["seed", "lora.r"])
+    assert recipe.text == (
+        COMMENTED.replace("0.1  #", "0.2  #")
+        .replace("Before", "After")
+        .replace('./model"  #', 'Qwen/Qwen2.5-0.5B"  #')
+        .replace("8.0", "4")
+        .replace("max_rows = 5 }\n", "max_rows = 6 }\nmax_steps = 3\n")
+        .replace("seed = 42\n", "")
+        .replace("r = 8\n", "")
+    )
+    assert (recipe.title, recipe.model.name, recipe.lora["r"]) == ("After", "Qwen/Qwen2.5-0.5B", 16)
+    assert recipe.overrides == (*words, "unset seed", "unset lora.r")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("lora=false", {"lora": False}),
+        ("evaluation=false", {"evaluation": False}),
+        ("evaluation.prompts=9", {"evaluation": {"prompts": 9}}),
+        ("seed=7", {"seed": 7}),
+        ("title=3", {"title": "3"}),
+        ('stages=["sft"]', {"stages": ["sft"]}),
+        ("reward.max_steps=2", {"reward": {"max_steps": 2}}),
+        ("lora.target_modules=all-linear", {"lora": {"r": 8, "target_modules": "all-linear"}}),
+        ("lora={r = 2}", {"lora": {"r": 2}}),
+        ("reward.lr_scheduler_kwargs.power=2", {"reward": {"lr_scheduler_kwargs": {"power": 2}}}),
+        ('sft.dataset={path = "z"}', {"sft": {"dataset": {"path": "z"}}}),
+    ],
+)
+def test_set(word: str, expected: dict) -> None:
+    edited = edit(COMMENTED, [word], [])
+    assert edited.problems == []
+    assert tomllib.loads(edited.text) == tomllib.loads(COMMENTED) | expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model = {name = "a"}\nppo = {kl_coef = 0.1}\nlora = false\n',
+        'model.name = "a"\nppo.kl_coef = 0.1\nppo.guard.max_kl = 3\nlora.r = 3\n',
+        '[ppo.guard]\nmax_kl = 3\n[model]\nname = "a"\n[ppo]\nkl_coef = 0.1\n[lora]\nr = 3',
+        '[ppo]\nguard = {max_kl = 2}\n[lora]\n',
+        '# only\n',
+    ],
+    ids=["inline", "dotted", "out of order", "empty table", "no tables"],
+)  # fmt: skip
+def test_set_in_every_way_to_write_a_table(text: str) -> None:
+    words = ["seed=7", "lora=false", "ppo.guard.max_kl=9", "ppo.gamma=0.5", "ppo.kl_coef=0.2",
+             "ppo.lr_scheduler_kwargs.power=2", "evaluation.prompts=3", "model.name=b"]  # fmt: skip
+    edited = edit('stages = ["ppo"]\n' + text, words, [])
+    assert edited.problems == []
+    assert tomllib.loads(edited.text) == {
+        "stages": ["ppo"],
+        "seed": 7,
+        "lora": False,
+        "ppo": {
+            "kl_coef": 0.2,
+            "gamma": 0.5,
+            "guard": {"max_kl": 9},
+            "lr_scheduler_kwargs": {"power": 2},
+        },
+        "evaluation": {"prompts": 3},
+        "model": {"name": "b"},
+    }
+
+
+def test_a_new_stage_by_words_in_any_order(tmp_path: Path) -> None:
+    words = ["warm.max_steps=3", "warm.kind=sft", 'stages=["warm"]']
+    recipe = load_recipe(write(tmp_path, MINIMAL), set=words)
+    assert recipe.table("warm").given == {"learning_rate": 2e-4, "max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "unset", "found"),
+    [
+        (["ppo.gamma=2"], [], "--set ppo.gamma=2: ppo.gamma: must be from 0 to 1, not 2"),
+        (["sft.max_steps=abc"], [], '--set sft.max_steps=abc: sft.max_steps: must be a whole number, not "abc"'),
+        (["model.nme=x"], [], '--set model.nme=x: model.nme: unknown key (did you mean "name"?)'),
+        (["ppo.gaurd.max_kl=1"], [], '--set ppo.gaurd.max_kl=1: ppo.gaurd: unknown key (did you mean "guard"?)'),
+        (["kl_coef=1"], [], "--set kl_coef=1: kl_coef: unknown key here: it is one of [ppo]"),
+        (["pop.kl_coef=1"], [], '--set pop.kl_coef=1: pop.kl_coef: the recipe has no table [pop] (did you mean "ppo"?)'),
+        (["dpo.beta=1"], [], '--set dpo.beta=1: dpo.beta: the recipe has no table [dpo] (did you mean "ppo"?)'),
+        (["seed.x=1"], [], "--set seed.x=1: seed.x: seed is 42 here, not a table"),
+        (["sft.bf16=true"], [], "--set sft.bf16=true: sft.bf16: belongs to model.dtype: one precision for all stages"),
+        ([], ["lora.rr"], "--unset lora.rr: lora.rr: is not written in the recipe"),
+        ([], ["modle.name"], "--unset modle.name: modle.name: is not written in the recipe"),
+        ([], ["model.name"], 'my.toml:7: model: needs name = "…": a hub id, or a folder (./…)'),
+        (['lora={r = "8"}'], [], '--set lora={r = "8"}: lora.r: must be a whole number, not "8" (leave out the quotes)'),
+    ],
+)  # fmt: skip
+def test_problems_name_the_word(
+    tmp_path: Path, words: list[str], unset: list[str], found: str
+) -> None:
+    assert problems(tmp_path, COMMENTED, set=words, unset=unset) == [found]
+
+
+def test_no_table_is_made_for_a_stage_that_does_not_run(tmp_path: Path) -> None:
+    found = problems(tmp_path, MINIMAL.replace(', "ppo"', ""), set=["ppo.kl_coef=1"])
+    assert found == ["--set ppo.kl_coef=1: ppo.kl_coef: the recipe has no table [ppo]"]
+
+
+def test_problems_of_file_and_words_come_together(tmp_path: Path) -> None:
+    text = MINIMAL.replace("org/base", "./nowhere")
+    assert problems(tmp_path, text, set=["seed=-1"], unset=["title"]) == [
+        "my.toml:4: model.name: no such folder: nowhere",
+        "--set seed=-1: seed: must be at least 0, not -1",
+        "--unset title: title: is not written in the recipe",
+    ]
+
+
+def test_a_word_without_a_value(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--set seed: no key=value"):
+        load_recipe(write(tmp_path, MINIMAL), set=["seed"])
+
+
+# ---- fork
+
+
+def test_fork(tmp_path: Path) -> None:
+    source = write(tmp_path, COMMENTED)
+    new = fork_recipe(source, tmp_path / "mine" / "trial", set=["seed=7"], unset=["lora.r"])
+    assert new == tmp_path / "mine" / "trial.toml"
+    assert new.read_text() == (
+        f"# Forked from {source}: lora.r left out, seed 42 → 7\n"
+        + COMMENTED.replace('"./model"', '"../model"')
+        .replace('"pairs.jsonl"', '"../pairs.jsonl"')
+        .replace('"./pairs.jsonl"', '"../pairs.jsonl"')
+        .replace("seed = 42", "seed = 7")
+        .replace("r = 8\n", "")
+    )
+    fork, old = load_recipe(new), load_recipe(source)
+    assert fork.model.folder == old.model.folder == tmp_path / "model"
+    assert fork.dataset.file == old.dataset.file
+    assert fork.table("sft").dataset.file == old.table("sft").dataset.file
+
+
+def test_fork_leaves_hub_ids_and_absolute_paths_alone(tmp_path: Path) -> None:
+    text = MINIMAL.replace("./pairs", f"{tmp_path}/pairs")
+    new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / "new.toml")
+    assert new.read_text() == f"# Forked from {tmp_path}/my.toml: nothing changed yet\n{text}"
+
+
+def test_fork_writes_over_nothing(tmp_path: Path) -> None:
+    source = write(tmp_path, MINIMAL)
+    with pytest.raises(UsageError, match="my.toml is there already"):
+        fork_recipe(source, source)
+
+
+def test_a_fork_that_would_be_wrong_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--set ppo.lam=2: ppo.lam: must be from 0 to 1, not 2"):
+        fork_recipe(write(tmp_path, MINIMAL), tmp_path / "new.toml", set=["ppo.lam=2"])
+    assert not (tmp_path / "new.toml").exists()

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import enum
+import json
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+
+from rlhf_recipes.fields import Field, fields_of, trl_fields
+from rlhf_recipes.recipe import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "rlhf_recipes"
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = spec_from_file_location("make_fields", ROOT / "tools" / "make_fields.py")
+    module = sys.modules["make_fields"] = module_from_spec(spec)
+    with warnings.catch_warnings(action="ignore"):  # what importing TRL and PEFT brings up
+        spec.loader.exec_module(module)
+    return module
+
+
+# ---- the generated files
+
+
+@pytest.mark.parametrize("name", ["fields", "schema"])
+def test_generated_files_are_those_of_the_installed_versions(
+    generator: ModuleType, name: str
+) -> None:
+    file = {"fields": "fields.json", "schema": "recipe.schema.json"}[name]
+    made = {"fields": generator.fields_json, "schema": generator.schema_json}[name]()
+    assert (PACKAGE / file).read_text(encoding="utf-8") == made, "run tools/make_fields.py"
+
+
+def test_every_field_is_classified(generator: ModuleType) -> None:
+    assert {table: len(fields) for table, fields in trl_fields().items()} == {
+        "sft": 135,
+        "reward": 125,
+        "ppo": 145,
+        "lora": 42,
+    }
+    for table, fields in trl_fields().items():
+        assert list(fields) == list(fields_of(generator.CONFIGS[table]))
+        for name, field_ in fields.items():
+            said = (bool(field_.types), bool(field_.owner), bool(field_.reason))
+            wanted = {"owned": (False, True, True), "refused": (False, False, True)}
+            passed = (True, False, field_.ours is not None)
+            assert said == wanted.get(field_.standing, passed), f"{table}.{name}"
+
+
+def test_a_field_that_no_row_names_stops_the_generator(generator: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="sft.brand_new: no row of TABLE names it"):
+        generator.verdict("sft", "brand_new")
+
+
+def test_a_row_that_names_no_field_stops_the_generator(
+    generator: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "TABLE", [("ppo", "gone_*", generator.IDENTITY)])
+    with pytest.raises(SystemExit, match="gone_\\*: a row of TABLE names it"):
+        generator.check_rows()
+
+
+@pytest.mark.parametrize(
+    ("tables", "names", "standing"),
+    [
+        ("sft reward ppo", "output_dir seed bf16 fp16 use_cpu save_strategy hub_token", "closed"),
+        ("sft reward ppo", "learning_rate weight_decay optim max_grad_norm", "identity"),
+        ("sft reward ppo", "gradient_checkpointing per_device_train_batch_size", "layout"),
+        ("sft reward ppo", "logging_steps report_to run_name", "neutral"),
+        ("sft reward", "per_device_eval_batch_size dataloader_num_workers", "layout"),
+        ("sft reward", "max_steps num_train_epochs eval_steps", "identity"),
+        ("sft", "packing padding_free completion_only_loss assistant_only_loss", "closed"),
+        ("sft", "loss_type neftune_noise_alpha", "identity"),
+        ("reward", "label_smoothing_factor neftune_noise_alpha", "closed"),
+        ("ppo", "kl_coef lam gamma missing_eos_penalty num_mini_batches", "identity"),
+        ("ppo", "local_rollout_forward_batch_size", "layout"),
+        ("ppo", "num_sample_generations", "neutral"),
+        ("ppo", "stop_token batch_size sft_model_path ref_adapter_name max_steps", "closed"),
+        ("ppo", "dataloader_num_workers torch_compile eval_steps fsdp deepspeed", "closed"),
+        ("lora", "r target_modules use_dora use_rslora rank_pattern", "identity"),
+        ("lora", "modules_to_save trainable_token_indices layer_replication bias", "closed"),
+        ("lora", "task_type inference_mode revision", "closed"),
+    ],
+)
+def test_standing_and_effect(tables: str, names: str, standing: str) -> None:
+    for table in tables.split():
+        for name in names.split():
+            found = trl_fields()[table][name]
+            said = found.effect if found.standing == "passed" else "closed"
+            assert said == standing, f"{table}.{name}"
+
+
+def test_our_defaults() -> None:
+    ours = {
+        f"{table}.{name}": (field_.default, field_.ours, field_.our_default(lora=False))
+        for table, fields in trl_fields().items()
+        for name, field_ in fields.items()
+        if field_.ours is not None
+    }
+    assert ours == {
+        "sft.learning_rate": (2e-5, 2e-4, None),
+        "reward.learning_rate": (1e-4, 1e-4, None),
+        "ppo.learning_rate": (3e-6, 1e-4, None),
+        "reward.center_rewards_coefficient": (None, 0.01, 0.01),
+        "ppo.lam": (0.95, 1.0, 1.0),
+        "ppo.missing_eos_penalty": (None, 1.0, 1.0),
+        "lora.r": (8, 16, 16),
+        "lora.lora_alpha": (8, 32, 32),
+        "lora.target_modules": (None, "all-linear", "all-linear"),
+    }
+
+
+def test_the_configs_take_what_a_recipe_passes(generator: ModuleType, tmp_path: Path) -> None:
+    recipe = load_recipe(next(path for path in shipped_recipes() if path.stem == "smoke"))
+    for stage in recipe.stages:
+        table = recipe.table(stage)
+        config = generator.CONFIGS[table.kind](
+            **table.options, output_dir=str(tmp_path), use_cpu=True, bf16=False
+        )
+        for name in ("learning_rate", "per_device_train_batch_size", "weight_decay"):
+            assert getattr(config, name) == table.options[name]
+    assert generator.CONFIGS["lora"](**recipe.lora).r == recipe.lora["r"]
+
+
+def test_the_schema_knows_the_keys_that_may_be_set() -> None:
+    schema = json.loads((PACKAGE / "recipe.schema.json").read_text(encoding="utf-8"))
+    ppo = schema["$defs"]["ppo"]["properties"]
+    passed = {name for name, f in trl_fields()["ppo"].items() if f.standing == "passed"}
+    own = {"kind", "policy", "reward_model", "reference", "dataset", "guard"}
+    assert set(ppo) == passed | own | {"value_learning_rate"}
+    assert ppo["lam"] == {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 1.0,
+        "description": "Lambda value for GAE.",
+    }
+    assert schema["properties"]["model"]["properties"]["dtype"]["enum"][1] == "bfloat16"
+
+
+# ---- types, choices, ranges
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass
+class Sample:
+    flag: bool = False
+    size: int | None = None
+    rate: float = 0.5
+    mode: Literal["a", "b"] | None = "a"
+    colour: Colour | str = Colour.RED
+    names: list[str] | str | None = None
+    layers: list[int] | int | None = None
+    words: dict[str, Any] | str | None = None
+    patterns: dict | None = field(default_factory=dict)
+    off: str | Literal[False] | None = None
+    odd: Counter | None = None
+    hidden: str = field(default="", metadata={"key": False})
+
+
+def test_types_are_read_from_a_dataclass() -> None:
+    read = {n: (f.types, f.default, f.choices) for n, f in fields_of(Sample).items()}
+    assert read == {
+        "flag": (("bool",), False, ()),
+        "size": (("int",), None, ()),
+        "rate": (("float",), 0.5, ()),
+        "mode": (("str",), "a", ("a", "b")),
+        "colour": (("str",), "red", ("red", "blue")),
+        "names": (("list[str]", "str"), None, ()),
+        "layers": (("list[int]", "int"), None, ()),
+        "words": (("dict",), None, ()),
+        "patterns": (("dict",), {}, ()),
+        "off": (("str", "bool"), None, ()),
+        "odd": ((), None, ()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wrong"),
+    [
+        (Field(("int",)), True, "must be a whole number, not true"),
+        (Field(("int",)), 1.0, "must be a whole number, not 1.0"),
+        (Field(("int",)), "8", 'must be a whole number, not "8" (leave out the quotes)'),
+        (Field(("float",)), "3e-4", 'must be a number, not "3e-4" (leave out the quotes)'),
+        (Field(("float",)), "fast", 'must be a number, not "fast"'),
+        (Field(("float",)), float("nan"), "must be a finite number, not NaN"),
+        (Field(("bool",)), "true", 'must be true or false, not "true" (leave out the quotes)'),
+        (Field(("bool",)), 1, "must be true or false, not 1"),
+        (Field(("str",)), 3, "must be text, not 3"),
+        (Field(("list[str]",)), ["a", 1], 'must be a list of texts, not ["a", 1]'),
+        (Field(("list[int]", "int")), True, "must be a list of whole numbers or a whole number, not true"),
+        (Field(("dict",)), 1, "must be a table, not 1"),
+        (Field(("str",), choices=("linear", "cosine")), "cosin", 'must be "linear" or "cosine", not "cosin" (did you mean "cosine"?)'),
+        (Field(("float",), range="from 0 to 1"), 1.5, "must be from 0 to 1, not 1.5"),
+        (Field(("float",), range="at least 0 and below 1"), 1, "must be at least 0 and below 1, not 1"),
+        (Field(("int",), range="at least 1, or -1"), 0, "must be at least 1, or -1, not 0"),
+        (Field(("float",), range="above 0"), 0.0, "must be above 0, not 0.0"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_value(field: Field, value: Any, wrong: str) -> None:
+    assert field.check(value)[1] == wrong
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        (Field(("bool", "str"), choices=(True, "gaussian")), True),
+        (Field(("list[str]", "str")), "all-linear"),
+        (Field(("list[str]", "str")), ["q_proj"]),
+        (Field(("int",), range="at least 1, or -1"), -1),
+        (Field(("dict",)), {"power": 2}),
+    ],
+)
+def test_what_is_right(field: Field, value: Any) -> None:
+    assert field.check(value) == (value, "")
+
+
+def test_a_whole_number_becomes_a_float_where_one_is_meant() -> None:
+    value, wrong = Field(("float",)).check(3)
+    assert (repr(value), wrong) == ("3.0", "")
+
+
+@pytest.mark.parametrize(
+    ("types", "raw", "value"),
+    [
+        ("str", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("str", "12345", "12345"),
+        ("str", "true", "true"),
+        ("str", '"quoted"', "quoted"),
+        ("str", "", ""),
+        ("int", "8", 8),
+        ("int", "eight", "eight"),
+        ("float", "3e-4", 3e-4),
+        ("bool", "false", False),
+        ("list[str] str", '["q_proj", "v_proj"]', ["q_proj", "v_proj"]),
+        ("list[str] str", "all-linear", "all-linear"),
+        ("dict", "{power = 2}", {"power": 2}),
+    ],
+)
+def test_raw_text_is_read_as_its_field_asks(types: str, raw: str, value: Any) -> None:
+    assert Field(tuple(types.split())).read(raw) == value

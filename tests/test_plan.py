@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_recipes import rundir
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.plan import Plan, make_plan
+from rlhf_recipes.recipe import load_recipe
+from tests.counting import RECIPE, toy
+
+STAGES = ["sft", "reward", "ppo", "evaluation"]
+
+
+def plan(recipe: Path, *changes: str, **options: object) -> Plan:
+    return make_plan(load_recipe(recipe, set=changes), recipe.parent / "runs", **options)
+
+
+def finish(planned: Plan) -> None:
+    """Write the records that a run would have left."""
+    for stage in planned.stages:
+        record = {"name": stage.name, "key": stage.key, "payload": stage.payload}
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        rundir.write_record(stage.folder, record)
+
+
+def reasons(planned: Plan) -> dict[str, str]:
+    return {stage.name: stage.reason for stage in planned.stages if not stage.done}
+
+
+def test_stages_and_what_serves_their_roles(tmp_path: Path) -> None:
+    planned = plan(toy(tmp_path))
+    assert [(s.name, s.kind, s.index, s.done) for s in planned.stages] == [
+        (name, name, index, False) for index, name in enumerate(STAGES)
+    ]
+    assert [s.inputs for s in planned.stages] == [
+        {},
+        {"policy": "sft"},
+        {"policy": "sft", "reward_model": "reward"},
+        {"policy:sft": "sft", "policy:ppo": "ppo", "reward_model": "reward"},
+    ]
+    sft, reward, ppo, _ = planned.stages
+    assert ppo.payload["inputs"] == {"policy": sft.key, "reward_model": reward.key}
+    assert ppo.folder == tmp_path / "runs" / ".stages" / f"ppo-{ppo.key[:12]}"
+    assert planned.run_folder == tmp_path / "runs" / "toy"
+    assert set(reasons(planned).values()) == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        (["ppo.total_episodes=128"], ["ppo", "evaluation"]),
+        (["evaluation.prompts=16"], ["evaluation"]),
+        (["reward.learning_rate=2e-5"], ["reward", "ppo", "evaluation"]),
+        (["dataset.judge_fraction=0.5"], ["reward", "ppo", "evaluation"]),
+        (["dataset.max_answer_tokens=64"], STAGES),
+        (["seed=1"], STAGES),
+        (["lora.r=8"], STAGES),
+        (["model.dtype=float32"], STAGES),
+        (["title=Another"], []),
+        (["ppo.logging_steps=3", "sft.logging_steps=3"], []),  # neutral
+        (["sft.per_device_train_batch_size=4", "sft.gradient_accumulation_steps=2"], []),  # layout
+        (["sft.per_device_train_batch_size=4"], STAGES),  # … but at another batch
+    ],
+)
+def test_a_change_redoes_what_depends_on_it_and_no_more(
+    tmp_path: Path, changes: list[str], again: list[str]
+) -> None:
+    recipe = toy(tmp_path)
+    finish(plan(recipe))
+    assert [stage.name for stage in plan(recipe, *changes).stages if not stage.done] == again
+
+
+def test_a_rerun_says_why(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    finish(plan(recipe))
+    assert reasons(plan(recipe, "reward.learning_rate=2e-5")) == {
+        "reward": "learning_rate 1e-05 → 2e-05, head_learning_rate 1e-05 → 2e-05",
+        "ppo": "input reward changed",
+        "evaluation": "input ppo changed, input reward changed",
+    }
+    assert reasons(plan(recipe, "seed=1", "lora.r=8"))["sft"] == "lora.r 16 → 8, seed 42 → 1"
+    many = plan(
+        recipe, *(f"ppo.{key}" for key in ("gamma=0.9", "lam=0.9", "kl_coef=1", "vf_coef=1"))
+    )
+    assert reasons(many)["ppo"].count("→") == 3
+    assert reasons(many)["ppo"].endswith(", 1 more")
+
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
+    assert reasons(plan(recipe))["sft"] == "model.content changed, dataset.content changed"
+
+
+def test_the_run_s_own_last_stages_come_before_nearer_kin(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    mine = plan(recipe, "reward.weight_decay=0.1")
+    finish(mine)
+    finish(plan(recipe, "reward.weight_decay=0.2", "seed=1"))
+    entries = [
+        {"name": s.name, "folder": s.folder.relative_to(mine.runs).as_posix()} for s in mine.stages
+    ]
+    rundir.write_json(mine.run_folder / "manifest.json", {"stages": entries})
+    changed = plan(recipe, "reward.weight_decay=0.2", "seed=2", name=mine.run_folder.name)
+    assert reasons(changed)["reward"] == ("weight_decay 0.1 → 0.2, seed 42 → 2, input sft changed")
+    elsewhere = plan(recipe, "reward.weight_decay=0.2", "seed=2", name="other")
+    assert reasons(elsewhere)["reward"] == "seed 1 → 2, input sft changed"
+
+
+def test_an_unrelated_recipe_is_just_new(tmp_path: Path) -> None:
+    finish(plan(toy(tmp_path)))
+    other = RECIPE.replace("1e-3", "5e-4\nweight_decay = 0.1\nmax_steps = 7\nwarmup_steps = 5")
+    assert reasons(plan(toy(tmp_path, "other", other), "seed=3"))["sft"] == "new"
+
+
+def test_an_unfinished_stage_and_a_fresh_run_say_so(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    planned = plan(recipe)
+    (planned.stages[0].folder / "work").mkdir(parents=True)
+    assert reasons(plan(recipe))["sft"] == "was not finished"
+    finish(planned)
+    assert reasons(plan(recipe)) == {}
+    assert set(reasons(plan(recipe, fresh=True)).values()) == {"computed afresh"}
+
+
+def test_a_foreign_reward_model_is_known_by_content(tmp_path: Path) -> None:
+    text = RECIPE.replace('"sft", "reward", "ppo"', '"sft", "ppo"')
+    text = text.replace("[ppo]", '[ppo]\nreward_model = "./judge"').replace(
+        "[reward]\nlearning_rate = 1e-5\n", ""
+    )
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"one")
+    recipe = toy(tmp_path, text=text)
+    first = plan(recipe)
+    finish(first)
+    assert first.stages[1].inputs == {"policy": "sft"}
+    assert first.stages[2].inputs == {"policy:sft": "sft", "policy:ppo": "ppo"}
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"two")
+    assert reasons(plan(recipe)) == {
+        "ppo": "reward_model.content changed",
+        "evaluation": "reward_model.content changed, input ppo changed",
+    }
+
+
+def test_a_run_is_named_after_the_recipe_and_what_was_set(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    names = [
+        plan(recipe, *changes).run_folder.name
+        for changes in ([], ["seed=1"], ["seed=2"], ["seed=1", "lora.r=8"], ["lora.r=8", "seed=1"])
+    ]
+    assert names[0] == "toy"
+    assert all(name.startswith("toy-") and len(name) == 10 for name in names[1:])
+    assert names[3] == names[4]
+    assert len(set(names)) == 4
+    assert plan(recipe, name="mine").run_folder.name == "mine"
+
+
+@pytest.mark.parametrize("name", ["../up", ".stages", "a/b", "", "a\x1b[31m"])
+def test_a_run_s_name_stays_inside_the_runs_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="is no name for a run"):
+        plan(toy(tmp_path), name=name)

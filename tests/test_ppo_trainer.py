@@ -1,0 +1,311 @@
+"""The PPO loop: each test fails on the wrong behaviour that its name denies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl.experimental.ppo import PPOConfig
+
+from rlhf_recipes.adapters import Base
+from rlhf_recipes.errors import StageError
+from rlhf_recipes.models import load_causal_lm, load_tokenizer, new_head
+from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
+from rlhf_recipes.tokens import settle
+from tests.test_adapters import make_base, trained
+
+PROMPTS = [{"input_ids": [1, 4, *words, 5]} for words in ([7], [8, 9], [10], [11, 12, 13], [14])]
+
+
+def make_trainer(
+    base: Base,
+    folder: Path,
+    *,
+    model: Path,
+    prompts: list[dict] = PROMPTS,
+    same_reference: bool = True,
+    words: dict[str, Any] | None = None,
+    **config: Any,
+) -> PPOTrainer:
+    """Four roles on `base`: policy and reference equal, a reward model, a value from it."""
+    policy = trained(base, "policy", 1)
+    reference = trained(base, "reference", 1 if same_reference else 5).requires_grad_(True)
+    reward, value = trained(base, "reward", 3), trained(base, "value", 3)
+    for frozen in (reference, reward):
+        for parameter in frozen.trainable():
+            parameter.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reward.add_head(new_head(reward.lm)).score.requires_grad_(False)
+    value.add_head(new_head(value.lm)).score.load_state_dict(reward.score.state_dict())
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "total_episodes": 8,
+        "response_length": 5,
+        "temperature": 1.0,
+        "learning_rate": 1e-3,
+        "lam": 1.0,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "stop_token": "eos",
+        "seed": 3,
+    }
+    return PPOTrainer(
+        args=PPOConfig(**{**settings, **config}),
+        processing_class=settle(load_tokenizer(model), 32).tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=prompts,
+        **(words or {}),
+    )
+
+
+@pytest.fixture
+def make(tiny_model: Path, tmp_path: Path):
+    def build(base: Base | None = None, **words: Any) -> PPOTrainer:
+        return make_trainer(base or make_base(tiny_model), tmp_path, model=tiny_model, **words)
+
+    return build
+
+
+def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """Every tensor of the base and its adapters and heads, copied."""
+    named = {name: p.detach().clone() for name, p in trainer.policy_model.lm.named_parameters()}
+    named["value.score"] = trainer.value_model.score.weight.detach().clone()
+    named["reward.score"] = trainer.reward_model.score.weight.detach().clone()
+    return named
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("mini_batches", [1, 2, 4])
+@pytest.mark.parametrize("prompts", [PROMPTS * 2, PROMPTS * 8], ids=["one batch", "many"])
+def test_steps_are_epochs_times_mini_batches(
+    make, accumulation: int, mini_batches: int, prompts: list
+) -> None:
+    """Stock: accumulation counts the whole batch, and a pass's last batch steps every time."""
+    trainer = make(
+        prompts=prompts,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        num_mini_batches=mini_batches,
+        num_ppo_epochs=3,
+        total_episodes=24,
+        response_length=2,
+    )
+    steps = []
+    inner = trainer.optimizer.optimizer
+    inner.register_step_post_hook(lambda *_: steps.append(1))
+    trainer.train()
+    assert len(steps) == 3 * 3 * mini_batches
+    assert trainer.state.episode == 24
+
+
+def test_four_times_four_is_sixteen_times_one(make) -> None:
+    """Accumulation changes no weight, on answers of different lengths."""
+    after = []
+    for micro, accumulation in ((4, 4), (16, 1)):
+        trainer = make(
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            num_mini_batches=1,
+            total_episodes=16,
+            prompts=PROMPTS * 4,
+            response_length=20,
+        )
+        lengths: list[int] = []
+        trainer.on_update = lambda _, r, __, seen=lengths: seen.extend(r.sequences.lengths.tolist())
+        trainer.train()
+        assert len(set(lengths)) > 2
+        after.append(weights(trainer))
+    assert all(torch.allclose(after[0][k], after[1][k], atol=1e-6) for k in after[0])
+
+
+def test_only_policy_value_and_its_head_move(make) -> None:
+    trainer = make(learning_rate=1e-2)
+    before = weights(trainer)
+    trainer.train()
+    now = weights(trainer)
+    moved = {name for name in now if not torch.equal(before[name], now[name])}
+    meant = {n for n in now if ".policy." in n or ".value." in n or n == "value.score"}
+    assert moved == meant and len(meant) == 2 * 2 * 7 * 2 + 1
+
+
+def test_one_small_step_moves_every_trainable_tensor(tiny_model: Path, make) -> None:
+    """At lr 1e-6 on a bfloat16 base: adapters in bfloat16 would be frozen by rounding."""
+    trainer = make(
+        make_base(tiny_model, torch.bfloat16),
+        learning_rate=1e-6,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        lr_scheduler_type="constant",
+    )
+    before = [p.detach().clone() for p in trainer.policy_model.trainable()]
+    before += [p.detach().clone() for p in trainer.value_model.trainable()]
+    trainer.train()
+    now = [*trainer.policy_model.trainable(), *trainer.value_model.trainable()]
+    assert {p.dtype for p in now} == {torch.float32}
+    assert all(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_is_exactly_zero_at_the_first_update(tiny_model: Path, make, dtype) -> None:
+    trainer = make(make_base(tiny_model, dtype), total_episodes=16, learning_rate=1e-2)
+    kl: list[float] = []
+    trainer.on_update = lambda _, __, metrics: kl.append(metrics["objective/kl"])
+    trainer.train()
+    assert kl[0] == 0.0 and kl[1] > 0.0
+
+
+def test_another_reference_stops_the_run(make) -> None:
+    with pytest.raises(StageError, match="the reference is not the policy that PPO starts from"):
+        make(same_reference=False).train()
+    make(same_reference=False, words={"other_reference": True}).train()
+
+
+def test_the_first_mini_batch_is_on_policy(make) -> None:
+    """Ratio 1 to rounding, though the update's batches are cut otherwise than the rollout's."""
+    trainer = make(num_ppo_epochs=1, num_mini_batches=1, local_rollout_forward_batch_size=3)
+    seen: dict[str, float] = {}
+    trainer.on_update = lambda _, __, metrics: seen.update(metrics)
+    trainer.train()
+    assert seen["val/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert seen["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-10)
+    assert seen["policy/clipfrac_avg"] == 0.0
+
+
+def test_the_models_own_sampling_settings_cannot_leak_in(
+    tiny_model: Path, tmp_path: Path, make
+) -> None:
+    """The same rollout, whatever generation_config.json lies beside the weights."""
+    bent = tmp_path / "bent"
+    lm = load_causal_lm(tiny_model, dtype=torch.float32)
+    lm.generation_config = lm.shipped_generation_config
+    lm.generation_config.update(repetition_penalty=5.0, min_p=0.3, top_k=2, do_sample=True)
+    lm.save_pretrained(bent)
+    plain, other = make(), make(make_base(bent))
+    assert torch.equal(plain.rollout(1).sequences.ids, other.rollout(1).sequences.ids)
+    assert (bent / "generation_config.json").read_text().count("repetition_penalty") == 1
+
+
+def rollout(trainer: PPOTrainer, answers: list[list[int]], **given: list) -> Rollout:
+    """A rollout of given answers to one prompt, with given scores, values and KL."""
+    from rlhf_recipes.sequences import join
+
+    width = trainer.args.response_length
+    rows = join([[1, 5]] * len(answers), answers, 0, torch.device("cpu"), width)
+    columns = torch.arange(width)
+    zeros = torch.zeros(len(answers), width)
+    return Rollout(
+        sequences=rows,
+        mask=columns < rows.lengths[:, None],
+        value_mask=columns < rows.lengths[:, None] + 1,
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        values=torch.tensor(given.get("values", zeros.tolist())),
+        scores=torch.tensor(given["scores"]),
+        ended=torch.tensor([ids[-1] == 2 for ids in answers]),
+        entropy=zeros,
+    )
+
+
+def test_the_score_lands_one_place_after_an_early_eos(make) -> None:
+    """As in TRL and the reference implementation: fact 17."""
+    trainer = make(response_length=4)
+    seen = rollout(trainer, [[7, 2], [7, 8, 9, 2]], scores=[1.0, 3.0])
+    _, returns, _ = trainer.advantages(seen)
+    assert returns.tolist() == [[1.0, 1.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0]]
+
+
+def test_a_truncated_answer_costs_the_penalty(make) -> None:
+    free = make(missing_eos_penalty=None, response_length=20).rollout(1)
+    fined = make(missing_eos_penalty=2.5, response_length=20).rollout(1)
+    assert torch.equal(free.sequences.ids, fined.sequences.ids)
+    assert 0 < free.ended.sum() < len(free.ended)
+    assert torch.allclose(free.scores - fined.scores, 2.5 * (~free.ended).float())
+
+
+def test_a_dataset_smaller_than_a_batch_serves(make) -> None:
+    """Stock hangs for ever (fact 10)."""
+    trainer = make(prompts=PROMPTS[:3], total_episodes=16)
+    assert [len(trainer.prompts(u)) for u in (1, 2)] == [8, 8]
+    taken = [tuple(ids) for update in (1, 2, 3) for ids in trainer.prompts(update)]
+    assert {tuple(p["input_ids"]): taken.count(tuple(p["input_ids"])) for p in PROMPTS[:3]} == {
+        tuple(p["input_ids"]): 8 for p in PROMPTS[:3]
+    }
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_an_update_is_a_function_of_seed_and_number(make) -> None:
+    """What ran before leaves no trace in what is drawn."""
+    first, second = make(), make()
+    torch.manual_seed(99)
+    torch.rand(7)
+    second.rollout(5)
+    assert torch.equal(first.rollout(2).sequences.ids, second.rollout(2).sequences.ids)
+    assert not torch.equal(first.rollout(1).sequences.ids, first.rollout(2).sequences.ids)
+
+
+def test_policy_and_value_are_clipped_apart(make) -> None:
+    """A value loss × 1000 leaves the policy's update as it was."""
+    after = []
+    for vf_coef in (0.1, 100.0):
+        trainer = make(vf_coef=vf_coef, max_grad_norm=0.5, optim="sgd", learning_rate=1e-2)
+        trainer.train()
+        after.append([p.detach().clone() for p in trainer.policy_model.trainable()])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+
+
+def test_max_grad_norm_clips(make) -> None:
+    moved = []
+    for norm in (1e-3, 1e3):
+        trainer = make(max_grad_norm=norm, optim="sgd", learning_rate=1.0, num_ppo_epochs=1)
+        before = [p.detach().clone() for p in trainer.policy_model.trainable()]
+        trainer.train()
+        pairs = zip(before, trainer.policy_model.trainable(), strict=True)
+        moved.append(sum((a - b).square().sum() for a, b in pairs).sqrt().item())
+    assert moved[0] <= 2e-3 * 1.001 and moved[1] > 10 * moved[0]
+
+
+def test_the_value_learns_the_return(make) -> None:
+    """On one rollout kept fixed, and with a policy that stands still."""
+    words = {"value_learning_rate": 1e-2}
+    trainer = make(learning_rate=0.0, lr_scheduler_type="constant", cliprange_value=9, words=words)
+    seen = trainer.rollout(1)
+    losses = [trainer.optimize(seen, 1)["loss/value_avg"] for _ in range(12)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_checkpointing_is_on_in_the_update_and_off_in_the_rollout(make) -> None:
+    """The same weights as without, and no layer left checkpointing."""
+    after = []
+    for checkpointing in (False, True):
+        trainer = make(gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules())
+        after.append(weights(trainer))
+    assert all(torch.allclose(after[0][k], after[1][k], atol=1e-6) for k in after[0])
+
+
+def test_a_reward_that_is_not_a_number_stops_with_a_line(make) -> None:
+    trainer = make()
+    trainer.reward_model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(StageError, match="objective/scores is nan at update 1; lower|nan at"):
+        trainer.train()
+
+
+def test_max_kl_ends_the_stage_in_order(make) -> None:
+    trainer = make(total_episodes=80, learning_rate=3e-2, words={"max_kl": 0.05})
+    trainer.train()
+    assert 1 < trainer.state.global_step < 10

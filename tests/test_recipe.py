@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomlkit
+
+from rlhf_recipes.errors import RecipeError, UsageError
+from rlhf_recipes.lines import key_lines
+from rlhf_recipes.recipe import (
+    Recipe,
+    find_recipe,
+    identity_settings,
+    layout_settings,
+    load_recipe,
+    shipped_recipes,
+)
+
+MINIMAL = """\
+stages = ["sft", "reward", "ppo"]
+
+[model]
+name = "org/base"
+
+[dataset]
+path = "./pairs.jsonl"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    """A recipe, and beside it a model folder, an adapter folder, and a data file."""
+    for name, file in {"model": "config.json", "adapter": "adapter_config.json"}.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / file).write_text("{}")
+    (folder / "pairs.jsonl").write_text("")
+    (folder / "notes.txt").write_text("")
+    path = folder / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(folder: Path, text: str) -> Recipe:
+    return load_recipe(write(folder, text))
+
+
+def problems(folder: Path, text: str, **words: list[str]) -> list[str]:
+    """What is wrong, without the folder's name."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(folder, text), **words)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+# ---- what a recipe comes to
+
+
+def test_a_minimal_recipe(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MINIMAL)
+    assert (recipe.title, recipe.seed, recipe.stages) == ("my", 42, ("sft", "reward", "ppo"))
+    assert recipe.text == MINIMAL
+    assert (recipe.model.dtype, recipe.model.quantization) == ("auto", "none")
+    assert not recipe.model.is_local
+    assert recipe.dataset.is_local
+    assert recipe.dataset.file == tmp_path / "pairs.jsonl"
+    assert recipe.dataset.judge_fraction == 0.25
+    assert recipe.evaluation.prompts == 128
+    assert recipe.lora == {
+        "r": 16,
+        "target_modules": "all-linear",
+        "lora_alpha": 32,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+    }
+    assert recipe.notes == ()
+
+
+def test_stages_resolved(tmp_path: Path) -> None:
+    text = MINIMAL + "[sft]\nmax_steps = 5\n[ppo]\nnum_ppo_epochs = 2\n[ppo.guard]\nmax_kl = 8\n"
+    recipe = load(tmp_path, text)
+    sft, reward, ppo = map(recipe.table, recipe.stages)
+    assert sft.given == {"learning_rate": 2e-4, "max_steps": 5}
+    assert sft.options["weight_decay"] == 0.0
+    assert "output_dir" not in sft.options and "packing" not in sft.options
+    assert sft.extras == {}
+    assert reward.given == {"learning_rate": 1e-4, "center_rewards_coefficient": 0.01}
+    assert reward.extras == {"head_learning_rate": 1e-4}
+    assert ppo.extras == {"value_learning_rate": 1e-4, "guard": {"max_kl": 8.0}}
+    assert ppo.options["lam"] == 1.0 and ppo.options["num_ppo_epochs"] == 2
+    roles = [(t.policy, t.reward_model, t.reference) for t in (sft, reward, ppo)]
+    assert roles == [(None, None, None), ("sft", None, None), ("sft", "reward", None)]
+
+
+def test_without_lora_the_learning_rates_are_upstreams(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "lora = false\nevaluation = false\n" + MINIMAL)
+    assert recipe.lora is None and recipe.evaluation is None
+    rates = [recipe.table(name).options["learning_rate"] for name in recipe.stages]
+    assert rates == [2e-5, 1e-4, 3e-6]
+
+
+def test_wiring_that_says_otherwise(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"ppo"]', '"ppo", "again", "last"]') + (
+        '[again]\nkind = "ppo"\npolicy = "sft"\nreference = "ppo"\nreward_model = "./model"\n'
+        '[last]\nkind = "sft"\ndataset = { path = "org/data", max_answer_tokens = 9 }\n'
+    )
+    recipe = load(tmp_path, text.replace("[dataset]", '[dataset]\nsystem = "s"\ntest_split = "t"'))
+    again, last = recipe.table("again"), recipe.table("last")
+    assert (again.kind, again.policy) == ("ppo", "sft")
+    assert (again.reward_model, again.reference) == ("./model", "ppo")
+    assert last.policy == "again"
+    own = last.dataset
+    assert (own.path, own.max_answer_tokens, own.max_prompt_tokens) == ("org/data", 9, 512)
+    assert (own.system, own.test_split, own.test_fraction) == ("s", None, 0.0)
+
+
+def test_resolved_is_a_recipe_whose_stages_are_the_same(tmp_path: Path) -> None:
+    text = MINIMAL.replace("org/base", "./model") + (
+        '[sft]\ndataset = { path = "./pairs.jsonl" }\n[ppo]\nreward_model = "./model"\n'
+    )
+    recipe = load(tmp_path, text)
+    resolved = tmp_path / "elsewhere" / "resolved.toml"
+    resolved.parent.mkdir()
+    resolved.write_text(tomlkit.dumps(recipe.resolved()))
+    again = load_recipe(resolved)
+    assert again.lora == recipe.lora and again.dataset == again.dataset
+    assert again.model.folder == recipe.model.folder
+    assert again.table("ppo").reward_model == str(tmp_path / "model")
+    assert again.table("sft").dataset.file == recipe.table("sft").dataset.file
+    for stage in recipe.stages:
+        assert identity_settings(again, stage) == identity_settings(recipe, stage)
+    assert again.resolved() == recipe.resolved() | {"title": "my"}
+
+
+def test_identity_and_layout(tmp_path: Path) -> None:
+    def settings(words: str) -> tuple[dict, dict]:
+        recipe = load(tmp_path, MINIMAL + "[ppo]\n" + words)
+        return identity_settings(recipe, "ppo"), layout_settings(recipe, "ppo")
+
+    whole = "per_device_train_batch_size = 16\n"
+    halved = "per_device_train_batch_size = 8\ngradient_accumulation_steps = 2\n"
+    identity, layout = settings(whole)
+    assert identity["batch_size"] == 16
+    assert identity["guard"] == {"max_kl": None}
+    assert "logging_steps" not in identity | layout
+    assert settings(whole + "logging_steps = 1\n") == (identity, layout)
+    assert settings(halved)[0] == identity
+    assert settings(halved)[1] == layout | {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    }
+    assert settings(whole + "cliprange = 0.3\n")[0] == identity | {"cliprange": 0.3}
+    assert settings(whole + "learning_rate = 1\n")[0] == identity | {
+        "learning_rate": 1.0,
+        "value_learning_rate": 1.0,
+    }
+
+
+def test_notes(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"sft", "reward", "ppo"', '"sft"').replace("org/base", "model")
+    assert load(tmp_path, text + "[ppo]\nkl_coef = 0.1\n").notes == (
+        'model.name: a hub id; for the folder write "./model"',
+        "[ppo] is not used: stages does not name it",
+    )
+
+
+# ---- what is wrong
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path: Path) -> None:
+    text = """\
+title = 3
+stages = ["sft", "rewrad",
+  "ppo", "ppo"]
+seed = -1
+colour = "red"
+
+[model]
+name = "./nowhere"
+dtype = "bf16"
+
+[lora]
+r = "16"
+modules_to_save = ["lm_head"]
+
+[dataset]
+path = "./pears.jsonl"
+test_fraction = 0.5
+validation_fraction = 0.5
+
+[sft]
+learning_rat = 1e-3
+bf16 = true
+packing = true
+dataset = { path = "./pairs.jsonl", judge_fraction = 0.1 }
+
+[ppo]
+num_mini_batches = 3
+[ppo.guard]
+max_kl = -1
+[rloo]
+beta = 0
+"""
+    assert problems(tmp_path, text) == [
+        "my.toml:1: title: must be text, not 3",
+        'my.toml:2: stages: "rewrad" is no kind of stage, and has no table'
+        ' (did you mean "reward"?)',
+        'my.toml:3: stages: "ppo" stands twice: a second one needs a name and a kind',
+        "my.toml:4: seed: must be at least 0, not -1",
+        "my.toml:5: colour: unknown key"
+        " (there are title, stages, seed, model, lora, dataset, evaluation)",
+        "my.toml:8: model.name: no such folder: nowhere",
+        'my.toml:9: model.dtype: must be "auto", "bfloat16", "float16" or "float32", not "bf16"'
+        ' (did you mean "bfloat16"?)',
+        'my.toml:12: lora.r: must be a whole number, not "16" (leave out the quotes)',
+        "my.toml:13: lora.modules_to_save: is refused: it would train or rebuild the base model"
+        " that all adapters share",
+        "my.toml:16: dataset.path: no such file or folder: pears.jsonl",
+        "my.toml:17: dataset.test_fraction: nothing is left to train on: 0.5 + 0.5 ≥ 1",
+        'my.toml:21: sft.learning_rat: unknown key (did you mean "learning_rate"?)',
+        "my.toml:22: sft.bf16: belongs to model.dtype: one precision for all stages",
+        "my.toml:23: sft.packing: is refused: without FlashAttention, rows that share a sequence"
+        " see each other",
+        "my.toml:24: sft.dataset.judge_fraction: belongs to dataset.judge_fraction:"
+        " a prompt is on the same side of the split in every stage",
+        "my.toml:27: ppo.num_mini_batches: 3 does not divide"
+        " per_device_train_batch_size × gradient_accumulation_steps = 8",
+        "my.toml:29: ppo.guard.max_kl: must be above 0, not -1",
+        "my.toml:30: rloo: is reserved: this version knows sft, reward, ppo",
+    ]
+
+
+STAGES = 'stages = ["sft", "reward", "ppo"]'
+MODEL = 'name = "org/base"'
+DATA = 'path = "./pairs.jsonl"'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        # stages
+        (STAGES, "", 'my.toml: stages: is missing: stages = ["sft", "reward", "ppo"], or fewer'),
+        (STAGES, "stages = []", 'my.toml:1: stages: is missing: stages = ["sft", "reward", "ppo"], or fewer'),
+        (STAGES, 'stages = "sft"', 'my.toml:1: stages: must be a list of texts, not "sft"'),
+        (STAGES, 'stages = ["sft", "dpo"]', 'my.toml:1: stages: "dpo" is reserved: this version knows sft, reward, ppo'),
+        (STAGES, 'stages = ["model"]', 'my.toml:1: stages: "model" cannot be the name of a stage'),
+        (STAGES, 'stages = ["../x"]', 'my.toml:1: stages: "../x" cannot be the name of a stage'),
+        (STAGES, 'stages = ["b"]\nb = {}', "my.toml:2: b: needs kind = one of sft, reward, ppo"),
+        (STAGES, 'stages = ["b"]\nb = { kind = "dqo" }', "my.toml:2: b.kind: needs kind = one of sft, reward, ppo"),
+        (STAGES, 'stages = ["sft"]\nsft = { kind = "ppo" }', 'my.toml:2: sft.kind: must be "sft", or left out'),
+        (STAGES, 'stages = ["sft"]\nsft = 3', "my.toml:2: sft: must be a table, not 3"),
+        (STAGES, 'stages = ["sft"]\nreward2 = {}', 'my.toml:2: reward2: unknown table: stages does not name it (did you mean "reward"?)'),
+        # wiring
+        (STAGES, 'stages = ["sft", "ppo"]', 'my.toml:1: stages: ppo has nothing to score with: put a "reward" stage before it, or say reward_model = "…"'),
+        (STAGES, 'stages = ["ppo", "reward"]\nppo = {}', 'my.toml:2: ppo: ppo has nothing to score with: put a "reward" stage before it, or say reward_model = "…"'),
+        (STAGES, STAGES + '\nppo.policy = "reward"', 'my.toml:2: ppo.policy: "reward" is of kind reward, not sft or ppo'),
+        (STAGES, STAGES + '\nppo.policy = "stf"', 'my.toml:2: ppo.policy: no stage is named "stf" (did you mean "sft"?)'),
+        (STAGES, STAGES + '\nppo.reference = "ppo"', 'my.toml:2: ppo.reference: "ppo" does not come before "ppo" in stages'),
+        (STAGES, STAGES + '\nppo.reward_model = "sft"', 'my.toml:2: ppo.reward_model: "sft" is of kind sft, not reward'),
+        (STAGES, STAGES + '\nppo.reward_model = "./rm"', "my.toml:2: ppo.reward_model: no such folder: rm"),
+        (STAGES, STAGES + '\nsft.reward_model = "reward"', "my.toml:2: sft.reward_model: unknown key here: it is one of [ppo]"),
+        (STAGES, STAGES + '\nsft.dataset.test_split = "x"\nsft.dataset.path = "a/b"', "my.toml:2: sft.dataset.test_split: unknown key here: it is one of [dataset]"),
+        (STAGES, STAGES + "\nsft.dataset.max_rows = 1", 'my.toml:2: sft.dataset: needs path = "…": a hub id, or a file or folder (./…)'),
+        # sizes of PPO
+        (STAGES, STAGES + "\nppo.whiten_rewards = true\nppo.num_mini_batches = 2", "my.toml:2: ppo.whiten_rewards: needs at least 8 rows in a mini-batch, not 4"),
+        # model
+        ("[model]\n" + MODEL, "", 'my.toml: model: is missing: [model] with name = "…" names the base model'),
+        (MODEL, "", 'my.toml:3: model: needs name = "…": a hub id, or a folder (./…)'),
+        (MODEL, 'name = "a/b/c"', 'my.toml:4: model.name: "a/b/c" is neither a hub id nor a folder (./… or /…)'),
+        (MODEL, 'name = "./adapter"', "my.toml:4: model.name: adapter is an adapter, not a whole model"),
+        (MODEL, 'name = "../"', "my.toml:4: model.name: .. is no model: it has no config.json"),
+        (MODEL, 'name = "./model"\nrevision = "main"', "my.toml:5: model.revision: is for models on the hub; a folder has none"),
+        (MODEL, MODEL + "\nseed = 1", "my.toml:5: model.seed: unknown key here: it belongs at the top, before the first [table]"),
+        # dataset
+        ("[dataset]\n" + DATA, "", 'my.toml: dataset: is missing: [dataset] with path = "…" names the preference data'),
+        (DATA, "", 'my.toml:6: dataset: needs path = "…": a hub id, or a file or folder (./…)'),
+        (DATA, 'path = "json"', 'my.toml:7: dataset.path: name the file itself: path = "./….jsonl"'),
+        (DATA, 'path = "./notes.txt"', "my.toml:7: dataset.path: must end in .jsonl, .json, .csv, .parquet, or be a folder"),
+        (DATA, DATA + '\ndata_files = "x"', "my.toml:8: dataset.data_files: says nothing about a local file: leave it out"),
+        (DATA, DATA + '\ntest_split = "t"\ntest_fraction = 0.1', "my.toml:9: dataset.test_fraction: leave it out: test_split says what the test is"),
+        (DATA, DATA + "\njudge_fraction = 1.0", "my.toml:8: dataset.judge_fraction: must be at least 0 and below 1, not 1.0"),
+        (DATA, DATA + "\nmax_length = 9", 'my.toml:8: dataset.max_length: unknown key (there are path, name, data_dir, data_files, split, revision, max_prompt_tokens, max_answer_tokens, max_rows, validation_fraction, test_fraction, test_split, judge_fraction, system)'),
+        # LoRA
+        (STAGES, STAGES + '\nlora = "no"', 'my.toml:2: lora: must be a table, not "no"'),
+        (STAGES, STAGES + '\nlora.target_modules = ["q_proj", "model.embed_tokens"]', "my.toml:2: lora.target_modules: model.embed_tokens holds the vocabulary, which all adapters share as it is"),
+        (STAGES, STAGES + '\nlora.target_modules = ".*"', "my.toml:2: lora.target_modules: lm_head holds the vocabulary, which all adapters share as it is"),
+        (STAGES, STAGES + '\nlora.target_modules = "("', "my.toml:2: lora.target_modules: is no regular expression: missing ), unterminated subpattern at position 0"),
+        (STAGES, STAGES + "\nlora.layers_to_transform = [0]", "my.toml:2: lora.layers_to_transform: needs target_modules to be a list of names"),
+        (STAGES, STAGES + '\nlora.init_lora_weights = "pissa"', 'my.toml:2: lora.init_lora_weights: must be true, "gaussian" or "orthogonal", not "pissa"'),
+        (STAGES, STAGES + '\nlora.task_type = "CAUSAL_LM"', "my.toml:2: lora.task_type: belongs to the stage: it follows from what the adapter is for"),
+        # TRL's fields
+        (STAGES, STAGES + "\nsft.max_length = 9", "my.toml:2: sft.max_length: belongs to dataset.max_prompt_tokens and dataset.max_answer_tokens: one limit for all stages"),
+        (STAGES, STAGES + '\nsft.output_dir = "x"', "my.toml:2: sft.output_dir: belongs to the runner: a stage's folder and work are planned"),
+        (STAGES, STAGES + "\nsft.kl_coef = 1", "my.toml:2: sft.kl_coef: unknown key here: it is one of [ppo]"),
+        (STAGES, STAGES + "\nreward.head_learning_rate = 0", "my.toml:2: reward.head_learning_rate: must be above 0, not 0"),
+        (STAGES, STAGES + "\nppo.eval_steps = 5", "my.toml:2: ppo.eval_steps: belongs to [evaluation]: TRL's PPO never evaluates; the closing stage does"),
+        (STAGES, STAGES + "\nppo.dataloader_num_workers = 2", "my.toml:2: ppo.dataloader_num_workers: is refused: TRL's PPO loop never reads it, and neither does ours"),
+        (STAGES, STAGES + "\nevaluation.prompts = 0", "my.toml:2: evaluation.prompts: must be at least 1, not 0"),
+    ],
+)  # fmt: skip
+def test_one_problem(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    assert old in MINIMAL
+    assert problems(tmp_path, MINIMAL.replace(old, new)) == [problem]
+
+
+def test_all_weights_do_not_train_in_4_bit(tmp_path: Path) -> None:
+    text = "lora = false\n" + MINIMAL.replace(MODEL, MODEL + '\nquantization = "4bit"')
+    found = problems(tmp_path, text)
+    assert found == ["my.toml:1: lora: weights in 4bit cannot train; adapters on them can"]
+
+
+def test_a_table_that_is_not_used_is_checked_all_the_same(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"sft", "reward", "ppo"', '"sft"') + "[ppo]\nkl_coff = 1\n"
+    assert problems(tmp_path, text) == [
+        'my.toml:9: ppo.kl_coff: unknown key (did you mean "kl_coef"?)'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"a = 1\nb = bfloat16\n", "my.toml:2: not TOML: Invalid value: b = bfloat16; text needs quotes"),
+        (b"a = 1\n\n[a]\n", "my.toml:3: not TOML: Cannot overwrite a value: [a]"),
+        (b"a = 1\nb = [1,\n", "my.toml:2: not TOML: Unclosed array: b = [1,"),
+        (b"a = 1\nb = '\xff'\n", "my.toml:2: is not UTF-8 text"),
+    ],
+)  # fmt: skip
+def test_what_is_no_toml(tmp_path: Path, text: bytes, problem: str) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == problem
+    assert caught.value.exit_code == 2
+
+
+# ---- files
+
+
+def test_shipped_recipes_are_found_by_name(tmp_path: Path) -> None:
+    assert "smoke" in [path.stem for path in shipped_recipes()]
+    assert find_recipe("smoke").name == "smoke.toml"
+    file = write(tmp_path, MINIMAL)
+    assert find_recipe(str(file)) == file
+    with pytest.raises(UsageError, match=r'no recipe smok \(did you mean "smoke"\?\) \(shipped: '):
+        find_recipe("smok")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gone.toml is no recipe file"):
+        load_recipe(tmp_path / "gone.toml")
+
+
+# ---- lines
+
+
+def test_the_line_of_every_key() -> None:
+    text = '''\
+# a = 1
+title = """one
+two = 2 """""
+"quo.ted" = 'x # y'
+stages = [
+  "sft",  # = [
+  1.5, 1979-05-27T07:32:00Z,
+]
+
+[model]  # [no]
+name.first = "a\\"]"
+[ppo.guard]
+max_kl = +8.0
+d = { a = 1, "b.c" = [1, [2, { x = 1 }]] }
+[[array]]
+k = ""
+[[array]]
+k = 1'''
+    tomllib.loads(text)
+    assert key_lines(text) == {
+        ("title",): 2,
+        ("quo.ted",): 4,
+        ("stages",): 5,
+        ("stages", 0): 6,
+        ("stages", 1): 7,
+        ("stages", 2): 7,
+        ("model",): 10,
+        ("model", "name"): 11,
+        ("model", "name", "first"): 11,
+        ("ppo",): 12,
+        ("ppo", "guard"): 12,
+        ("ppo", "guard", "max_kl"): 13,
+        ("ppo", "guard", "d"): 14,
+        ("ppo", "guard", "d", "a"): 14,
+        ("ppo", "guard", "d", "b.c"): 14,
+        ("ppo", "guard", "d", "b.c", 0): 14,
+        ("ppo", "guard", "d", "b.c", 1): 14,
+        ("ppo", "guard", "d", "b.c", 1, 0): 14,
+        ("ppo", "guard", "d", "b.c", 1, 1): 14,
+        ("ppo", "guard", "d", "b.c", 1, 1, "x"): 14,
+        ("array",): 15,
+        ("array", "k"): 16,
+    }

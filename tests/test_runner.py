@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_recipes import rundir
+from rlhf_recipes.errors import BusyError, DataError, StageError, UsageError
+from rlhf_recipes.plan import make_plan
+from rlhf_recipes.recipe import fork_recipe, load_recipe
+from rlhf_recipes.runner import RunOutcome, run
+from tests import counting
+from tests.counting import Counting, toy
+
+STAGES = ["sft", "reward", "ppo", "evaluation"]
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+def go(recipe: Path, *changes: str, **options: Any) -> RunOutcome:
+    return run(load_recipe(recipe, set=changes), runs=recipe.parent / "runs", **options)
+
+
+def headings(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    lines = capfd.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("Stage ")]
+
+
+def test_a_run_computes_each_stage_once(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy(tmp_path)
+    outcome = go(recipe)
+    assert count.ran == STAGES
+    assert [done.did for done in outcome.stages] == ["ran"] * 4
+    assert capfd.readouterr().err.splitlines()[:4] == [
+        f"Toy · {tmp_path}/runs/toy",
+        "Stage 1 of 4 · sft — new",
+        "  1/2                loss 0.5  score 1.25",
+        "    Where is Paris? → In France.   score 1.5",
+    ]
+    again = go(recipe)
+    assert count.ran == STAGES
+    assert count.exported == ["ppo"]
+    assert [done.did for done in again.stages] == ["cached"] * 4
+    assert again.results == outcome.results
+    assert headings(capfd) == [
+        f"Stage {n} of 4 · {name} — cached (0 s when it ran)" for n, name in enumerate(STAGES, 1)
+    ]
+
+
+def test_the_run_s_folder(tmp_path: Path, count: Counting) -> None:
+    recipe = toy(tmp_path)
+    outcome = go(recipe)
+    folder = tmp_path / "runs" / "toy"
+    assert (outcome.run_folder, outcome.model) == (folder, folder / "model")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "lock", "log.txt", "manifest.json", "model", "recipe.toml", "resolved.toml", "results.json"
+    ]  # fmt: skip
+    assert (folder / "recipe.toml").read_text() == recipe.read_text()
+    assert load_recipe(folder / "resolved.toml").model.folder == tmp_path / "model"
+    assert json.loads((folder / "results.json").read_text()) == {
+        "format": 1,
+        "sft.loss": 0.25, "sft.steps": 2, "reward.loss": 0.25, "reward.steps": 2,
+        "ppo.loss": 0.25, "ppo.steps": 2, "ppo.win_rate": 0.75, "evaluation.prompts": 8,
+    }  # fmt: skip
+    assert (folder / "model" / "model.safetensors").read_text() == "ppo 3"
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["format"], manifest["outcome"]) == (1, "finished")
+    assert manifest["recipe"] == str(recipe)
+    assert [(s["name"], s["outcome"]) for s in manifest["stages"]] == [(n, "ran") for n in STAGES]
+    assert manifest["versions"]["trl"] == "1.12.0"
+    assert len(manifest["model"]["content"]) == len(manifest["dataset"]["content"]) == 64
+    for entry in manifest["stages"]:
+        record = json.loads((tmp_path / "runs" / entry["folder"] / "stage.json").read_text())
+        assert (record["format"], record["key"]) == (1, entry["key"])
+        assert record["payload"]["kind"] == entry["kind"]
+    assert record["metrics"] == {"ppo.win_rate": 0.75, "prompts": 8}
+    ppo = rundir.read_record(tmp_path / "runs" / manifest["stages"][2]["folder"])
+    assert ppo["layout"]["per_device_train_batch_size"] == 8
+
+
+def test_a_fork_that_changes_ppo_redoes_ppo_and_evaluation_alone(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy(tmp_path)
+    go(recipe)
+    fork = fork_recipe(recipe, tmp_path / "mine.toml", set=["ppo.total_episodes=128"])
+    capfd.readouterr()
+    outcome = go(fork)
+    assert count.ran[4:] == ["ppo", "evaluation"]
+    assert headings(capfd) == [
+        "Stage 1 of 4 · sft — cached (0 s when it ran)",
+        "Stage 2 of 4 · reward — cached (0 s when it ran)",
+        "Stage 3 of 4 · ppo — total_episodes 64 → 128",
+        "Stage 4 of 4 · evaluation — input ppo changed",
+    ]
+    assert outcome.results["sft.loss"] == 0.25  # a cached stage's numbers count, too
+    assert count.exported == ["ppo", "ppo"]
+    go(recipe)
+    assert len(count.ran) == 6
+
+
+def test_until_stops_after_a_stage_and_the_next_run_goes_on(
+    tmp_path: Path, count: Counting
+) -> None:
+    recipe = toy(tmp_path)
+    first = go(recipe, until="reward")
+    assert count.ran == ["sft", "reward"]
+    assert set(first.results) == {"sft.loss", "sft.steps", "reward.loss", "reward.steps"}
+    assert (first.model / "model.safetensors").read_text() == "sft 1"
+    second = go(recipe)
+    assert count.ran == STAGES
+    assert (second.model / "model.safetensors").read_text() == "ppo 3"
+    with pytest.raises(UsageError) as caught:
+        go(recipe, until="rewrd")
+    assert str(caught.value) == "the recipe has no stage 'rewrd' (did you mean reward?)"
+
+
+def test_fresh_computes_all_again(tmp_path: Path, count: Counting) -> None:
+    recipe = toy(tmp_path)
+    go(recipe)
+    outcome = go(recipe, fresh=True)
+    assert count.ran == STAGES * 2
+    assert (outcome.model / "model.safetensors").read_text() == "ppo 7"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_stage_that_fails_leaves_no_record_and_starts_afresh(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str], fresh: bool
+) -> None:
+    recipe = toy(tmp_path)
+    if fresh:
+        go(recipe)
+    count.fault["reward"] = counting.fail
+    with pytest.raises(StageError) as caught:
+        go(recipe, fresh=fresh)
+    log = tmp_path / "runs" / "toy" / "log.txt"
+    assert str(caught.value) == (f"stage reward failed: ValueError: the loss is NaN (log: {log})")
+    assert "Traceback" in log.read_text()
+    assert "and more of the same" in log.read_text()
+    assert "Traceback" not in capfd.readouterr().err
+    manifest = rundir.read_json(tmp_path / "runs" / "toy" / "manifest.json")
+    assert manifest["outcome"] == "failed"
+    assert [s["outcome"] for s in manifest["stages"]] == ["ran", "not run", "not run", "not run"]
+    folder = tmp_path / "runs" / manifest["stages"][1]["folder"]
+    assert rundir.read_record(folder) is None
+    assert (folder / "output" / "weights").exists()
+
+    seen = []
+    count.fault["reward"] = lambda context: seen.extend(os.listdir(context.folder))
+    count.ran.clear()
+    go(recipe)
+    assert count.ran[0] == "reward"
+    assert sorted(seen) == ["lock", "output", "work"]
+    assert headings(capfd)[1] == "Stage 2 of 4 · reward — was not finished"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_stage_s_own_error_keeps_its_kind(tmp_path: Path, count: Counting) -> None:
+    count.fault["sft"] = counting.refuse
+    with pytest.raises(DataError) as caught:
+        go(toy(tmp_path))
+    assert str(caught.value) == (
+        "stage sft: no rows on the train side (lower test_fraction; "
+        f"log: {tmp_path}/runs/toy/log.txt)"
+    )
+
+
+def test_noise_goes_to_the_log_alone(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str], recwarn: Any
+) -> None:
+    count.fault["sft"] = counting.noise
+    go(toy(tmp_path), until="sft")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "library" not in err and "echoed" not in err
+    log = (tmp_path / "runs" / "toy" / "log.txt").read_text()
+    for words in ("printed by", "complained by", "echoed from C", "logged by us", "Stage 1 of 4"):
+        assert words in log
+
+
+def test_a_stage_that_another_run_computes_is_busy(tmp_path: Path, count: Counting) -> None:
+    recipe = toy(tmp_path)
+    caught: list[BusyError] = []
+
+    def meanwhile(_: Any) -> None:
+        with pytest.raises(BusyError) as error:
+            go(recipe, name="other")
+        caught.append(error.value)
+        with pytest.raises(BusyError, match="run toy is held by"):
+            go(recipe)
+
+    count.fault["sft"] = meanwhile
+    go(recipe)
+    assert str(caught[0]).startswith(f"stage sft is held by process {os.getpid()} on ")
+    assert count.ran == STAGES
+
+
+def test_a_stage_that_another_run_finished_meanwhile_is_taken(
+    tmp_path: Path, count: Counting
+) -> None:
+    recipe = toy(tmp_path)
+    reward = make_plan(load_recipe(recipe), tmp_path / "runs").stages[1]
+
+    def other(_: Any) -> None:  # while this run is at SFT, another one does the reward stage
+        (reward.folder / "output").mkdir(parents=True)
+        (reward.folder / "output" / "weights").write_text("theirs")
+        record = {"key": reward.key, "metrics": {"loss": 9}, "seconds": 7, "summary": "theirs"}
+        rundir.write_record(reward.folder, record | {"versions": rundir.versions()})
+
+    count.fault["sft"] = other
+    outcome = go(recipe)
+    assert count.ran == ["sft", "ppo", "evaluation"]
+    assert outcome.results["reward.loss"] == 9
+
+
+def test_other_versions_are_said(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    recipe = toy(tmp_path)
+    go(recipe, until="sft")
+    capfd.readouterr()
+    now = rundir.versions() | {"torch": "9.9"}
+    before = rundir.versions()["torch"]
+    monkeypatch.setattr(rundir, "versions", lambda: now)
+    go(recipe, until="sft")
+    assert count.ran == ["sft"]
+    line = capfd.readouterr().err.splitlines()[2]
+    assert line == f'  computed with other versions: torch "{before}" → "9.9"'
+
+
+def test_nothing_is_writable_by_others_and_any_thread_may_run(
+    tmp_path: Path, count: Counting
+) -> None:
+    recipe = toy(tmp_path)
+    before = os.umask(0)
+    try:
+        worker = threading.Thread(target=go, args=[recipe])
+        worker.start()
+        worker.join()
+        assert os.umask(0) == 0
+    finally:
+        os.umask(before)
+    made = [tmp_path / "runs", *(tmp_path / "runs").rglob("*")]
+    assert len(made) > 30
+    assert [p for p in made if stat.S_IMODE(p.stat().st_mode) & 0o022] == []
+
+
+def test_a_moved_runs_folder_stays_whole(tmp_path: Path, count: Counting) -> None:
+    recipe = toy(tmp_path)
+    go(recipe)
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    run(load_recipe(recipe), runs=tmp_path / "elsewhere")
+    assert count.ran == STAGES
