@@ -5,9 +5,9 @@ base: `Base.open` adds one and hands out a `Role` that sees the base through it.
 each role is a model of its own. Nothing else in the project knows which of the two it is.
 
 PEFT's own switches flip `requires_grad`: flipped between forward and backward, gradients are
-dropped (TRL-facts 33). `Role.active` therefore sets the active adapter on the LoRA layers and touches
-nothing else; who is trainable is decided once, in `open`. A forward and its backward run under the
-same `active`, so that a checkpointed layer recomputes under the adapter it ran with.
+dropped (TRL-facts 33). `Role.active` therefore sets the active adapter on the LoRA layers and
+touches nothing else; who is trainable is decided once, in `open`. A forward and its backward run
+under the same `active`, so that a checkpointed layer recomputes under the adapter it ran with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_recipes import models
@@ -149,7 +149,6 @@ class Role(nn.Module):
         self.dtype = dtype
         self.score: nn.Linear | None = None
         self.config = lm.config
-        self.generation_config = lm.generation_config
         self._layers = layers
 
     def add_head(self, head: nn.Linear) -> Role:
@@ -157,6 +156,10 @@ class Role(nn.Module):
         self.score = head
         self.config = models.config_with_one_label(self.lm)
         return self
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.lm.generation_config
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -267,27 +270,3 @@ def logprobs(
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
     return chosen, entropy
-
-
-# ---- heads ---------------------------------------------------------------------------------------
-
-
-def load_head(lm: PreTrainedModel, source: Path, *, unit: bool) -> nn.Linear:
-    """The reward head of an output folder, frozen; `unit` folds mean 0 and deviation 1 into it.
-
-    The unit is that of the reward model's scores over the training chosen answers, so `kl_coef`,
-    clip ranges and guards mean the same in every recipe.
-    """
-    head = models.new_head(lm, bias=unit)
-    weight = load_file(source / HEAD, device=str(lm.device))["score.weight"].float()
-    mean, std = read_unit(source) if unit else (0.0, 1.0)
-    head.weight.data.copy_(weight / std)
-    if unit:
-        head.bias.data.fill_(-mean / std)
-    return head.requires_grad_(False)
-
-
-def read_unit(source: Path) -> tuple[float, float]:
-    """Mean and standard deviation of the reward over the training chosen answers."""
-    unit = json.loads((source / UNIT).read_text())
-    return unit["mean"], unit["std"]

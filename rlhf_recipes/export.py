@@ -16,11 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_recipes.adapters import ADAPTER, HEAD, read_unit
+from rlhf_recipes.adapters import ADAPTER, HEAD, UNIT
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models import compute_dtype, load_causal_lm
 from rlhf_recipes.plan import is_policy
 from rlhf_recipes.recipe import Recipe, load_recipe
+from rlhf_recipes.rewards import read_unit
 from rlhf_recipes.rundir import MANIFEST, read_json
 from rlhf_recipes.shared import Shared
 
@@ -88,7 +89,7 @@ def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str)
     write_model(recipe, output, folder, form=form)
     unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
     if form == "adapter" and recipe.lora is not None:
-        for name in (HEAD, "unit.json"):
+        for name in (HEAD, UNIT):
             shutil.copy(output / name, folder / name)
         return
     dtype = compute_dtype(recipe.model.dtype)

@@ -151,8 +151,8 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = [_read_hint(part) for part in typing.get_args(hint)]
         kinds = dict.fromkeys(kind for part in parts for kind in part[0])
-        if "dict" in kinds:
-            kinds.pop("str", None)  # TRL's stand-in for a dict on a command line
+        if set(kinds) == {"dict", "str"}:
+            kinds.pop("str")  # TRL's stand-in for a dict on a command line
         return tuple(kinds), tuple(choice for part in parts for choice in part[1])
     if typing.get_origin(hint) is typing.Literal:
         values = typing.get_args(hint)

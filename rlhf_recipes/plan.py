@@ -69,6 +69,7 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
         }
         payload = {
             "kind": kind,
+            "name": stage,  # its randomness is a function of the seed and of this
             "version": KINDS[kind][1],
             "settings": _settings(recipe, stage),
             "model": model,

@@ -126,13 +126,13 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
+        written = text.rstrip("\n").split("\n")
         found = re.match(r"line (\d+)", place)
-        line = int(found[1]) if found else text.count("\n") + 1
-        shown = text.splitlines()[line - 1].strip() if text.strip() else ""
-        hint = "; text needs quotes" if message == "Invalid value" else ""
-        raise RecipeError(
-            [Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint}")]
-        ) from None
+        line = int(found[1]) if found else len(written)
+        shown = written[line - 1].strip()
+        hint = "; text needs quotes" if message == "Invalid value" and found else ""
+        problem = Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint}")
+        raise RecipeError([problem]) from None
 
 
 def _place(key: Key, message: str, path: Path, lines: dict[Key, int], edited: Edited) -> Problem:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (tables of messages: a case a line)
 from __future__ import annotations
 
 import tomllib
@@ -132,7 +133,7 @@ def test_a_new_stage_by_words_in_any_order(tmp_path: Path) -> None:
         (["dpo.beta=1"], [], '--set dpo.beta=1: dpo.beta: the recipe has no table [dpo] (did you mean "ppo"?)'),
         (["seed.x=1"], [], "--set seed.x=1: seed.x: seed is 42 here, not a table"),
         (["sft.bf16=true"], [], "--set sft.bf16=true: sft.bf16: belongs to model.dtype: one precision for all stages"),
-        ([], ["lora.rr"], "--unset lora.rr: lora.rr: is not written in the recipe"),
+        ([], ["lora.rr"], '--unset lora.rr: lora.rr: is not written in the recipe (did you mean "r"?)'),
         ([], ["modle.name"], "--unset modle.name: modle.name: is not written in the recipe"),
         ([], ["model.name"], 'my.toml:7: model: needs name = "…": a hub id, or a folder (./…)'),
         (['lora={r = "8"}'], [], '--set lora={r = "8"}: lora.r: must be a whole number, not "8" (leave out the quotes)'),

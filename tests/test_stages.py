@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 from rlhf_recipes import stages
 from rlhf_recipes.adapters import Base
+from rlhf_recipes.export import write_reward_model
 from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.rewards import open_foreign, open_reward, read_unit
+from rlhf_recipes.sequences import score_ids
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages import StageContext, StageResult, evaluate
 from rlhf_recipes.stages import ppo as ppo_stage
@@ -232,20 +235,38 @@ def test_evaluating_or_not_changes_no_weight(chain: Chain, tiny_recipe: Path) ->
 
 
 def test_the_unit_is_mean_0_and_deviation_1_over_the_training_chosen(chain: Chain) -> None:
-    from rlhf_recipes.adapters import load_head
-    from rlhf_recipes.sequences import score_ids
-
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
-    base, folder = chain.shared.base, chain.outputs["reward"]
-    reward = base.open("reward", folder, seed=0)
-    reward.add_head(load_head(reward.lm, folder, unit=True))
-    rows = [
-        (e.prompt_ids, e.chosen_ids) for e in chain.shared.data(chain.recipe.dataset).reward_train
-    ]
-    scores = score_ids(reward, rows, 0, 7)
+    reward = open_reward(chain.shared.base, chain.outputs["reward"])
+    pairs = chain.shared.data(chain.recipe.dataset).reward_train
+    scores = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in pairs], 0, 7)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(
+    chain: Chain, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """PPO against a reward model from a folder: held apart, the value from the policy, at 0."""
+    chain.run("sft", {})
+    chain.run("reward", {"policy": "sft"})
+    folder = tmp_path / "exported"
+    write_reward_model(chain.recipe, chain.outputs["reward"], folder, form="merged")
+    mean, std = read_unit(chain.outputs["reward"])
+    rows = [(e.prompt_ids, e.chosen_ids) for e in chain.shared.data(chain.recipe.dataset).test]
+    ours = score_ids(open_reward(chain.shared.base, chain.outputs["reward"]), rows, 0, 8)
+    foreign = open_foreign(folder, chain.shared.base, chain.shared.tokens)
+    assert torch.allclose(score_ids(foreign, rows, 0, 8), ours * std + mean, atol=1e-4)
+
+    changes = [f"ppo.reward_model={folder}", 'stages=["sft", "ppo"]']
+    other = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "other")
+    other.run("sft", {})
+    result = other.run("ppo", {"policy": "sft"})
+    assert result.metrics["updates"] == 2
+    metrics = other.run(
+        "evaluation", {"policy:sft": "sft", "policy:ppo": "ppo"}, kind="evaluation"
+    ).metrics
+    assert metrics["reward.test_pairs"] == 15 and 0 < metrics["ppo.kl"] < 50
 
 
 def test_the_evaluations_numbers_are_what_they_say(chain: Chain) -> None:

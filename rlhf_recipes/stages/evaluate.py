@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from rlhf_recipes.adapters import Role, load_head, logits
+from rlhf_recipes import sources
+from rlhf_recipes.adapters import Role, logits
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.rewards import open_foreign, open_reward
 from rlhf_recipes.sequences import join, sample, score_ids
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import need
@@ -50,12 +52,9 @@ def run(context: StageContext) -> StageResult:
     metrics: dict[str, float | int] = {}
 
     # ---- reward model
-    reward = None
-    if "reward_model" in context.inputs:
-        folder = context.inputs["reward_model"]
-        reward = base.open("reward", folder, seed=0)
-        reward.add_head(load_head(reward.lm, folder, unit=True))
-        metrics |= _reward_metrics(reward, data.test, tokens.pad_id, folder, _reward_name(context))
+    reward, name = _reward_model(context)
+    if reward is not None:
+        metrics |= _reward_metrics(reward, data.test, tokens.pad_id, name)
 
     # ---- policies
     policies = {"base": None} | {
@@ -99,9 +98,17 @@ def _setting(context: StageContext) -> Setting:
     )
 
 
-def _reward_name(context: StageContext) -> str:
-    recipe = context.recipe
-    return [n for n in recipe.stages if recipe.table(n).kind == "reward"][-1]
+def _reward_model(context: StageContext) -> tuple[Role | None, str]:
+    """What the last PPO stage was scored by, else the last reward stage; and its name."""
+    recipe, shared = context.recipe, context.shared
+    tables = [recipe.table(stage) for stage in recipe.stages]
+    named = [table.reward_model for table in tables if table.reward_model]
+    name = (named or [table.name for table in tables if table.kind == "reward"] or [""])[-1]
+    if "reward_model" in context.inputs:
+        return open_reward(shared.base, context.inputs["reward_model"]), name
+    if not name:
+        return None, name
+    return open_foreign(sources.local_path(name, recipe), shared.base, shared.tokens), "reward"
 
 
 def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | None:
@@ -112,9 +119,7 @@ def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | N
     return recipe.table(name).policy or order[order.index(name) - 1]
 
 
-def _reward_metrics(
-    reward: Role, pairs: list[Example], pad: int, folder: Path, name: str
-) -> dict[str, float]:
+def _reward_metrics(reward: Role, pairs: list[Example], pad: int, name: str) -> dict[str, float]:
     pairs = [e for e in pairs if e.rejected_ids is not None]
     if not pairs:
         return {}

@@ -10,13 +10,16 @@ saves in variance.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from trl.experimental.ppo import PPOConfig
 
-from rlhf_recipes.adapters import Role, load_head
+from rlhf_recipes import sources
+from rlhf_recipes.adapters import Base, Role
 from rlhf_recipes.data import unique_prompts
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
+from rlhf_recipes.rewards import load_head, open_foreign, open_reward, zero_head
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import float32, need, trainer_config
 
@@ -29,14 +32,18 @@ def run(context: StageContext) -> StageResult:
 
     # ---- four roles on one base
     base, start = shared.base, context.inputs.get("policy")
-    reward_folder = context.inputs["reward_model"]
+    scorer = context.inputs.get("reward_model")
     seed = derive_seed(recipe.seed, context.name, "lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
-    reward = base.open("reward", reward_folder, seed=seed)
-    reward.add_head(load_head(reward.lm, reward_folder, unit=True))
-    value = base.open("value", reward_folder, seed=seed, trainable=True)
-    value.add_head(load_head(value.lm, reward_folder, unit=True).requires_grad_(True))
+    value = base.open("value", scorer or start, seed=seed, trainable=True)
+    if scorer is not None:
+        reward = open_reward(base, scorer)
+        value.add_head(load_head(value.lm, scorer))
+    else:
+        folder = sources.local_path(table.reward_model, recipe)
+        reward = open_foreign(folder, base, shared.tokens)
+        value.add_head(zero_head(value.lm))
     float32(*policy.trainable(), *value.trainable())
 
     # ---- training
@@ -74,7 +81,7 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics, f"score {first:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}")
 
 
-def _save_value(base, value: Role, folder) -> None:
+def _save_value(base: Base, value: Role, folder: Path) -> None:
     folder.mkdir()
     base.save(value, folder)
 
