@@ -182,16 +182,14 @@ def chat(
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""
-    from rich.console import Console
-
     from rlhf_recipes.progress import Screen
     from rlhf_recipes.rundir import find_run, runs_folder
 
     folder = find_run(run, runs_folder(runs))
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    with Screen(folder / "log.txt") as screen, screen.quiet():
-        from rlhf_recipes.chat import chat as chat_with
-    chat_with(run_folder=folder, stage=stage, console=console)
+    with Screen(folder / "log.txt") as screen:
+        with screen.quiet():
+            from rlhf_recipes.chat import chat as chat_with
+        chat_with(run_folder=folder, stage=stage, quiet=screen.quiet)
 
 
 @app.command()

@@ -59,6 +59,20 @@ def join(
     return Sequences(ids.to(device), mask.to(device), lengths.to(device), answer)
 
 
+def sampling(length: int, temperature: float, *, eos: int, pad: int) -> GenerationConfig:
+    """Draw from the whole distribution at `temperature`, with nothing that would bend it."""
+    return GenerationConfig(
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+
+
 @torch.no_grad()
 def sample(
     policy: Role,
@@ -76,16 +90,7 @@ def sample(
     Sampled from the whole distribution at `temperature`; each batch is seeded by its place, so the
     same weights give the same answers whatever ran before.
     """
-    settings = GenerationConfig(
-        max_new_tokens=length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        use_cache=True,
-    )
+    settings = sampling(length, temperature, eos=eos, pad=pad)
     answers: list[list[int]] = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]

@@ -1,0 +1,176 @@
+"""The real command on a tiny model: what it prints, leaves on disk, and does the second time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+# Golden: what programs read. These do not change without need.
+RESULTS = """
+evaluation.prompts
+base.ended base.length base.score
+sft.ended sft.kl sft.length sft.rows sft.rows_dropped sft.score sft.score_gain sft.steps
+sft.train_loss sft.unchanged sft.validation_loss sft.validation_loss_before sft.win_rate
+reward.accuracy reward.length_accuracy reward.margin reward.pairs reward.steps reward.test_pairs
+reward.train_loss reward.unit_mean reward.unit_std reward.validation_accuracy
+reward.validation_margin
+ppo.ended ppo.episodes ppo.kl ppo.length ppo.score ppo.score_gain ppo.train_kl ppo.train_length
+ppo.train_score ppo.train_score_first ppo.unchanged ppo.updates ppo.win_rate
+""".split()
+STAGE_FILES = {
+    "sft": ["adapter_config.json", "adapter_model.safetensors"],
+    "reward": ["adapter_config.json", "adapter_model.safetensors", "head.safetensors", "unit.json"],
+    "ppo": ["adapter_config.json", "adapter_model.safetensors", "value"],
+    "evaluation": ["answers.jsonl"],
+}
+
+
+def command(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`rlhf-recipes WORDS`, as a person types it into a pipe."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_recipes", *map(str, words)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def digests(runs: Path) -> dict[str, bytes]:
+    """The bytes of every weight file, by its place below the runs folder."""
+    return {str(f.relative_to(runs)): f.read_bytes() for f in runs.rglob("*.safetensors")}
+
+
+@pytest.fixture
+def done(tiny_recipe: Path, tmp_path: Path) -> Path:
+    """A folder in which the tiny recipe has run."""
+    first = command("run", tiny_recipe, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    return tmp_path
+
+
+def test_a_run_leaves_what_it_promises(done: Path) -> None:
+    run = done / "runs" / "tiny"
+    assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == [
+        "lock",
+        "log.txt",
+        "manifest.json",
+        "model",
+        "recipe.toml",
+        "resolved.toml",
+        "results.json",
+    ]
+    results = json.loads((run / "results.json").read_text())
+    assert results.pop("format") == 1
+    assert sorted(results) == sorted(RESULTS)
+    for entry in json.loads((run / "manifest.json").read_text())["stages"]:
+        folder = run.parent / entry["folder"]
+        assert re.fullmatch(rf"{entry['kind']}-[0-9a-f]{{12}}", folder.name)
+        assert sorted(p.name for p in (folder / "output").iterdir()) == STAGE_FILES[entry["kind"]]
+
+
+def test_the_second_run_computes_nothing_in_seconds(done: Path, tiny_recipe: Path) -> None:
+    before = digests(done / "runs")
+    clock = time.monotonic()
+    again = command("run", tiny_recipe, cwd=done)
+    assert time.monotonic() - clock < 5
+    assert again.returncode == 0
+    assert again.stderr.count("— cached (") == 4
+    assert digests(done / "runs") == before
+
+
+def test_a_fork_of_ppo_redoes_ppo_and_evaluation_and_says_why(
+    done: Path, tiny_recipe: Path
+) -> None:
+    assert command("fork", tiny_recipe, "mine.toml", cwd=done).returncode == 0
+    forked = command("run", "mine.toml", "--set", "ppo.kl_coef=0.2", cwd=done)
+    assert forked.returncode == 0, forked.stderr
+    headings = [line for line in forked.stderr.splitlines() if line.startswith("Stage ")]
+    assert [line.partition(" — ")[2].partition(" (")[0] for line in headings] == [
+        "cached",
+        "cached",
+        "kl_coef 0.05 → 0.2",
+        "input ppo changed",
+    ]
+
+
+def test_two_runs_from_nothing_give_the_same_bytes(done: Path, tiny_recipe: Path) -> None:
+    other = command("run", tiny_recipe, "--runs", "elsewhere", cwd=done)
+    assert other.returncode == 0
+    first, second = digests(done / "runs"), digests(done / "elsewhere")
+    assert len(first) == 7 and first == second
+    assert (done / "runs/tiny/results.json").read_bytes() == (
+        done / "elsewhere/tiny/results.json"
+    ).read_bytes()
+
+
+def test_the_model_folder_is_the_policy_and_stops_at_its_eos(done: Path) -> None:
+    """Merged by transformers alone, it gives the adapter's logits and carries EOS and pad."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = done / "runs" / "tiny"
+    merged = AutoModelForCausalLM.from_pretrained(run / "model")
+    manifest = json.loads((run / "manifest.json").read_text())
+    output = run.parent / manifest["stages"][2]["folder"] / "output"
+    base = re.search(r'name = "(.*)"', (run / "recipe.toml").read_text())[1]
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output)
+    ids = torch.tensor([[1, 4, 7, 2, 1, 5]])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, policy(ids).logits, atol=1e-4)
+    assert merged.generation_config.eos_token_id == 2
+    assert merged.generation_config.pad_token_id == 0
+    assert AutoTokenizer.from_pretrained(run / "model").eos_token == "<|im_end|>"
+
+
+def test_chat_and_export(done: Path) -> None:
+    asked = subprocess.run(
+        [sys.executable, "-m", "rlhf_recipes", "chat", "runs/tiny"],
+        cwd=done,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        input="red cat\nblue\n",
+        capture_output=True,
+        text=True,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert len(asked.stdout.splitlines()) == 3 and asked.stderr == ""
+    exported = command("export", "tiny", "out", "--stage", "reward", "--form", "adapter", cwd=done)
+    assert exported.returncode == 0 and exported.stderr == ""
+    assert set(load_file(done / "out" / "head.safetensors")) == {"score.weight"}
+    again = command("export", "tiny", "out", cwd=done)
+    assert again.returncode == 2 and again.stderr == "out is not empty (name a new folder)\n"
+
+
+def test_five_mistakes_are_five_lines(tiny_recipe: Path, tmp_path: Path) -> None:
+    text = tiny_recipe.read_text()
+    for old, new in [
+        ('dtype = "float32"', 'dtype = "float31"'),
+        ("learning_rate = 1e-2", "learning_rat = 1e-2"),
+        ("num_mini_batches = 2", "num_mini_batches = 3"),
+        ("r = 4", 'r = "4"'),
+        ("total_episodes = 32", 'output_dir = "x"'),
+    ]:
+        text = text.replace(old, new, 1)
+    (tmp_path / "bad.toml").write_text(text)
+    checked = command("check", "bad.toml", cwd=tmp_path)
+    assert checked.returncode == 2 and checked.stderr == ""
+    lines = checked.stdout.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["bad.toml:7", "model.dtype"],
+        ["bad.toml:10", "lora.r"],
+        ["bad.toml:24", "sft.learning_rat"],
+        ["bad.toml:34", "ppo.output_dir"],
+        ["bad.toml:38", "ppo.num_mini_batches"],
+    ]
+    assert 'did you mean "learning_rate"?' in lines[2]
