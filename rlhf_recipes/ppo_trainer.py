@@ -93,7 +93,6 @@ class PPOTrainer(StockPPOTrainer):
         args, state = self.args, self.state
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
-        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
         started = time.time()
         for update in range(state.global_step + 1, args.num_total_batches + 1):
@@ -108,7 +107,8 @@ class PPOTrainer(StockPPOTrainer):
             metrics["episode"] = state.episode
             self._check_finite(metrics)
             self.on_update(self, rollout, metrics)
-            self.log(dict(metrics))
+            if update % args.logging_steps == 0 or update == args.num_total_batches:
+                self.log(dict(metrics))
             self.control = self.callback_handler.on_step_end(args, state, self.control)
             if self.max_kl is not None and metrics["objective/kl"] > self.max_kl:
                 self.control.should_training_stop = True

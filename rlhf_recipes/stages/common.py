@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlhf_recipes import models
+from rlhf_recipes.data import Data
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import Progress, StageContext
@@ -44,6 +45,20 @@ def float32(*parameters: torch.nn.Parameter) -> None:
     """
     for parameter in parameters:
         parameter.data = parameter.data.float()
+
+
+def load_rows(context: StageContext) -> Data:
+    """The stage's rows; says and keeps in data.json what became of them."""
+    own = context.recipe.table(context.name).dataset if context.kind != "evaluation" else None
+    data = context.shared.data(own or context.recipe.dataset)
+    sides = {side: len(getattr(data, side)) for side in ("train", "validation", "test", "judge")}
+    dropped = dict(data.dropped.most_common())
+    found = {"format": 1, "rows": data.rows, **sides, "dropped": dropped}
+    write_json(context.folder / "data.json", found)
+    shown = ", ".join(f"{count} {side}" for side, count in sides.items() if side != "judge")
+    why = "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
+    context.progress.note(f"{data.rows} rows: {shown}{'; ' + why if why else ''}")
+    return data
 
 
 def need(rows: list, side: str, context: StageContext) -> list:

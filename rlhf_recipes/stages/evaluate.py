@@ -20,7 +20,7 @@ from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.rewards import open_foreign, open_reward
 from rlhf_recipes.sequences import join, sample, score_ids
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import need
+from rlhf_recipes.stages.common import load_rows, need
 from rlhf_recipes.stages.reward import preference
 
 BATCH = 16  # sequences a forward; results do not depend on it beyond which draws they share
@@ -45,7 +45,7 @@ class Answers:
 
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
-    data = shared.data(recipe.dataset)
+    data = load_rows(context)
     examples = unique_prompts(need(data.test, "test", context))[: recipe.evaluation.prompts]
     setting = _setting(context)
     base, tokens = shared.base, shared.tokens
@@ -171,8 +171,8 @@ def _against(name: str, now: Answers, before: Answers) -> dict[str, float]:
     same = [a == b for a, b in zip(now.ids, before.ids, strict=True)]
     numbers = {f"{name}.unchanged": sum(same) / len(same)}
     if now.scores is not None and before.scores is not None:
-        gain = now.scores - before.scores
-        wins = (gain > 0).float() + 0.5 * (gain == 0).float()
+        gain = (now.scores - before.scores).double()
+        wins = (gain > 0).double() + 0.5 * (gain == 0).double()
         numbers[f"{name}.score_gain"] = gain.mean().item()
         numbers[f"{name}.win_rate"] = wins.mean().item()
     return numbers

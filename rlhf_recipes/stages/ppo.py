@@ -16,18 +16,18 @@ from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes import sources
 from rlhf_recipes.adapters import Base, Role
-from rlhf_recipes.data import unique_prompts
+from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
 from rlhf_recipes.rewards import load_head, open_foreign, open_reward, zero_head
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import float32, need, trainer_config
+from rlhf_recipes.stages.common import float32, load_rows, need, trainer_config
 
 
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     table = recipe.table(context.name)
-    data = shared.data(table.dataset or recipe.dataset)
+    data = load_rows(context)
     prompts = unique_prompts(need(data.train, "train", context))
 
     # ---- four roles on one base
@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
     float32(*policy.trainable(), *value.trainable())
 
     # ---- training
-    report = Report(context)
+    report = Report(context, prompts)
     trainer = PPOTrainer(
         args=trainer_config(PPOConfig, context, stop_token="eos"),
         processing_class=shared.tokens.tokenizer,
@@ -89,8 +89,9 @@ def _save_value(base: Base, value: Role, folder: Path) -> None:
 class Report:
     """Hands each update's numbers, and two completions every few updates, to the progress."""
 
-    def __init__(self, context: StageContext):
+    def __init__(self, context: StageContext, prompts: list[Example]):
         self.context = context
+        self.shown = {tuple(example.prompt_ids): example.prompt for example in prompts}
         self.first: dict[str, float] = {}
         self.last: dict[str, float] = {}
 
@@ -111,14 +112,12 @@ class Report:
                 self._sample(trainer, rollout, row)
 
     def _sample(self, trainer: PPOTrainer, rollout: Rollout, row: int) -> None:
-        tokens, sequences = self.context.shared.tokens, rollout.sequences[row : row + 1]
-        ids, mask = sequences.ids[0].tolist(), sequences.mask[0].tolist()
-        cut = len(ids) - sequences.answer
-        prompt = [i for i, kept in zip(ids[:cut], mask[:cut], strict=True) if kept]
-        answer = ids[cut : cut + int(sequences.lengths[0])]
+        tokens, sequences = self.context.shared.tokens, rollout.sequences
+        prompt = trainer.prompts(trainer.state.global_step)[row]
+        answer = sequences.ids[row, -sequences.answer :][: int(sequences.lengths[row])]
         self.context.progress.sample(
-            tokens.decode(prompt),
-            tokens.decode(answer),
+            self.shown[tuple(prompt)],
+            tokens.decode(answer.tolist()),
             update=trainer.state.global_step,
             score=float(rollout.scores[row]),
         )

@@ -23,13 +23,13 @@ from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.models import new_head
 from rlhf_recipes.sequences import score_ids
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Report, float32, need, trainer_config, write_json
+from rlhf_recipes.stages.common import Report, float32, load_rows, need, trainer_config, write_json
 
 
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     table = recipe.table(context.name)
-    data = shared.data(table.dataset or recipe.dataset)
+    data = load_rows(context)
     train = [e for e in need(data.reward_train, "train", context) if e.rejected_ids is not None]
     need(train, "train (pairs)", context)
 
@@ -85,7 +85,7 @@ def preference(reward: Role, pairs: list[Example], pad: int, batch: int) -> tupl
     """Share of pairs ranked right, a tie counting half, and mean margin in the head's own scale."""
     chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in pairs], pad, batch)
     rejected = score_ids(reward, [(e.prompt_ids, e.rejected_ids) for e in pairs], pad, batch)
-    margin = chosen - rejected
+    margin = (chosen - rejected).double()
     return ((margin > 0) + 0.5 * (margin == 0)).mean().item(), margin.mean().item()
 
 

@@ -8,23 +8,18 @@ Departs from TRL's own script in that
 
 from __future__ import annotations
 
-import logging
-
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_recipes.data import Example
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Report, float32, need, trainer_config
-
-log = logging.getLogger(__name__)
+from rlhf_recipes.stages.common import Report, float32, load_rows, need, trainer_config
 
 
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
-    data = shared.data(recipe.table(context.name).dataset or recipe.dataset)
-    log.info("%s: %d rows, dropped %s", context.name, data.rows, dict(data.dropped))
+    data = load_rows(context)
 
     # ---- policy
     base = shared.base
