@@ -88,11 +88,14 @@ class Base:
         for role in roles:
             role.lm.gradient_checkpointing_disable()
             # accelerate wraps `forward` and SFTTrainer's chunked loss replaces it, both on the
-            # instance, and neither takes it back: the next stage would run their code.
+            # instance, and neither takes it back: the next stage would run their code. And a model
+            # marked as prepared is not wrapped again: the next stage's logits would be bfloat16.
             for module in (role.lm, self.peft):
                 if module is not None:
-                    module.__dict__.pop("forward", None)
-                    module.__dict__.pop("_original_forward", None)
+                    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                        module.__dict__.pop(name, None)
+            # Enabling checkpointing hangs a hook here each time; DPOTrainer does so at every step.
+            role.lm.get_input_embeddings()._forward_hooks.clear()
             role.lm.eval()
             if role.adapter is not None:
                 for layer in self._layers:
@@ -162,15 +165,22 @@ class Role(nn.Module):
         return self.lm.generation_config
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Run the base under this role's adapter, in this role's compute dtype."""
+    def active(self, *, autocast: bool = True) -> Iterator[None]:
+        """Run the base under this role's adapter, in this role's compute dtype.
+
+        No `autocast` around a stock trainer's steps, which bring their own: until the outermost
+        one ends, torch keeps its 16-bit copies of the trainable weights as they were at first.
+        """
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         for layer in self._layers:
             layer._active_adapter = [self.adapter]
             layer._disable_adapters = self.adapter is None
-        mixed = self.dtype != torch.float32
+        mixed = autocast and self.dtype != torch.float32  # one that is off is an outermost one too
+        cast = (
+            torch.autocast(self.lm.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        )
         try:
-            with torch.autocast(self.lm.device.type, dtype=self.dtype, enabled=mixed):
+            with cast:
                 yield
         finally:
             for layer, (name, disabled) in zip(self._layers, before, strict=True):

@@ -27,10 +27,12 @@ TYPE_NAMES = {
     "dict": "a table",
     "list[str]": "a list of texts",
     "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
 }
 
 RANGES: dict[str, Callable[[float], bool]] = {
     "above 0": lambda value: value > 0,
+    "a whole number, or a share below 1": lambda value: value > 0 and (value < 1 or value % 1 == 0),
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 1, or -1": lambda value: value >= 1 or value == -1,
@@ -45,7 +47,7 @@ class Field:
 
     types: tuple[str, ...] = ()  # of TYPE_NAMES; empty where the field is owned or refused
     default: Any = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()  # for the value, or for each of a list
     range: str = ""  # of RANGES
     effect: str = "identity"
     standing: str = "passed"
@@ -71,9 +73,10 @@ class Field:
                 return value, f"must be {self.range}, not {show(value)}"
             if "float" in self.types and "int" not in self.types:
                 value = float(value)
-        if self.choices and value not in self.choices:
-            near = suggest(str(value), [c for c in self.choices if isinstance(c, str)])
-            return value, f"must be {_or(map(show, self.choices))}, not {show(value)}{near}"
+        for one in value if isinstance(value, list) else [value]:
+            if self.choices and one not in self.choices:
+                near = suggest(str(one), [c for c in self.choices if isinstance(c, str)])
+                return value, f"must be {_or(map(show, self.choices))}, not {show(one)}{near}"
         return value, ""
 
     def read(self, raw: str) -> Any:
@@ -150,10 +153,12 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The types and the choices that an annotation allows. What TOML cannot hold is left out."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = [_read_hint(part) for part in typing.get_args(hint)]
-        kinds = dict.fromkeys(kind for part in parts for kind in part[0])
-        if set(kinds) == {"dict", "str"}:
-            kinds.pop("str")  # TRL's stand-in for a dict on a command line
-        return tuple(kinds), tuple(choice for part in parts for choice in part[1])
+        kinds = {kind for part in parts for kind in part[0]}
+        if kinds == {"dict", "str"}:
+            kinds.remove("str")  # TRL's stand-in for a dict on a command line
+        # typing hands out the equal union that was made first: its order is that of the imports.
+        ordered = tuple(kind for kind in TYPE_NAMES if kind in kinds)
+        return ordered, tuple(choice for part in parts for choice in part[1])
     if typing.get_origin(hint) is typing.Literal:
         values = typing.get_args(hint)
         kinds = tuple(dict.fromkeys(type(value).__name__ for value in values))
@@ -161,7 +166,7 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return ("str",), tuple(member.value for member in hint)
     name = hint.__name__ if isinstance(hint, type) else ""
-    if hint in (list[str], list[int]):
+    if hint in (list[str], list[int], list[float]):
         name = f"list[{typing.get_args(hint)[0].__name__}]"
     elif typing.get_origin(hint) is dict:
         name = "dict"

@@ -133,7 +133,7 @@ def _data(recipe: Recipe, stage: str, kind: str, runs: Path) -> dict[str, Any]:
     settings = asdict(table)
     for place in ("path", "revision", "base"):
         del settings[place]  # the source's identity stands for them
-    if kind != "reward":
+    if kind not in ("reward", "dpo"):
         del settings["judge_fraction"]  # so that asking for the judge later redoes no SFT
     return sources.identify_dataset(table, runs) | settings
 

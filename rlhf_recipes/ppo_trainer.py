@@ -18,9 +18,10 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from trl.experimental.ppo.ppo_trainer import masked_mean, masked_whiten
 
 from rlhf_recipes.adapters import logprobs, score, values
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.sequences import Sequences, join, sample
 
@@ -49,26 +51,44 @@ class Rollout:
     entropy: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Best:
+    """The policy that scored best on the validation prompts so far."""
+
+    update: int  # 0: the start
+    score: float
+    policy: list[torch.Tensor]  # a copy of its trainable weights
+
+
 class PPOTrainer(StockPPOTrainer):
     """`model`, `ref_model`, `reward_model` and `value_model` are `adapters.Role`s.
 
     `train_dataset` is a list of {"input_ids": prompt}. `on_update(trainer, rollout, metrics)` is
     called after each update. The reference must equal the policy at the start unless
-    `other_reference`.
+    `other_reference`. With `keep="best"` the policy ends as it was where it scored best on
+    `validation_prompts` within `limits.max_kl`, its start included.
     """
 
     def __init__(
         self,
         *args: Any,
         value_learning_rate: float | None = None,
+        value_warmup_epochs: int = 0,
         other_reference: bool = False,
-        max_kl: float | None = None,
+        limits: Limits | None = None,
+        keep: str = "last",
+        validation_prompts: Sequence[list[int]] = (),
         on_update: Callable[[PPOTrainer, Rollout, dict[str, float]], None] = lambda *_: None,
         **kwargs: Any,
     ):
         self.value_learning_rate = value_learning_rate
+        self.value_warmup_epochs = value_warmup_epochs
         self.other_reference = other_reference
-        self.max_kl = max_kl
+        self.guard = Guard(limits or Limits())
+        self.keep = keep
+        self.validation_prompts = validation_prompts
+        self.best: Best | None = None
+        self.stopped = ""  # why it ended before its last update
         self.on_update = on_update
         super().__init__(*args, **kwargs)
         # accelerate's `backward` divides by this; the losses below are normalised already.
@@ -95,6 +115,7 @@ class PPOTrainer(StockPPOTrainer):
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
         started = time.time()
+        self.validate(0)
         for update in range(state.global_step + 1, args.num_total_batches + 1):
             rollout = self.rollout(update)
             if update == 1 and not self.other_reference:
@@ -105,16 +126,38 @@ class PPOTrainer(StockPPOTrainer):
             state.epoch = state.episode / self.train_dataset_len
             metrics["eps"] = state.episode / (time.time() - started)
             metrics["episode"] = state.episode
-            self._check_finite(metrics)
+            self.stopped = self.guard.why_stop(metrics) or ""
+            self._check_not_lost()
+            metrics |= self.validate(update)
             self.on_update(self, rollout, metrics)
             if update % args.logging_steps == 0 or update == args.num_total_batches:
                 self.log(dict(metrics))
             self.control = self.callback_handler.on_step_end(args, state, self.control)
-            if self.max_kl is not None and metrics["objective/kl"] > self.max_kl:
-                self.control.should_training_stop = True
-            if self.control.should_training_stop:
+            if self.control.should_training_stop or self.stopped:
                 break
+        if self.keep == "best" and self.best is not None:
+            for parameter, kept in zip(
+                self.policy_model.trainable(), self.best.policy, strict=True
+            ):
+                parameter.data.copy_(kept)
         self.control = self.callback_handler.on_train_end(args, state, self.control)
+
+    def validate(self, update: int) -> dict[str, float]:
+        """Score and KL on the validation prompts, under the same draws each time, when due."""
+        args, total = self.args, self.args.num_total_batches
+        if args.eval_strategy == "no" or not self.validation_prompts:
+            return {}
+        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * total)
+        if update % every and update != total and not self.stopped:
+            return {}
+        seen = self.explore(self.validation_prompts, derive_seed(args.seed, "validation"))
+        kl = ((seen.logprobs - seen.ref_logprobs) * seen.mask).sum(1).mean().item()
+        score = seen.scores.mean().item()
+        within = math.isfinite(score) and kl <= self.guard.limits.max_kl
+        if within and (self.best is None or score > self.best.score):
+            policy = [p.detach().clone() for p in self.policy_model.trainable()]
+            self.best = Best(update, score, policy)
+        return {"eval/score": score, "eval/kl": kl}
 
     def prompts(self, update: int) -> list[list[int]]:
         """The ids of this update's prompts: the next `batch_size` of an endless permutation."""
@@ -131,11 +174,14 @@ class PPOTrainer(StockPPOTrainer):
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, *place))
         return torch.randperm(size, generator=generator)
 
-    @torch.no_grad()
     def rollout(self, update: int) -> Rollout:
+        """What the policy does with this update's prompts."""
+        return self.explore(self.prompts(update), derive_seed(self.args.seed, "rollout", update))
+
+    @torch.no_grad()
+    def explore(self, prompts: Sequence[list[int]], seed: int) -> Rollout:
         """Sample an answer to each prompt; read the roles' opinions of it."""
         args, pad, eos = self.args, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        prompts = self.prompts(update)
         answers = sample(
             self.policy_model,
             prompts,
@@ -144,7 +190,7 @@ class PPOTrainer(StockPPOTrainer):
             eos=eos,
             pad=pad,
             batch=args.local_rollout_forward_batch_size,
-            seed=derive_seed(args.seed, "rollout", update),
+            seed=seed,
         )
         # One column more than the longest answer where it ended early: the state after its EOS is
         # where TRL, like the reference implementation, places the score.
@@ -224,12 +270,14 @@ class PPOTrainer(StockPPOTrainer):
         stats: dict[str, list[float]] = defaultdict(list)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         self._checkpointing(True)
-        for epoch in range(args.num_ppo_epochs):
+        warmup = self.value_warmup_epochs if update == 1 else 0
+        for epoch in range(-warmup, args.num_ppo_epochs):
             order = self._permutation(args.local_batch_size, "minibatch", update, epoch)
             for mini in order.split(args.local_mini_batch_size):
                 step: dict[str, float] = defaultdict(float)
                 for micro in mini.split(args.per_device_train_batch_size):
-                    self._policy_loss(rollout, advantage, mini, micro, step)
+                    if epoch >= 0:
+                        self._policy_loss(rollout, advantage, mini, micro, step)
                     self._value_loss(rollout, returns, mini, micro, step)
                 self._step()
                 for name, number in step.items():
@@ -335,13 +383,13 @@ class PPOTrainer(StockPPOTrainer):
                 "this is a bug in rlhf-recipes; please report it with the recipe",
             )
 
-    def _check_finite(self, metrics: dict[str, float]) -> None:
-        for name in ("objective/scores", "loss/policy_avg", "loss/value_avg"):
-            if metrics[name] != metrics[name] or abs(metrics[name]) == float("inf"):
-                raise StageError(
-                    f"{name} is {metrics[name]} at update {self.state.global_step}",
-                    'lower learning_rate, or set dtype = "float32" in [model]',
-                )
+    def _check_not_lost(self) -> None:
+        """What is not a number ends the stage in order only where a good policy was kept."""
+        if self.guard.broken and (self.keep == "last" or self.best is None):
+            raise StageError(
+                f"{self.stopped} at update {self.state.global_step}",
+                'lower learning_rate, or set dtype = "float32" in [model]',
+            )
 
 
 def _averages(stats: dict[str, list[float]]) -> dict[str, float]:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from rlhf_recipes.fields import Field, Keys, fields_of, trl_fields
 
-KINDS = ("sft", "reward", "ppo")
-RESERVED = ("dpo", "kto", "rloo", "grpo")
-POLICY_KINDS = ("sft", "ppo")
+KINDS = ("sft", "reward", "ppo", "dpo")
+RESERVED = ("kto", "rloo", "grpo")
+POLICY_KINDS = ("sft", "ppo", "dpo")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -106,7 +106,18 @@ _TEXT = Field(("str",))
 EXTRAS: dict[str, Keys] = {
     "sft": {},
     "reward": {"head_learning_rate": _RATE},
-    "ppo": {"value_learning_rate": _RATE, "guard": {"max_kl": _RATE}},
+    "ppo": {
+        "value_learning_rate": _RATE,
+        "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
+        "keep": Field(("str",), "best", choices=("best", "last")),
+        "guard": {
+            "max_kl": Field(("float",), 25.0, range="above 0"),
+            "min_entropy": Field(("float",), 0.1, range="from 0 to 1"),
+            "min_length": Field(("float",), 0.2, range="from 0 to 1"),
+            "max_score_drop": Field(("float",), 1.5, range="above 0"),
+        },
+    },
+    "dpo": {},
 }
 
 
@@ -127,7 +138,9 @@ def stage_keys(kind: str) -> Keys:
     """Every key of a stage's table, TRL's fields first."""
     wiring = {"kind": Field(("str",), choices=KINDS), "policy": _TEXT}
     if kind == "ppo":
-        wiring |= {"reward_model": _TEXT, "reference": _TEXT}
+        wiring["reward_model"] = _TEXT
+    if kind in ("ppo", "dpo"):
+        wiring["reference"] = _TEXT
     return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": dataset_keys(of_stage=True)}
 
 

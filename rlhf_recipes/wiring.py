@@ -73,8 +73,9 @@ class StageChecker(Checker):
         given = {n: v for n, f in fields.items() if (v := f.our_default(lora)) is not None}
         given |= {n: v for n, v in values.items() if n in fields}
         options = resolve(fields, given, lora)
+        extras = _extras(kind, values, options)
         if kind == "ppo":
-            self.ppo(options, at)
+            self.ppo(options, extras, at)
         return StageTable(
             name=name,
             kind=kind,
@@ -82,7 +83,7 @@ class StageChecker(Checker):
             reward_model=self.role("reward_model", name, values, stages),
             reference=self.role("reference", name, values, stages),
             dataset=self.own_dataset(name, values, data),
-            extras=_extras(kind, values, options),
+            extras=extras,
             options=options,
             given=given,
         )
@@ -120,7 +121,7 @@ class StageChecker(Checker):
             inherited["test_fraction"] = 0.0
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
 
-    def ppo(self, options: dict[str, Any], at: Key) -> None:
+    def ppo(self, options: dict[str, Any], extras: dict[str, Any], at: Key) -> None:
         batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
         parts = options["num_mini_batches"]
         if batch % parts:
@@ -129,6 +130,8 @@ class StageChecker(Checker):
         elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
             what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
             self.problem((*at, "whiten_rewards"), f"needs {what}")
+        if options["eval_strategy"] == "no" and extras["keep"] == "best":
+            self.problem((*at, "eval_strategy"), 'leaves no score to choose by: say keep = "last"')
 
     def scoring(self, table: StageTable) -> None:
         if table.kind == "ppo" and table.reward_model is None:
@@ -173,8 +176,8 @@ def _extras(kind: str, values: dict[str, Any], options: dict[str, Any]) -> dict[
     extras: dict[str, Any] = {}
     for key, field in EXTRAS[kind].items():
         if isinstance(field, Field):
-            rate = options["learning_rate"] if key.endswith("learning_rate") else None
+            rate = options["learning_rate"] if key.endswith("learning_rate") else field.default
             extras[key] = values.get(key, rate)
         else:
-            extras[key] = {inner: values.get(key, {}).get(inner) for inner in field}
+            extras[key] = {inner: f.default for inner, f in field.items()} | values.get(key, {})
     return extras

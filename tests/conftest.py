@@ -124,6 +124,7 @@ per_device_train_batch_size = 8
 gradient_accumulation_steps = 2
 num_mini_batches = 2
 num_ppo_epochs = 2
+keep = "last"
 temperature = 1.0
 learning_rate = 1e-2
 gradient_checkpointing = false

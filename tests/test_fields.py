@@ -17,6 +17,7 @@ import pytest
 from rlhf_recipes.fields import Field, fields_of, trl_fields
 from rlhf_recipes.recipe import load_recipe, shipped_recipes
 
+GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlhf_recipes"
 
@@ -47,6 +48,7 @@ def test_every_field_is_classified(generator: ModuleType) -> None:
         "sft": 135,
         "reward": 125,
         "ppo": 145,
+        "dpo": 139,
         "lora": 42,
     }
     for table, fields in trl_fields().items():
@@ -79,7 +81,8 @@ def test_a_row_that_names_no_field_stops_the_generator(
         ("sft reward ppo", "gradient_checkpointing per_device_train_batch_size", "layout"),
         ("sft reward ppo", "logging_steps report_to run_name", "neutral"),
         ("sft reward", "per_device_eval_batch_size dataloader_num_workers", "layout"),
-        ("sft reward", "max_steps num_train_epochs eval_steps", "identity"),
+        ("sft reward", "max_steps num_train_epochs", "identity"),
+        ("sft reward ppo", "eval_strategy eval_steps", "identity"),
         ("sft", "packing padding_free completion_only_loss assistant_only_loss", "closed"),
         ("sft", "loss_type neftune_noise_alpha", "identity"),
         ("reward", "label_smoothing_factor neftune_noise_alpha", "closed"),
@@ -87,7 +90,10 @@ def test_a_row_that_names_no_field_stops_the_generator(
         ("ppo", "local_rollout_forward_batch_size", "layout"),
         ("ppo", "num_sample_generations", "neutral"),
         ("ppo", "stop_token batch_size sft_model_path ref_adapter_name max_steps", "closed"),
-        ("ppo", "dataloader_num_workers torch_compile eval_steps fsdp deepspeed", "closed"),
+        ("ppo", "dataloader_num_workers torch_compile eval_delay fsdp deepspeed", "closed"),
+        ("dpo", "beta loss_type loss_weights label_smoothing eval_steps max_steps", "identity"),
+        ("dpo", "per_device_eval_batch_size gradient_checkpointing", "layout"),
+        ("dpo", "sync_ref_model precompute_ref_log_probs disable_dropout max_length", "closed"),
         ("lora", "r target_modules use_dora use_rslora rank_pattern", "identity"),
         ("lora", "modules_to_save trainable_token_indices layer_replication bias", "closed"),
         ("lora", "task_type inference_mode revision", "closed"),
@@ -113,8 +119,11 @@ def test_our_defaults() -> None:
         "reward.learning_rate": (1e-4, 1e-4, None),
         "ppo.learning_rate": (3e-6, 1e-4, None),
         "reward.center_rewards_coefficient": (None, 0.01, 0.01),
+        "dpo.learning_rate": (1e-6, 1e-5, None),
         "ppo.lam": (0.95, 1.0, 1.0),
         "ppo.missing_eos_penalty": (None, 1.0, 1.0),
+        "ppo.eval_strategy": ("no", "steps", "steps"),
+        "ppo.eval_steps": (None, 0.1, 0.1),
         "lora.r": (8, 16, 16),
         "lora.lora_alpha": (8, 32, 32),
         "lora.target_modules": (None, "all-linear", "all-linear"),
@@ -137,8 +146,11 @@ def test_the_schema_knows_the_keys_that_may_be_set() -> None:
     schema = json.loads((PACKAGE / "recipe.schema.json").read_text(encoding="utf-8"))
     ppo = schema["$defs"]["ppo"]["properties"]
     passed = {name for name, f in trl_fields()["ppo"].items() if f.standing == "passed"}
-    own = {"kind", "policy", "reward_model", "reference", "dataset", "guard"}
-    assert set(ppo) == passed | own | {"value_learning_rate"}
+    own = {"kind", "policy", "reward_model", "reference", "dataset"}
+    extras = {"value_learning_rate", "value_warmup_epochs", "keep", "guard"}
+    assert set(ppo) == passed | own | extras
+    assert ppo["keep"] == {"enum": ["best", "last"], "default": "best"}
+    assert {k: v["default"] for k, v in ppo["guard"]["properties"].items()} == GUARD
     assert ppo["lam"] == {
         "type": "number",
         "minimum": 0,
@@ -181,11 +193,11 @@ def test_types_are_read_from_a_dataclass() -> None:
         "rate": (("float",), 0.5, ()),
         "mode": (("str",), "a", ("a", "b")),
         "colour": (("str",), "red", ("red", "blue")),
-        "names": (("list[str]", "str"), None, ()),
-        "layers": (("list[int]", "int"), None, ()),
+        "names": (("str", "list[str]"), None, ()),
+        "layers": (("int", "list[int]"), None, ()),
         "words": (("dict",), None, ()),
         "patterns": (("dict",), {}, ()),
-        "off": (("str", "bool"), None, ()),
+        "off": (("bool", "str"), None, ()),
         "odd": ((), None, ()),
     }
 
@@ -206,10 +218,13 @@ def test_types_are_read_from_a_dataclass() -> None:
         (Field(("list[int]", "int")), True, "must be a list of whole numbers or a whole number, not true"),
         (Field(("dict",)), 1, "must be a table, not 1"),
         (Field(("str",), choices=("linear", "cosine")), "cosin", 'must be "linear" or "cosine", not "cosin" (did you mean "cosine"?)'),
+        (Field(("list[str]",), choices=("sigmoid", "ipo")), ["ipo", "sigmod"], 'must be "sigmoid" or "ipo", not "sigmod" (did you mean "sigmoid"?)'),
+        (Field(("list[float]",)), [1, "2"], 'must be a list of numbers, not [1, "2"]'),
         (Field(("float",), range="from 0 to 1"), 1.5, "must be from 0 to 1, not 1.5"),
         (Field(("float",), range="at least 0 and below 1"), 1, "must be at least 0 and below 1, not 1"),
         (Field(("int",), range="at least 1, or -1"), 0, "must be at least 1, or -1, not 0"),
         (Field(("float",), range="above 0"), 0.0, "must be above 0, not 0.0"),
+        (Field(("float",), range="a whole number, or a share below 1"), 2.5, "must be a whole number, or a share below 1, not 2.5"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_value(field: Field, value: Any, wrong: str) -> None:
@@ -222,8 +237,12 @@ def test_what_is_wrong_with_a_value(field: Field, value: Any, wrong: str) -> Non
         (Field(("bool", "str"), choices=(True, "gaussian")), True),
         (Field(("list[str]", "str")), "all-linear"),
         (Field(("list[str]", "str")), ["q_proj"]),
+        (Field(("list[str]",), choices=("sigmoid", "ipo")), ["ipo", "sigmoid"]),
+        (Field(("list[float]",)), [1, 0.5]),
         (Field(("int",), range="at least 1, or -1"), -1),
         (Field(("dict",)), {"power": 2}),
+        (Field(("float",), range="a whole number, or a share below 1"), 0.1),
+        (Field(("float",), range="a whole number, or a share below 1"), 5),
     ],
 )
 def test_what_is_right(field: Field, value: Any) -> None:

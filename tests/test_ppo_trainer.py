@@ -11,6 +11,7 @@ from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes.adapters import Base
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.models import load_causal_lm, load_tokenizer, new_head
 from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
 from rlhf_recipes.tokens import settle
@@ -305,7 +306,115 @@ def test_a_reward_that_is_not_a_number_stops_with_a_line(make) -> None:
         trainer.train()
 
 
-def test_max_kl_ends_the_stage_in_order(make) -> None:
-    trainer = make(total_episodes=80, learning_rate=3e-2, words={"max_kl": 0.05})
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"objective/kl": 26.0}, "KL 26.00 is over max_kl = 25"),
+        ({"val/entropy_per_token": 0.2}, "entropy fell from 3.00 to 0.20 nats a token"),
+        ({"val/length": 1.5}, "length fell from 10.0 to 1.5 tokens"),
+        ({"loss/value_avg": float("inf")}, "loss/value_avg is inf"),
+        ({}, None),
+    ],
+)
+def test_a_guard_says_why(change: dict[str, float], why: str | None) -> None:
+    good = {
+        "objective/scores": 1.0,
+        "objective/kl": 2.0,
+        "val/entropy_per_token": 3.0,
+        "val/length": 10.0,
+        "loss/policy_avg": 0.1,
+        "loss/value_avg": 0.1,
+    }
+    guard = Guard(Limits())
+    assert [guard.why_stop(good) for _ in range(4)] == [None] * 4
+    assert guard.why_stop({**good, **change}) == why
+
+
+def test_a_falling_score_is_seen_over_three_updates() -> None:
+    rest = dict.fromkeys(("objective/kl", "loss/policy_avg", "loss/value_avg"), 0.0)
+    rest |= {"val/entropy_per_token": 3.0, "val/length": 9.0}
+    guard = Guard(Limits(max_score_drop=1.0))
+    said = [guard.why_stop({**rest, "objective/scores": s}) for s in (2, 2, 2, -0.5, 2, 2, 0, -1)]
+    assert said == [None] * 7 + ["score fell from 2.00 to 0.33"]
+
+
+def test_a_guard_ends_the_stage_in_order(make) -> None:
+    words = {"limits": Limits(max_kl=0.05)}
+    trainer = make(total_episodes=80, learning_rate=3e-2, words=words)
     trainer.train()
     assert 1 < trainer.state.global_step < 10
+    assert trainer.stopped.endswith("is over max_kl = 0.05")
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_policy_kept_is_the_best_on_validation_or_the_last(make, keep: str) -> None:
+    """A learning rate that ruins the policy: the best is an earlier one, its start if need be."""
+    words = {"keep": keep, "validation_prompts": [p["input_ids"] for p in PROMPTS]}
+    trainer = make(
+        total_episodes=48, learning_rate=0.3, eval_strategy="steps", eval_steps=1, words=words
+    )
+    scores: dict[int, float] = {}
+    trainer.on_update = lambda t, _, metrics: scores.update(
+        {t.state.global_step: metrics["eval/score"]}
+    )
+    before = [p.detach().clone() for p in trainer.policy_model.trainable()]
+    trainer.train()
+    assert len(scores) == trainer.state.global_step
+    moved = not all(
+        torch.equal(a, b) for a, b in zip(before, trainer.policy_model.trainable(), strict=True)
+    )
+    if keep == "last":
+        assert moved
+    else:
+        assert trainer.best.score >= max(scores.values())
+        assert moved == (trainer.best.update > 0)
+        assert trainer.validate(0)["eval/score"] == pytest.approx(trainer.best.score, abs=1e-6)
+
+
+def test_validating_changes_no_weight(make) -> None:
+    after = []
+    for prompts in ([], [[1, 4, 7, 5]] * 3):
+        trainer = make(
+            total_episodes=32,
+            eval_strategy="steps",
+            eval_steps=1,
+            words={"validation_prompts": prompts},
+        )
+        trainer.train()
+        after.append(weights(trainer))
+    assert all(torch.equal(after[0][k], after[1][k]) for k in after[0])
+
+
+def test_value_warmup_trains_the_value_alone_once(make) -> None:
+    """Two extra epochs on the first update's rollout, and the policy as without them."""
+    steps, policies = [], []
+    for epochs in (0, 2):
+        words = {"value_warmup_epochs": epochs}
+        trainer = make(total_episodes=16, optim="sgd", words=words)
+        count: list[int] = []
+        trainer.optimizer.optimizer.register_step_post_hook(lambda *_, seen=count: seen.append(1))
+        trainer.optimize(trainer.rollout(1), 1)
+        policies.append([p.detach().clone() for p in trainer.policy_model.trainable()])
+        trainer.optimize(trainer.rollout(2), 2)
+        steps.append(len(count))
+    assert steps == [2 * 4, 2 * 4 + 2 * 2]
+    assert all(torch.equal(a, b) for a, b in zip(*policies, strict=True))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_logging_steps_says_how_often(make, every: int) -> None:
+    trainer = make(total_episodes=8 * 7, logging_steps=every)
+    trainer.train()
+    assert len(trainer.state.log_history) == {1: 7, 3: 3}[every]
+
+
+def test_answers_of_one_token_and_answers_that_never_end(make) -> None:
+    """Both are learned from: no empty mask, no division by nothing."""
+    seen: list[dict] = []
+    for length in (1, 5):
+        trainer = make(response_length=length, total_episodes=16)
+        trainer.on_update = lambda _, r, metrics: seen.append(metrics)
+        trainer.train()
+    assert all(m == m for metrics in seen for m in metrics.values())
+    assert seen[0]["val/length"] == 1.0
+    assert min(metrics["val/num_eos_tokens"] for metrics in seen) == 0

@@ -18,6 +18,7 @@ from rlhf_recipes.recipe import (
     shipped_recipes,
 )
 
+GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 MINIMAL = """\
 stages = ["sft", "reward", "ppo"]
 
@@ -89,7 +90,14 @@ def test_stages_resolved(tmp_path: Path) -> None:
     assert sft.extras == {}
     assert reward.given == {"learning_rate": 1e-4, "center_rewards_coefficient": 0.01}
     assert reward.extras == {"head_learning_rate": 1e-4}
-    assert ppo.extras == {"value_learning_rate": 1e-4, "guard": {"max_kl": 8.0}}
+    assert ppo.extras == {
+        "value_learning_rate": 1e-4,
+        "value_warmup_epochs": 0,
+        "keep": "best",
+        "guard": GUARD | {"max_kl": 8.0},
+    }
+    assert {k: recipe.resolved()["ppo"][k] for k in ppo.extras} == ppo.extras
+    assert (ppo.given["eval_strategy"], ppo.given["eval_steps"]) == ("steps", 0.1)
     assert ppo.options["lam"] == 1.0 and ppo.options["num_ppo_epochs"] == 2
     roles = [(t.policy, t.reward_model, t.reference) for t in (sft, reward, ppo)]
     assert roles == [(None, None, None), ("sft", None, None), ("sft", "reward", None)]
@@ -144,7 +152,8 @@ def test_identity_and_layout(tmp_path: Path) -> None:
     halved = "per_device_train_batch_size = 8\ngradient_accumulation_steps = 2\n"
     identity, layout = settings(whole)
     assert identity["batch_size"] == 16
-    assert identity["guard"] == {"max_kl": None}
+    assert (identity["keep"], identity["eval_steps"]) == ("best", 0.1)
+    assert settings(whole + "guard.max_kl = 8\n")[0] == identity | {"guard": GUARD | {"max_kl": 8}}
     assert "logging_steps" not in identity | layout
     assert settings(whole + "logging_steps = 1\n") == (identity, layout)
     assert settings(halved)[0] == identity
@@ -229,7 +238,7 @@ beta = 0
         "my.toml:27: ppo.num_mini_batches: 3 does not divide"
         " per_device_train_batch_size × gradient_accumulation_steps = 8",
         "my.toml:29: ppo.guard.max_kl: must be above 0, not -1",
-        "my.toml:30: rloo: is reserved: this version knows sft, reward, ppo",
+        "my.toml:30: rloo: is reserved: this version knows sft, reward, ppo, dpo",
     ]
 
 
@@ -245,18 +254,18 @@ DATA = 'path = "./pairs.jsonl"'
         (STAGES, "", 'my.toml: stages: is missing: stages = ["sft", "reward", "ppo"], or fewer'),
         (STAGES, "stages = []", 'my.toml:1: stages: is missing: stages = ["sft", "reward", "ppo"], or fewer'),
         (STAGES, 'stages = "sft"', 'my.toml:1: stages: must be a list of texts, not "sft"'),
-        (STAGES, 'stages = ["sft", "dpo"]', 'my.toml:1: stages: "dpo" is reserved: this version knows sft, reward, ppo'),
+        (STAGES, 'stages = ["sft", "kto"]', 'my.toml:1: stages: "kto" is reserved: this version knows sft, reward, ppo, dpo'),
         (STAGES, 'stages = ["model"]', 'my.toml:1: stages: "model" cannot be the name of a stage'),
         (STAGES, 'stages = ["../x"]', 'my.toml:1: stages: "../x" cannot be the name of a stage'),
-        (STAGES, 'stages = ["b"]\nb = {}', "my.toml:2: b: needs kind = one of sft, reward, ppo"),
-        (STAGES, 'stages = ["b"]\nb = { kind = "dqo" }', "my.toml:2: b.kind: needs kind = one of sft, reward, ppo"),
+        (STAGES, 'stages = ["b"]\nb = {}', "my.toml:2: b: needs kind = one of sft, reward, ppo, dpo"),
+        (STAGES, 'stages = ["b"]\nb = { kind = "dqo" }', "my.toml:2: b.kind: needs kind = one of sft, reward, ppo, dpo"),
         (STAGES, 'stages = ["sft"]\nsft = { kind = "ppo" }', 'my.toml:2: sft.kind: must be "sft", or left out'),
         (STAGES, 'stages = ["sft"]\nsft = 3', "my.toml:2: sft: must be a table, not 3"),
         (STAGES, 'stages = ["sft"]\nreward2 = {}', 'my.toml:2: reward2: unknown table: stages does not name it (did you mean "reward"?)'),
         # wiring
         (STAGES, 'stages = ["sft", "ppo"]', 'my.toml:1: stages: ppo has nothing to score with: put a "reward" stage before it, or say reward_model = "…"'),
         (STAGES, 'stages = ["ppo", "reward"]\nppo = {}', 'my.toml:2: ppo: ppo has nothing to score with: put a "reward" stage before it, or say reward_model = "…"'),
-        (STAGES, STAGES + '\nppo.policy = "reward"', 'my.toml:2: ppo.policy: "reward" is of kind reward, not sft or ppo'),
+        (STAGES, STAGES + '\nppo.policy = "reward"', 'my.toml:2: ppo.policy: "reward" is of kind reward, not sft or ppo or dpo'),
         (STAGES, STAGES + '\nppo.policy = "stf"', 'my.toml:2: ppo.policy: no stage is named "stf" (did you mean "sft"?)'),
         (STAGES, STAGES + '\nppo.reference = "ppo"', 'my.toml:2: ppo.reference: "ppo" does not come before "ppo" in stages'),
         (STAGES, STAGES + '\nppo.reward_model = "sft"', 'my.toml:2: ppo.reward_model: "sft" is of kind sft, not reward'),
@@ -296,7 +305,12 @@ DATA = 'path = "./pairs.jsonl"'
         (STAGES, STAGES + '\nsft.output_dir = "x"', "my.toml:2: sft.output_dir: belongs to the runner: a stage's folder and work are planned"),
         (STAGES, STAGES + "\nsft.kl_coef = 1", "my.toml:2: sft.kl_coef: unknown key here: it is one of [ppo]"),
         (STAGES, STAGES + "\nreward.head_learning_rate = 0", "my.toml:2: reward.head_learning_rate: must be above 0, not 0"),
-        (STAGES, STAGES + "\nppo.eval_steps = 5", "my.toml:2: ppo.eval_steps: belongs to [evaluation]: TRL's PPO never evaluates; the closing stage does"),
+        (STAGES, STAGES + "\nppo.eval_delay = 5", "my.toml:2: ppo.eval_delay: belongs to eval_steps: the start, every so many updates and the end are scored"),
+        (STAGES, STAGES + "\nppo.eval_steps = 2.5", "my.toml:2: ppo.eval_steps: must be a whole number, or a share below 1, not 2.5"),
+        (STAGES, STAGES + '\nppo.eval_strategy = "epoch"', 'my.toml:2: ppo.eval_strategy: must be "no" or "steps", not "epoch"'),
+        (STAGES, STAGES + '\nppo.eval_strategy = "no"', 'my.toml:2: ppo.eval_strategy: leaves no score to choose by: say keep = "last"'),
+        (STAGES, STAGES + '\nppo.keep = "first"', 'my.toml:2: ppo.keep: must be "best" or "last", not "first"'),
+        (STAGES, STAGES + "\nppo.guard.min_length = 2", "my.toml:2: ppo.guard.min_length: must be from 0 to 1, not 2"),
         (STAGES, STAGES + "\nppo.dataloader_num_workers = 2", "my.toml:2: ppo.dataloader_num_workers: is refused: TRL's PPO loop never reads it, and neither does ours"),
         (STAGES, STAGES + "\nevaluation.prompts = 0", "my.toml:2: evaluation.prompts: must be at least 1, not 0"),
     ],

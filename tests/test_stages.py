@@ -306,6 +306,18 @@ def test_exact_kl_is_the_vocabularys(chain: Chain) -> None:
     )
 
 
+@pytest.mark.parametrize("lora", ["lora.r=4", "lora=false"])
+def test_sft_in_bfloat16_learns_what_it_learns_in_float32(
+    tiny_recipe: Path, tmp_path: Path, lora: str
+) -> None:
+    """Under one autocast every step saw the first one's weights: 4.73 → 4.73 nats a token."""
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        recipe = load_recipe(tiny_recipe, set=[f"model.dtype={dtype}", "sft.max_steps=20", lora])
+        losses.append(Chain(recipe, tmp_path / dtype).run("sft", {}).metrics["validation_loss"])
+    assert losses[0] < 3.2 and losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
 @pytest.mark.parametrize(
     "change", ["lora=false", "model.dtype=bfloat16", "ppo.gradient_checkpointing=true"]
 )

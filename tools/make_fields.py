@@ -15,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from trl import RewardConfig, SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes.fields import Field, Keys, fields_of
 from rlhf_recipes.tables import KINDS, stage_keys, top_keys
 
 PACKAGE = Path(__file__).parent.parent / "rlhf_recipes"
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "lora": LoraConfig}
+CONFIGS = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "ppo": PPOConfig,
+    "dpo": DPOConfig,
+    "lora": LoraConfig,
+}
 
 IDENTITY = {"effect": "identity"}
 LAYOUT = {"effect": "layout"}
@@ -37,8 +43,8 @@ def refused(reason: str) -> dict[str, str]:
     return {"standing": "refused", "reason": reason}
 
 
-STAGES = "sft reward ppo"
-STOCK = "sft reward"
+STAGES = "sft reward ppo dpo"
+STOCK = "sft reward dpo"
 
 TABLE: list[tuple[str, str, dict[str, str]]] = [
     # ---- owned by another key of the recipe
@@ -84,8 +90,13 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         "ppo",
-        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size",
-        owned("[evaluation]", "TRL's PPO never evaluates; the closing stage does"),
+        "eval_delay eval_on_start",
+        owned("eval_steps", "the start, every so many updates and the end are scored"),
+    ),
+    (
+        "ppo",
+        "per_device_eval_batch_size",
+        owned("local_rollout_forward_batch_size", "validation answers are rollouts"),
     ),
     ("lora", "base_model_name_or_path", owned("model.name", "all adapters share one base model")),
     ("lora", "revision", owned("model.revision", "all adapters share one base model")),
@@ -113,6 +124,7 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
         owned("the tokenizer", "settled once, before the first stage, for all of them"),
     ),
     (STAGES, "remove_unused_columns", owned("the stage", "it makes the columns itself")),
+    ("dpo", "disable_dropout", owned("the stage", "policy and reference are compared without it")),
     ("sft", "completion_only_loss", owned("the stage", "it learns the answer alone, always")),
     ("ppo", "stop_token stop_token_id", owned("the stage", "an answer always stops at EOS")),
     (
@@ -171,21 +183,32 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
     (STAGES, "length_column_name", refused("rows carry no column of lengths")),
     # ---- refused in one stage
     (
-        "sft",
+        "sft dpo",
         "packing packing_strategy eval_packing padding_free",
         refused("without FlashAttention, rows that share a sequence see each other"),
     ),
     ("sft", "assistant_only_loss", refused("it needs a chat template that TRL knows by heart")),
-    ("sft", "truncation_mode", refused("a row over the limit is dropped, not cut")),
+    ("sft dpo", "truncation_mode", refused("a row over the limit is dropped, not cut")),
     (
         STOCK,
         "dataset_num_proc",
         refused("rows reach the trainer as ids; there is nothing left to map"),
     ),
     (
-        "reward",
+        "reward dpo",
         "label_smoothing_factor average_tokens_across_devices",
-        refused("RewardTrainer computes its own loss and never reads it"),
+        refused("TRL's trainer of this kind computes its own loss and never reads it"),
+    ),
+    ("dpo", "neftune_noise_alpha", refused("the reference would hear the noise too")),
+    (
+        "dpo",
+        "precompute_ref_log_probs precompute_ref_batch_size",
+        refused("TRL keeps them by the weights of a whole model, and the reference is an adapter"),
+    ),
+    (
+        "dpo",
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+        refused("the reference is the policy that the stage starts from, to its end"),
     ),
     ("reward", "neftune_noise_alpha", refused("the reward model has no embeddings of its own")),
     (
@@ -272,10 +295,16 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
     ),
     ("reward", "disable_dropout center_rewards_coefficient", IDENTITY),
     (
+        "dpo",
+        "beta loss_type loss_weights label_smoothing ld_alpha f_divergence_type "
+        "f_alpha_divergence_coef use_weighting discopop_tau router_aux_loss_coef",
+        IDENTITY,
+    ),
+    (
         "ppo",
         "num_mini_batches total_episodes response_length temperature missing_eos_penalty "
         "num_ppo_epochs whiten_rewards kl_coef kl_estimator cliprange vf_coef cliprange_value "
-        "gamma lam",
+        "gamma lam eval_strategy eval_steps",
         IDENTITY,
     ),
     (
@@ -286,12 +315,14 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
     ),
 ]
 
+VALIDATED = 'what keep = "best" chooses by: the score on validation prompts'
 LORA_RATE = "upstream's is for training all weights; an adapter needs some ten times as much"
 # (table, field): our default, why, and whether it holds with LoRA alone.
 OURS: dict[tuple[str, str], tuple[Any, str, bool]] = {
     ("sft", "learning_rate"): (2e-4, LORA_RATE, True),
     ("reward", "learning_rate"): (1e-4, LORA_RATE, True),
     ("ppo", "learning_rate"): (1e-4, LORA_RATE, True),
+    ("dpo", "learning_rate"): (1e-5, LORA_RATE, True),
     ("reward", "center_rewards_coefficient"): (
         0.01,
         "keeps scores near 0; TRL's documentation recommends it",
@@ -303,13 +334,16 @@ OURS: dict[tuple[str, str], tuple[Any, str, bool]] = {
         False,
     ),
     ("ppo", "missing_eos_penalty"): (1.0, "else the policy learns to talk until cut off", False),
+    ("ppo", "eval_strategy"): ("steps", VALIDATED, False),
+    ("ppo", "eval_steps"): (0.1, VALIDATED, False),
     ("lora", "r"): (16, "8 is small for three stages on one shape", False),
     ("lora", "lora_alpha"): (32, "twice the rank, so that r alone leaves the step size", False),
     ("lora", "target_modules"): ("all-linear", "PEFT's choice depends on the architecture", False),
 }
 
 RANGES = {
-    "above 0": "num_train_epochs adam_epsilon learning_rate temperature logging_steps eval_steps",
+    "above 0": "num_train_epochs adam_epsilon learning_rate temperature beta discopop_tau",
+    "a whole number, or a share below 1": "logging_steps eval_steps",
     "at least 0": "weight_decay max_grad_norm warmup_steps kl_coef vf_coef missing_eos_penalty "
     "cliprange cliprange_value num_sample_generations eval_delay neftune_noise_alpha "
     "router_aux_loss_coef center_rewards_coefficient dataloader_num_workers",
@@ -317,8 +351,9 @@ RANGES = {
     "gradient_accumulation_steps num_mini_batches total_episodes response_length num_ppo_epochs "
     "local_rollout_forward_batch_size pad_to_multiple_of torch_empty_cache_steps",
     "at least 1, or -1": "max_steps",
-    "from 0 to 1": "gamma lam",
-    "at least 0 and below 1": "adam_beta1 adam_beta2 lora_dropout label_smoothing_factor",
+    "from 0 to 1": "gamma lam ld_alpha",
+    "at least 0 and below 1": "adam_beta1 adam_beta2 lora_dropout label_smoothing_factor "
+    "label_smoothing",
 }
 
 SCHEDULERS_THAT_EVALUATE = "reduce_lr_on_plateau greedy"  # they read an evaluation's numbers
@@ -326,6 +361,16 @@ OPTIMIZERS_OF_WHOLE_LAYERS = "galore_* apollo_* lomo adalomo"  # see optim_targe
 CHOICES = {
     ("sft", "loss_type"): ("nll", "dft", "chunked_nll"),
     ("reward", "train_sampling_strategy"): ("random", "sequential"),
+    ("dpo", "train_sampling_strategy"): ("random", "sequential"),
+    # AOT's two sort the pairs of a micro-batch, whose size is layout.
+    ("dpo", "loss_type"): (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    ("dpo", "f_divergence_type"): (
+        *("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+    ),
+    ("ppo", "eval_strategy"): ("no", "steps"),
     ("sft", "train_sampling_strategy"): (
         *("random", "sequential", "group_by_length", "batch_rebalance"),
     ),
@@ -414,9 +459,14 @@ SCHEMA_TYPES = {
     "dict": {"type": "object"},
     "list[str]": {"type": "array", "items": {"type": "string"}},
     "list[int]": {"type": "array", "items": {"type": "integer"}},
+    "list[float]": {"type": "array", "items": {"type": "number"}},
 }
 SCHEMA_RANGES = {
     "above 0": {"exclusiveMinimum": 0},
+    "a whole number, or a share below 1": {
+        "exclusiveMinimum": 0,
+        "anyOf": [{"exclusiveMaximum": 1}, {"multipleOf": 1}],
+    },
     "at least 0": {"minimum": 0},
     "at least 1": {"minimum": 1},
     "at least 1, or -1": {"minimum": -1, "not": {"const": 0}},
@@ -437,7 +487,8 @@ def schema_of(keys: Keys, helps: dict[str, str]) -> dict[str, Any]:
             entry: dict[str, Any] = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
             entry = entry | SCHEMA_RANGES.get(field.range, {})
             if field.choices:
-                entry = {"enum": list(field.choices)}
+                allowed = {"enum": list(field.choices)}
+                entry = entry | {"items": allowed} if "items" in entry else allowed
             default = field.default if field.ours is None else field.ours
             if default not in (None, {}, []):
                 entry["default"] = default

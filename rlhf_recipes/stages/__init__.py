@@ -19,6 +19,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "sft": ("rlhf_recipes.stages.sft", 1),
     "reward": ("rlhf_recipes.stages.reward", 1),
     "ppo": ("rlhf_recipes.stages.ppo", 1),
+    "dpo": ("rlhf_recipes.stages.dpo", 1),
     "evaluation": ("rlhf_recipes.stages.evaluate", 1),
 }
 

@@ -17,11 +17,14 @@ from trl.experimental.ppo import PPOConfig
 from rlhf_recipes import sources
 from rlhf_recipes.adapters import Base, Role
 from rlhf_recipes.data import Example, unique_prompts
+from rlhf_recipes.guards import Limits
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
 from rlhf_recipes.rewards import load_head, open_foreign, open_reward, zero_head
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import float32, load_rows, need, trainer_config
+
+VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 
 
 def run(context: StageContext) -> StageResult:
@@ -29,6 +32,7 @@ def run(context: StageContext) -> StageResult:
     table = recipe.table(context.name)
     data = load_rows(context)
     prompts = unique_prompts(need(data.train, "train", context))
+    validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
     # ---- four roles on one base
     base, start = shared.base, context.inputs.get("policy")
@@ -58,10 +62,15 @@ def run(context: StageContext) -> StageResult:
         train_dataset=[{"input_ids": example.prompt_ids} for example in prompts],
         value_learning_rate=table.extras["value_learning_rate"],
         other_reference="reference" in context.inputs,
-        max_kl=table.extras["guard"].get("max_kl"),
+        value_warmup_epochs=table.extras["value_warmup_epochs"],
+        limits=Limits(**table.extras["guard"]),
+        keep=table.extras["keep"],
+        validation_prompts=validation[:VALIDATION_PROMPTS],
         on_update=report,
     )
     trainer.train()
+    if trainer.stopped:
+        context.progress.note(f"stopped: {trainer.stopped}")
 
     # ---- output
     output = context.folder / "output"
@@ -76,9 +85,13 @@ def run(context: StageContext) -> StageResult:
         "train_score": last["objective/scores"],
         "train_kl": last["objective/kl"],
         "train_length": last["val/length"],
+        "stopped": trainer.stopped,
     }
+    if table.extras["keep"] == "best" and trainer.best is not None:
+        metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
     first, now = metrics["train_score_first"], metrics["train_score"]
-    return StageResult(metrics, f"score {first:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}")
+    summary = f"score {first:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
+    return StageResult(metrics, summary + (f"; stopped: {trainer.stopped}" * bool(trainer.stopped)))
 
 
 def _save_value(base: Base, value: Role, folder: Path) -> None:

@@ -40,7 +40,7 @@ def run(context: StageContext) -> StageResult:
         callbacks=[Report(context.progress, {"loss": "loss", "mean_token_accuracy": "accuracy"})],
     )
     float32(*policy.trainable())
-    with policy.active():
+    with policy.active(autocast=False):
         before = _validation_loss(trainer)
         trained = trainer.train()
         after = _validation_loss(trainer)

@@ -22,8 +22,9 @@ sft.train_loss sft.unchanged sft.validation_loss sft.validation_loss_before sft.
 reward.accuracy reward.length_accuracy reward.margin reward.pairs reward.steps reward.test_pairs
 reward.train_loss reward.unit_mean reward.unit_std reward.validation_accuracy
 reward.validation_margin
-ppo.ended ppo.episodes ppo.kl ppo.length ppo.score ppo.score_gain ppo.train_kl ppo.train_length
-ppo.train_score ppo.train_score_first ppo.unchanged ppo.updates ppo.win_rate
+ppo.ended ppo.episodes ppo.kl ppo.length ppo.score ppo.score_gain ppo.stopped
+ppo.train_kl ppo.train_length ppo.train_score ppo.train_score_first ppo.unchanged ppo.updates
+ppo.win_rate
 """.split()
 STAGE_FILES = {
     "sft": ["adapter_config.json", "adapter_model.safetensors"],

@@ -1,0 +1,102 @@
+"""Direct preference optimisation: stock `DPOTrainer` on ids, against the policy it starts from.
+
+Departs from TRL's own script in that
+- ids come from `encode()`; stock takes texts alone, and tokenizes them its own way;
+- the reference is a frozen second adapter on the same base, or the bare base where nothing was
+  trained before. Stock would copy an adapter called "default", or take the bare base, and its
+  switch between the two marks adapters trainable and frozen as it goes (TRL-facts 33);
+- the policy's weights are not rounded to bfloat16 on a 4-bit base, so that it starts as exactly the
+  reference: the first loss is log 2;
+- like the reward model, it never sees the judge's pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from trl import DPOConfig, DPOTrainer
+
+from rlhf_recipes.adapters import Role
+from rlhf_recipes.data import Example
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.stages import StageContext, StageResult
+from rlhf_recipes.stages.common import Report, load_rows, need, trainer_config
+
+
+def run(context: StageContext) -> StageResult:
+    recipe, shared = context.recipe, context.shared
+    data = load_rows(context)
+    train, validation = _rows(data.reward_train), _rows(data.validation)
+    need(train, "train (pairs)", context)
+
+    # ---- policy and reference
+    base, start = shared.base, context.inputs.get("policy")
+    seed = derive_seed(recipe.seed, context.name, "lora")
+    policy = base.open("policy", start, seed=seed, trainable=True)
+    reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
+    weights = [parameter.data for parameter in policy.trainable()]
+
+    # ---- training
+    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+    trainer = Trainer(
+        model=policy.lm if recipe.lora is None else base.peft,
+        ref_model=Reference(reference),
+        args=trainer_config(DPOConfig, context, max_length=None),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(validation) if validation else None,
+        processing_class=shared.tokens.tokenizer,
+        callbacks=[Report(context.progress, shown)],
+    )
+    for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
+        parameter.data = unrounded
+    with policy.active(autocast=False):
+        trained = trainer.train()
+        found = trainer.evaluate() if validation else {}
+
+    # ---- output
+    base.save(policy, context.folder / "output")
+    base.close(policy, reference)
+    loss = trained.training_loss
+    metrics = {"train_loss": loss, "steps": trained.global_step, "pairs": len(train)}
+    if not validation:
+        return StageResult(metrics, f"loss {loss:.3f}")
+    accuracy, margin = found["eval_rewards/accuracies"], found["eval_rewards/margins"]
+    metrics |= {"validation_loss": found["eval_loss"], "validation_accuracy": accuracy}
+    metrics |= {"validation_margin": margin}  # β × nats, chosen over rejected
+    summary = f"validation accuracy {accuracy:.1%} of {len(validation)} pairs, margin {margin:.2f}"
+    return StageResult(metrics, summary)
+
+
+class Trainer(DPOTrainer):
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        out = super().prediction_step(model, inputs, *args, **kwargs)
+        # Stock means over batches; a batch counts once a pair here, for the last one is smaller.
+        for values in self._metrics["eval"].values():
+            values += values[-1:] * (len(inputs["input_ids"]) // 2 - 1)
+        return out
+
+
+class Reference(nn.Module):
+    """What `DPOTrainer` asks of a reference model: a role's `lm` under its own adapter."""
+
+    def __init__(self, role: Role):
+        super().__init__()
+        self.roles = (role,)  # in a tuple, torch does not take the base for this module's own
+
+    def forward(self, **inputs: Any) -> Any:
+        (role,) = self.roles
+        with role.active():
+            return role.lm(**inputs)
+
+
+def _rows(examples: list[Example]) -> list[dict[str, list[int]]]:
+    return [
+        {"prompt_ids": e.prompt_ids, "chosen_ids": e.chosen_ids, "rejected_ids": e.rejected_ids}
+        for e in examples
+        if e.rejected_ids is not None
+    ]
