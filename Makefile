@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke test lint ci
+.PHONY: setup smoke test lint ci bench
 
 setup: $(VENV)/.ready
 
@@ -32,3 +32,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 ci: lint test
+
+# The real model's part needs a folder with SmolLM2-135M-Instruct: benchmarks/README.md says how.
+MODEL ?= $(RLHF_RECIPES_SMOLLM2)
+bench: setup
+	$(BIN)/python -m benchmarks.memory_by_size
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.recipe_vs_scripts $(if $(MODEL),--real --model $(MODEL))
+	$(BIN)/python -m benchmarks.ppo_vs_trl $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m benchmarks.ppo_vs_trl --learning

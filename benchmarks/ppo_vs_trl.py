@@ -15,8 +15,8 @@ example: its value model trains in full) and `trl_frozen_value` (that model froz
 
 --learning, on the smoke recipe and its trained reward model: the mean score of the last five
 updates after the same episodes, over seeds. The batch is one micro-batch, where TRL's count of
-optimizer steps is right; guards and validation are off; TRL's sides run at the recipe's learning rate and at 0.3 of it, of
-which the better is compared: it has one rate for the policy's LoRA and the whole value model. No
+optimizer steps is right. TRL's sides run at the recipe's learning rate and at 0.3 of it, of which
+the better is compared, for it has one rate for the policy's LoRA and the whole value model. No
 worse means: at most a tenth of the reward's deviation below the best of TRL's.
 """
 

@@ -67,6 +67,9 @@ def load_causal_lm(
     lm.shipped_generation_config = lm.generation_config
     lm.generation_config = GenerationConfig()
     lm.config.use_cache = True
+    # On a CPU a bfloat16 product with a slice of the hidden states, which is what `logits_to_keep`
+    # gives the head, took 2.5 to 3.9 s where a contiguous one takes 0.06 s.
+    lm.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     return lm.requires_grad_(False).eval()
 
 

@@ -213,6 +213,7 @@ class _Run:
             return folder
         aside = self.plan.run_folder / ".model"
         shutil.rmtree(aside, ignore_errors=True)
+        self.shared = Shared(self.plan.recipe)  # lets go of the base: merging loads it whole
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.export import write_model
 
