@@ -264,7 +264,7 @@ def logits(
         use_cache=False,
         logits_to_keep=answer + 1,
     )
-    return out.logits[:, :-1].float() / temperature
+    return out.logits[:, :-1].float().div_(temperature)
 
 
 def logprobs(

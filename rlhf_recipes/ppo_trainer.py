@@ -269,12 +269,16 @@ class PPOTrainer(StockPPOTrainer):
         advantage, returns, kl = self.advantages(rollout)
         stats: dict[str, list[float]] = defaultdict(list)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
+        lengths = rollout.sequences.mask.sum(1).cpu()
         self._checkpointing(True)
         warmup = self.value_warmup_epochs if update == 1 else 0
         for epoch in range(-warmup, args.num_ppo_epochs):
             order = self._permutation(args.local_batch_size, "minibatch", update, epoch)
             for mini in order.split(args.local_mini_batch_size):
                 step: dict[str, float] = defaultdict(float)
+                # The sum over a mini-batch does not depend on who shares a micro-batch: rows of
+                # like length do, and are computed without the padding of longer ones.
+                mini = mini[lengths[mini].argsort()]
                 for micro in mini.split(args.per_device_train_batch_size):
                     if epoch >= 0:
                         self._policy_loss(rollout, advantage, mini, micro, step)
@@ -296,14 +300,17 @@ class PPOTrainer(StockPPOTrainer):
     ) -> None:
         """Back-propagate one micro-batch's clipped objective, as its share of the mini-batch."""
         args, policy = self.args, self.policy_model
-        part, mask = rollout.sequences[micro], rollout.mask[micro]
+        part = rollout.sequences[micro].trimmed()
+        mask, gain, old = (
+            rows[micro, : part.answer] for rows in (rollout.mask, advantage, rollout.logprobs)
+        )
         share = 1.0 / rollout.mask[mini].sum()
         with policy.active():
             new, entropy = logprobs(policy, part.ids, part.mask, part.answer, args.temperature)
-            difference = (new - rollout.logprobs[micro]) * mask
+            difference = (new - old) * mask
             ratio = difference.exp()
-            plain = -advantage[micro] * ratio
-            clipped = -advantage[micro] * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+            plain = -gain * ratio
+            clipped = -gain * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
             loss = (torch.max(plain, clipped) * mask).sum() * share
             self.accelerator.backward(loss)
         step["loss/policy_avg"] += loss.detach()
@@ -325,13 +332,15 @@ class PPOTrainer(StockPPOTrainer):
         Apart from the policy's: the two share no weight, and only one graph is held at a time.
         """
         args, value = self.args, self.value_model
-        part, mask = rollout.sequences[micro], rollout.value_mask[micro]
-        share = 1.0 / rollout.value_mask[mini].sum()
-        old = (rollout.values * rollout.value_mask)[micro]
+        part = rollout.sequences[micro].trimmed()
+        mask, goal, old = (
+            rows[micro, : part.answer] for rows in (rollout.value_mask, returns, rollout.values)
+        )
+        share, old = 1.0 / rollout.value_mask[mini].sum(), old * mask
         with value.active():
             new = values(value, part.ids, part.mask, part.answer) * mask
             near = new.clamp(old - args.cliprange_value, old + args.cliprange_value)
-            plain, clipped = (new - returns[micro]).square(), (near - returns[micro]).square()
+            plain, clipped = (new - goal).square(), (near - goal).square()
             loss = 0.5 * (torch.max(plain, clipped) * mask).sum() * share
             self.accelerator.backward(args.vf_coef * loss)
         step["loss/value_avg"] += loss.detach()

@@ -33,6 +33,17 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def trimmed(self) -> Sequences:
+        """Without the columns that are padding in every row.
+
+        One answer column more than the longest is kept where there is one: the state after its EOS.
+        """
+        before = self.ids.shape[1] - self.answer
+        first = int(self.mask.any(0).int().argmax())
+        answer = min(int(self.lengths.max()) + 1, self.answer)
+        columns = slice(first, before + answer)
+        return Sequences(self.ids[:, columns], self.mask[:, columns], self.lengths, answer)
+
     @property
     def last(self) -> torch.Tensor:
         """The column [batch] of each answer's last token, which is what is scored."""
@@ -88,21 +99,21 @@ def sample(
     """An answer to each prompt, at most `length` tokens, cut after its EOS.
 
     Sampled from the whole distribution at `temperature`; each batch is seeded by its place, so the
-    same weights give the same answers whatever ran before.
+    same weights give the same answers whatever ran before. Prompts of like length share a batch.
     """
     settings = sampling(length, temperature, eos=eos, pad=pad)
-    answers: list[list[int]] = []
+    answers: list[list[int]] = [[]] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        rows = join(part, [[]] * len(part), pad, policy.lm.device)
+        part = order[start : start + batch]
+        rows = join([prompts[i] for i in part], [[]] * len(part), pad, policy.lm.device)
         with policy.active(), torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "sample", start))
             out = policy.lm.generate(
-                input_ids=rows.ids,
-                attention_mask=rows.mask,
-                generation_config=settings,
+                input_ids=rows.ids, attention_mask=rows.mask, generation_config=settings
             )
-        answers += [_until(row, eos) for row in out[:, rows.ids.shape[1] :].tolist()]
+        for i, ids in zip(part, out[:, rows.ids.shape[1] :].tolist(), strict=True):
+            answers[i] = _until(ids, eos)
     return answers
 
 

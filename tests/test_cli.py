@@ -114,6 +114,8 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int
         env=environment("hang:ppo"),
         stderr=subprocess.PIPE,
         text=True,
+        # A job in a script's background ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (here / "hanging").exists():
         assert running.poll() is None

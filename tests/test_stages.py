@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_recipes import stages
-from rlhf_recipes.adapters import Base
+from rlhf_recipes.adapters import Base, score, values
+from rlhf_recipes.errors import ModelError
 from rlhf_recipes.export import write_reward_model
+from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import open_foreign, open_reward, read_unit
-from rlhf_recipes.sequences import score_ids
+from rlhf_recipes.sequences import join, score_ids
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages import StageContext, StageResult, evaluate
 from rlhf_recipes.stages import ppo as ppo_stage
@@ -193,6 +195,31 @@ def test_the_reference_is_the_sft_model(chain: Chain, monkeypatch: pytest.Monkey
     assert chain.progress.updates[-1]["objective/kl"] > 0.0
 
 
+def test_the_value_starts_as_the_reward_model_in_units(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any step, the value of a finished answer is its reward."""
+    chain.run("sft", {})
+    chain.run("reward", {"policy": "sft"})
+    apart: list[float] = []
+    stock = ppo_stage.PPOTrainer
+
+    class Spy(stock):
+        def train(self) -> None:
+            rows = join([[1, 4, 7, 5]] * 2, [[7, 8, 2], [12, 2]], 0, torch.device("cpu"), 4)
+            with torch.no_grad():
+                with self.value_model.active():
+                    value = values(self.value_model, rows.ids, rows.mask, rows.answer)
+                with self.reward_model.active():
+                    reward = score(self.reward_model, rows.ids, rows.mask, rows.last)
+            apart.extend((value[[0, 1], [3, 2]] - reward).abs().tolist())  # the state after EOS
+            super().train()
+
+    monkeypatch.setattr(ppo_stage, "PPOTrainer", Spy)
+    chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
+    assert max(apart) < 1e-5
+
+
 @pytest.mark.parametrize("start", ["nothing", "ppo"])
 def test_the_reference_is_what_the_stage_starts_from(chain: Chain, start: str) -> None:
     """Without SFT, the bare base; in a second PPO stage, the first one's policy: KL 0 at first."""
@@ -207,6 +234,14 @@ def test_the_reference_is_what_the_stage_starts_from(chain: Chain, start: str) -
     chain.progress.updates.clear()
     chain.run("ppo", inputs)
     assert chain.progress.updates[0]["objective/kl"] == 0.0
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(chain: Chain, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(chain.shared.model_folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="has another tokenizer than the policy.*same base"):
+        open_foreign(tmp_path / "other", chain.shared.base, chain.shared.tokens)
 
 
 def test_ppo_taken_as_sft_is_unchanged_at_half_the_wins(chain: Chain) -> None:
@@ -319,7 +354,14 @@ def test_sft_in_bfloat16_learns_what_it_learns_in_float32(
 
 
 @pytest.mark.parametrize(
-    "change", ["lora=false", "model.dtype=bfloat16", "ppo.gradient_checkpointing=true"]
+    "change",
+    [
+        "lora=false",
+        "lora.use_dora=true",
+        "lora.use_rslora=true",
+        "model.dtype=bfloat16",
+        "ppo.gradient_checkpointing=true",
+    ],
 )
 def test_the_chain_runs_otherwise_too(tiny_recipe: Path, tmp_path: Path, change: str) -> None:
     results = Chain(load_recipe(tiny_recipe, set=[change]), tmp_path / "stages").all()
