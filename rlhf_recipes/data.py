@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_recipes.errors import DataError
 from rlhf_recipes.identity import digest
+from rlhf_recipes.sources import dataset_commit
 from rlhf_recipes.tokens import Messages, Tokens, encode
 
 SHAPES = """\
@@ -115,7 +116,7 @@ def _load_split(table: Any, split: str) -> Any:
 
     words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
     if not table.is_local:
-        return load_dataset(table.path, split=split, revision=table.revision, **words)
+        return load_dataset(table.path, split=split, revision=dataset_commit(table), **words)
     builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if table.file.suffix in builder:
         return load_dataset(builder[table.file.suffix], data_files=str(table.file), split=split)
@@ -140,7 +141,7 @@ def _check_share(data: Data, columns: list[str], table: Any) -> None:
 
 def _example(row: Mapping[str, Any], table: Any, tokens: Tokens) -> tuple[str, Example]:
     """The canonical text of the row's prompt, and the row encoded. Raises Unusable."""
-    prompt, chosen, rejected = normalise(row)
+    prompt, chosen, rejected = understand(row)
     if rejected is not None and chosen == rejected:
         raise Unusable("both answers are the same")
     texts = [*(turn["content"] for turn in prompt), chosen, rejected or ""]
@@ -159,6 +160,14 @@ def _example(row: Mapping[str, Any], table: Any, tokens: Tokens) -> tuple[str, E
     if max(len(chosen_ids), len(rejected_ids or ())) > table.max_answer_tokens:
         raise Unusable(f"answer over {table.max_answer_tokens} tokens")
     return key, Example(shown, prompt_ids, chosen_ids, rejected_ids)
+
+
+def understand(row: Mapping[str, Any]) -> tuple[Messages, str, str | None]:
+    """`normalise`, with a row that has a shape's keys and not its contents Unusable too."""
+    try:
+        return normalise(row)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise Unusable("no shape that is understood") from error
 
 
 def normalise(row: Mapping[str, Any]) -> tuple[Messages, str, str | None]:

@@ -6,7 +6,6 @@
     ├── DataError                 1    the data cannot be used
     ├── ModelError                1    the model cannot be used
     ├── StageError                1    a stage failed
-    ├── GateError                 3    a gate refused to go on
     ├── BusyError                75    another process holds the run
     └── Interrupted         130/143    stopped by a signal; the same command goes on from there
 
@@ -65,10 +64,6 @@ class ModelError(RlhfRecipesError):
 
 class StageError(RlhfRecipesError):
     pass
-
-
-class GateError(RlhfRecipesError):
-    exit_code = 3
 
 
 class BusyError(RlhfRecipesError):

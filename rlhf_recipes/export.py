@@ -34,6 +34,8 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", "name a new folder")
     recipe = load_recipe(run_folder / "resolved.toml")
+    if form == "adapter" and recipe.lora is None:
+        raise UsageError("with lora = false there is no adapter", "leave out --form adapter")
     name, kind, output = finished_stage(run_folder, stage)
     if kind == "reward":
         write_reward_model(recipe, output, folder, form=form)
@@ -62,7 +64,7 @@ def write_model(recipe: Recipe, output: Path, folder: Path, *, form: str = "merg
     shared = Shared(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     shared.tokens.tokenizer.save_pretrained(folder)
-    if form == "adapter" and recipe.lora is not None:
+    if form == "adapter":
         _copy_adapter(recipe, output, folder)
         return
     lm = load_policy(shared, output)
@@ -88,7 +90,7 @@ def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str)
     """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
     write_model(recipe, output, folder, form=form)
     unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
-    if form == "adapter" and recipe.lora is not None:
+    if form == "adapter":
         for name in (HEAD, UNIT):
             shutil.copy(output / name, folder / name)
         return

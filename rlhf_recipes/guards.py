@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+ABOVE_0, SHARE = {"range": "above 0"}, {"range": "from 0 to 1"}
 SCORES = 3  # updates that a score is averaged over: one batch's mean is noise
 
 
@@ -13,10 +14,10 @@ SCORES = 3  # updates that a score is averaged over: one batch's mean is noise
 class Limits:
     """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
 
-    max_kl: float = 25.0  # nats an answer
-    min_entropy: float = 0.1  # of the first update's entropy a token
-    min_length: float = 0.2  # of the first update's mean length
-    max_score_drop: float = 1.5  # units of the reward, below the best
+    max_kl: float = field(default=25.0, metadata=ABOVE_0)  # nats an answer
+    min_entropy: float = field(default=0.1, metadata=SHARE)  # of the first update's, a token
+    min_length: float = field(default=0.2, metadata=SHARE)  # of the first update's mean length
+    max_score_drop: float = field(default=1.5, metadata=ABOVE_0)  # units of the reward
 
 
 @dataclass

@@ -64,6 +64,9 @@ def load_causal_lm(
         device_map={"": device()},
     )
     _keep_autograd(lm)
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # else a stage's result hangs on which stock trainer ran before it
     lm.shipped_generation_config = lm.generation_config
     lm.generation_config = GenerationConfig()
     lm.config.use_cache = True

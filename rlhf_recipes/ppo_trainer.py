@@ -130,7 +130,7 @@ class PPOTrainer(StockPPOTrainer):
             self._check_not_lost()
             metrics |= self.validate(update)
             self.on_update(self, rollout, metrics)
-            if update % args.logging_steps == 0 or update == args.num_total_batches:
+            if update % self._every(args.logging_steps) == 0 or update == args.num_total_batches:
                 self.log(dict(metrics))
             self.control = self.callback_handler.on_step_end(args, state, self.control)
             if self.control.should_training_stop or self.stopped:
@@ -145,10 +145,9 @@ class PPOTrainer(StockPPOTrainer):
     def validate(self, update: int) -> dict[str, float]:
         """Score and KL on the validation prompts, under the same draws each time, when due."""
         args, total = self.args, self.args.num_total_batches
-        if args.eval_strategy == "no" or not self.validation_prompts:
+        if args.eval_strategy == "no" or not self.validation_prompts or self.guard.broken:
             return {}
-        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * total)
-        if update % every and update != total and not self.stopped:
+        if update % self._every(args.eval_steps) and update != total and not self.stopped:
             return {}
         seen = self.explore(self.validation_prompts, derive_seed(args.seed, "validation"))
         kl = ((seen.logprobs - seen.ref_logprobs) * seen.mask).sum(1).mean().item()
@@ -158,6 +157,10 @@ class PPOTrainer(StockPPOTrainer):
             policy = [p.detach().clone() for p in self.policy_model.trainable()]
             self.best = Best(update, score, policy)
         return {"eval/score": score, "eval/kl": kl}
+
+    def _every(self, steps: float) -> int:
+        """A number of updates, also where it is given as a share of all of them."""
+        return math.ceil(steps if steps >= 1 else steps * self.args.num_total_batches)
 
     def prompts(self, update: int) -> list[list[int]]:
         """The ids of this update's prompts: the next `batch_size` of an endless permutation."""

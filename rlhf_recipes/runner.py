@@ -1,6 +1,7 @@
 """For each planned stage: take it as done, or run it and write its record; then the model.
 
-The runner knows no kind of stage: it hands each a `StageContext` and keeps what comes back.
+The runner knows no kind of stage: it hands each a `StageContext` and keeps what comes back. A
+stage that was killed has no record: its folder is cleared, and it starts again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import tomlkit
 from rlhf_recipes import rundir, stages
 from rlhf_recipes.errors import (
     DataError,
-    GateError,
     Interrupted,
     ModelError,
     StageError,
@@ -78,7 +78,7 @@ def run(
     """Run what is not done yet of a recipe, and write the run's folder.
 
     Raises BusyError where another process holds the run or a stage of it, Interrupted on Ctrl-C
-    and SIGTERM, and StageError (or the stage's own DataError, ModelError, GateError) where one
+    and SIGTERM, and StageError (or the stage's own DataError, ModelError) where one
     fails.
     """
     runs, name = rundir.runs_folder(runs), run_name(recipe, name)
@@ -113,7 +113,9 @@ class _Run:
     def go(self, wanted: list[str]) -> RunOutcome:
         outcome = "failed"
         try:
-            for stage in self.plan.stages[: len(wanted)]:
+            for stage in self.plan.stages:
+                if stage.name not in wanted and not stage.done:
+                    break  # what is done after `until` is no less done
                 self.done[stage.name] = self._stage(stage)
                 if self.done[stage.name].did == "ran":
                     self._write("unfinished")
@@ -186,7 +188,7 @@ class _Run:
         where = f"log: {self.screen.log_path}"
         try:
             yield
-        except (DataError, ModelError, StageError, GateError) as error:
+        except (DataError, ModelError, StageError) as error:
             self.screen.log_traceback()
             hint = f"{error.hint}; {where}" if error.hint else where
             raise type(error)(f"{what}: {error.message}", hint) from error

@@ -44,8 +44,13 @@ def identify_dataset(table: DatasetTable, runs: Path) -> dict[str, Any]:
     """The identity of a dataset's files, before any of our settings chooses among its rows."""
     if table.is_local:
         return {"content": content_digest(table.file, runs)}
+    return {"repo": table.path, "revision": dataset_commit(table)}
+
+
+def dataset_commit(table: DatasetTable) -> str:
+    """The commit of a dataset on the hub that is keyed, and so the one to load."""
     try:
-        return {"repo": table.path, "revision": _commit(table.path, table.revision, "dataset")}
+        return _commit(table.path, table.revision, "dataset")
     except Exception as error:
         raise DataError(*_hub_trouble(table.path, "dataset", error)) from error
 

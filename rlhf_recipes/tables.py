@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.fields import Field, Keys, fields_of, trl_fields
+from rlhf_recipes.guards import Limits
 
 KINDS = ("sft", "reward", "ppo", "dpo")
 RESERVED = ("kto", "rloo", "grpo")
@@ -110,12 +111,7 @@ EXTRAS: dict[str, Keys] = {
         "value_learning_rate": _RATE,
         "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
         "keep": Field(("str",), "best", choices=("best", "last")),
-        "guard": {
-            "max_kl": Field(("float",), 25.0, range="above 0"),
-            "min_entropy": Field(("float",), 0.1, range="from 0 to 1"),
-            "min_length": Field(("float",), 0.2, range="from 0 to 1"),
-            "max_score_drop": Field(("float",), 1.5, range="above 0"),
-        },
+        "guard": fields_of(Limits),
     },
     "dpo": {},
 }

@@ -21,6 +21,7 @@ from rlhf_recipes.tables import (
 )
 from rlhf_recipes.validate import Checker, Key, resolve
 
+BASE = "base"  # what the evaluation calls the model that nothing was trained on
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # The kinds that can serve each role.
 ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
@@ -37,7 +38,7 @@ class StageChecker(Checker):
                 self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
             elif name in RESERVED:
                 self.problem(key, f'"{name}" is reserved: this version knows {", ".join(KINDS)}')
-            elif name in top_keys() or not STAGE_NAME.fullmatch(name):
+            elif name in (*top_keys(), BASE) or not STAGE_NAME.fullmatch(name):
                 self.problem(key, f'"{name}" cannot be the name of a stage')
             elif name in self.kinds:
                 valid.append(name)
@@ -118,7 +119,8 @@ class StageChecker(Checker):
         self.data_source(self.data[name]["dataset"], own, at)
         inherited = {key: data[key] for key in INHERITED_DATA_KEYS if key in data}
         if "test_split" in data:
-            inherited["test_fraction"] = 0.0
+            what = "this data has no test side then, and may hold its prompts"
+            self.problem(at, f"needs test_fraction in [dataset], in place of test_split: {what}")
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
 
     def ppo(self, options: dict[str, Any], extras: dict[str, Any], at: Key) -> None:

@@ -106,6 +106,25 @@ def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
         assert words in log
 
 
+def test_after_a_kill_the_same_command_goes_on(here: Path) -> None:
+    """No lock to clear by hand; what was finished is kept, the stage that was killed runs anew."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tests.counting", "run", "toy.toml"],
+        cwd=here,
+        env=environment("hang:ppo"),
+        stderr=subprocess.DEVNULL,
+    )
+    while not (here / "hanging").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.kill()
+    assert running.wait(30) == -signal.SIGKILL
+    again = command("run", "toy.toml", cwd=here)
+    assert again.returncode == 0
+    assert again.stderr.count("— cached (") == 2
+    assert "ppo — was not finished" in again.stderr
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int) -> None:
     running = subprocess.Popen(

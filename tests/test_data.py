@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_recipes.data import Data, Unusable, load_data, normalise, unique_prompts
+from rlhf_recipes.data import Data, Unusable, load_data, normalise, understand, unique_prompts
 from rlhf_recipes.errors import DataError
 from rlhf_recipes.tokens import Tokens, settle
 
@@ -86,6 +86,8 @@ def test_one_pair_in_every_shape_is_the_same_pair(row: dict) -> None:
     [
         ({"text": "red"}, "no shape that is understood"),
         ({"chosen": "a", "rejected": "b"}, "no prompt"),
+        ({"prompt": [{"speaker": "me"}], "completion": "a"}, "no shape that is understood"),
+        ({"prompt": "red", "completion": []}, "no shape that is understood"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
         (
             {"conversations": [{"from": "gpt", "value": "x"}], "chosen": "a", "rejected": "b"},
@@ -95,7 +97,7 @@ def test_one_pair_in_every_shape_is_the_same_pair(row: dict) -> None:
 )
 def test_an_unusable_row_says_why(row: dict, reason: str) -> None:
     with pytest.raises(Unusable, match=reason):
-        normalise(row)
+        understand(row)
 
 
 def test_dropped_rows_are_counted_by_reason(tmp_path: Path, tokens: Tokens) -> None:

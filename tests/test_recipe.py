@@ -115,14 +115,14 @@ def test_wiring_that_says_otherwise(tmp_path: Path) -> None:
         '[again]\nkind = "ppo"\npolicy = "sft"\nreference = "ppo"\nreward_model = "./model"\n'
         '[last]\nkind = "sft"\ndataset = { path = "org/data", max_answer_tokens = 9 }\n'
     )
-    recipe = load(tmp_path, text.replace("[dataset]", '[dataset]\nsystem = "s"\ntest_split = "t"'))
+    recipe = load(tmp_path, text.replace("[dataset]", '[dataset]\nsystem = "s"'))
     again, last = recipe.table("again"), recipe.table("last")
     assert (again.kind, again.policy) == ("ppo", "sft")
     assert (again.reward_model, again.reference) == ("./model", "ppo")
     assert last.policy == "again"
     own = last.dataset
     assert (own.path, own.max_answer_tokens, own.max_prompt_tokens) == ("org/data", 9, 512)
-    assert (own.system, own.test_split, own.test_fraction) == ("s", None, 0.0)
+    assert (own.system, own.test_split, own.test_fraction) == ("s", None, 0.1)
 
 
 def test_resolved_is_a_recipe_whose_stages_are_the_same(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_resolved_is_a_recipe_whose_stages_are_the_same(tmp_path: Path) -> None:
     resolved.parent.mkdir()
     resolved.write_text(tomlkit.dumps(recipe.resolved()))
     again = load_recipe(resolved)
-    assert again.lora == recipe.lora and again.dataset == again.dataset
+    assert again.lora == recipe.lora and again.dataset.file == recipe.dataset.file
     assert again.model.folder == recipe.model.folder
     assert again.table("ppo").reward_model == str(tmp_path / "model")
     assert again.table("sft").dataset.file == recipe.table("sft").dataset.file

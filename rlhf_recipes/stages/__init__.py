@@ -1,8 +1,9 @@
 """The stage contract: `run(context) -> result`, and which function serves which kind.
 
 A stage reads its recipe and its inputs' folders, writes `output/` in its own folder, and returns
-numbers. It knows neither the runner nor the other stages. A new kind is a new file beside these
-and a line in `KINDS`.
+numbers. It does not know the runner. A new kind is a new file beside these, a line in `KINDS`, and
+its words in the language: `tables.py` (KINDS, EXTRAS) and, for a TRL config's fields, a row in
+`tools/make_fields.py`, which writes `fields.json`.
 """
 
 from __future__ import annotations

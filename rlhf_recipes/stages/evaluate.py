@@ -99,11 +99,12 @@ def _setting(context: StageContext) -> Setting:
 
 
 def _reward_model(context: StageContext) -> tuple[Role | None, str]:
-    """What the last PPO stage was scored by, else the last reward stage; and its name."""
+    """What the last PPO stage was scored by, else the first reward stage; and its name."""
     recipe, shared = context.recipe, context.shared
     tables = [recipe.table(stage) for stage in recipe.stages]
     named = [table.reward_model for table in tables if table.reward_model]
-    name = (named or [table.name for table in tables if table.kind == "reward"] or [""])[-1]
+    trained = [table.name for table in tables if table.kind == "reward"]
+    name = named[-1] if named else next(iter(trained), "")
     if "reward_model" in context.inputs:
         return open_reward(shared.base, context.inputs["reward_model"]), name
     if not name:

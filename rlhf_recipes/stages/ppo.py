@@ -52,6 +52,8 @@ def run(context: StageContext) -> StageResult:
 
     # ---- training
     report = Report(context, prompts)
+    if table.extras["keep"] == "best" and not validation:
+        context.progress.note("no validation prompts to find the best on: the last policy is kept")
     trainer = PPOTrainer(
         args=trainer_config(PPOConfig, context, stop_token="eos"),
         processing_class=shared.tokens.tokenizer,
@@ -91,6 +93,8 @@ def run(context: StageContext) -> StageResult:
         metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
     first, now = metrics["train_score_first"], metrics["train_score"]
     summary = f"score {first:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
+    if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:
+        summary += f"; kept the policy of update {metrics['kept_update']}"
     return StageResult(metrics, summary + (f"; stopped: {trainer.stopped}" * bool(trainer.stopped)))
 
 

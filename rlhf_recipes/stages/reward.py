@@ -103,12 +103,12 @@ def _rows(examples: list[Example]) -> Dataset:
 
 
 def _optimizer(
-    reward: Role, args: RewardConfig, head_learning_rate: float | None
+    reward: Role, args: RewardConfig, head_learning_rate: float
 ) -> torch.optim.Optimizer:
     """The optimizer that `optim` names, with a group for the adapter and one for the head."""
     head = list(reward.score.parameters())
     inner = {id(p) for p in head}
     body = [p for p in reward.trainable() if id(p) not in inner]
     kind, words = RewardTrainer.get_optimizer_cls_and_kwargs(args)
-    groups = [{"params": body}, {"params": head, "lr": head_learning_rate or args.learning_rate}]
+    groups = [{"params": body}, {"params": head, "lr": head_learning_rate}]
     return kind(groups, weight_decay=args.weight_decay, **words)
