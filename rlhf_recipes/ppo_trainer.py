@@ -27,28 +27,14 @@ from typing import Any
 
 import torch
 from trl.experimental.ppo import PPOTrainer as StockPPOTrainer
-from trl.experimental.ppo.ppo_trainer import masked_mean, masked_whiten
+from trl.experimental.ppo.ppo_trainer import masked_mean
 
 from rlhf_recipes.adapters import logprobs, score, values
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.ppo_losses import Rollout, advantages, policy_loss, value_loss
 from rlhf_recipes.sequences import Sequences, join, sample
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one update's policy did. [batch, R] but for those said to be [batch]."""
-
-    sequences: Sequences
-    mask: torch.Tensor  # tokens of the answers
-    value_mask: torch.Tensor  # and the state after an early EOS, where the score lands
-    logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor  # [batch], in units of the reward, less `missing_eos_penalty`
-    ended: torch.Tensor  # [batch], whether the answer ends in EOS
-    entropy: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -242,34 +228,10 @@ class PPOTrainer(StockPPOTrainer):
 
     # ---- one update -----------------------------------------------------------------------------
 
-    def advantages(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Whitened advantages, returns and KL, each [batch, R] (GAE, arXiv 1506.02438)."""
-        args = self.args
-        log_ratio = (rollout.ref_logprobs - rollout.logprobs) * rollout.mask
-        kl = -log_ratio if args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
-        rewards = -args.kl_coef * kl
-        value = rollout.values * rollout.value_mask
-        rows = torch.arange(len(rewards), device=rewards.device)
-        end = rollout.sequences.lengths.clamp(max=rewards.shape[1] - 1)
-        rewards[rows, end] += rollout.scores
-        if args.whiten_rewards:
-            rewards = masked_whiten(rewards, rollout.value_mask, shift_mean=False)
-            rewards = rewards * rollout.value_mask
-        advantage = torch.zeros_like(rewards)
-        last = torch.zeros_like(rollout.scores)
-        for t in reversed(range(rewards.shape[1])):
-            following = value[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
-            delta = rewards[:, t] + args.gamma * following - value[:, t]
-            last = delta + args.gamma * args.lam * last
-            advantage[:, t] = last
-        returns = advantage + value
-        whitened = masked_whiten(advantage, rollout.mask) * rollout.mask
-        return whitened, returns, kl
-
     def optimize(self, rollout: Rollout, update: int) -> dict[str, float]:
         """`num_ppo_epochs × num_mini_batches` optimizer steps on one rollout; TRL's metrics."""
-        args = self.args
-        advantage, returns, kl = self.advantages(rollout)
+        args, policy, value = self.args, self.policy_model, self.value_model
+        advantage, returns, kl = advantages(rollout, args)
         stats: dict[str, list[float]] = defaultdict(list)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         lengths = rollout.sequences.mask.sum(1).cpu()
@@ -283,71 +245,23 @@ class PPOTrainer(StockPPOTrainer):
                 # like length do, and are computed without the padding of longer ones.
                 mini = mini[lengths[mini].argsort()]
                 for micro in mini.split(args.per_device_train_batch_size):
+                    # Forward and backward under one `active`; apart from each other, for the two
+                    # share no weight, and so only one graph is held at a time.
                     if epoch >= 0:
-                        self._policy_loss(rollout, advantage, mini, micro, step)
-                    self._value_loss(rollout, returns, mini, micro, step)
+                        with policy.active():
+                            loss, seen = policy_loss(policy, rollout, advantage, mini, micro, args)
+                            self.accelerator.backward(loss)
+                        _add(step, seen)
+                    with value.active():
+                        loss, seen = value_loss(value, rollout, returns, mini, micro, args)
+                        self.accelerator.backward(args.vf_coef * loss)
+                    _add(step, seen)
                 self._step()
                 for name, number in step.items():
                     stats[name].append(float(number))
         self._checkpointing(False)
         self.lr_scheduler.step()
         return {**_averages(stats), **self._objective(rollout, kl), "lr": learning_rate}
-
-    def _policy_loss(
-        self,
-        rollout: Rollout,
-        advantage: torch.Tensor,
-        mini: torch.Tensor,
-        micro: torch.Tensor,
-        step: dict[str, float],
-    ) -> None:
-        """Back-propagate one micro-batch's clipped objective, as its share of the mini-batch."""
-        args, policy = self.args, self.policy_model
-        part = rollout.sequences[micro].trimmed()
-        mask, gain, old = (
-            rows[micro, : part.answer] for rows in (rollout.mask, advantage, rollout.logprobs)
-        )
-        share = 1.0 / rollout.mask[mini].sum()
-        with policy.active():
-            new, entropy = logprobs(policy, part.ids, part.mask, part.answer, args.temperature)
-            difference = (new - old) * mask
-            ratio = difference.exp()
-            plain = -gain * ratio
-            clipped = -gain * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
-            loss = (torch.max(plain, clipped) * mask).sum() * share
-            self.accelerator.backward(loss)
-        step["loss/policy_avg"] += loss.detach()
-        step["policy/approxkl_avg"] += 0.5 * difference.detach().square().sum() * share
-        step["policy/clipfrac_avg"] += ((clipped > plain) & mask).sum() * share
-        step["policy/entropy_avg"] += (entropy * mask).sum() * share
-        step["val/ratio"] += (ratio.detach() * mask).sum() * share
-
-    def _value_loss(
-        self,
-        rollout: Rollout,
-        returns: torch.Tensor,
-        mini: torch.Tensor,
-        micro: torch.Tensor,
-        step: dict[str, float],
-    ) -> None:
-        """Back-propagate the clipped value loss of one micro-batch.
-
-        Apart from the policy's: the two share no weight, and only one graph is held at a time.
-        """
-        args, value = self.args, self.value_model
-        part = rollout.sequences[micro].trimmed()
-        mask, goal, old = (
-            rows[micro, : part.answer] for rows in (rollout.value_mask, returns, rollout.values)
-        )
-        share, old = 1.0 / rollout.value_mask[mini].sum(), old * mask
-        with value.active():
-            new = values(value, part.ids, part.mask, part.answer) * mask
-            near = new.clamp(old - args.cliprange_value, old + args.cliprange_value)
-            plain, clipped = (new - goal).square(), (near - goal).square()
-            loss = 0.5 * (torch.max(plain, clipped) * mask).sum() * share
-            self.accelerator.backward(args.vf_coef * loss)
-        step["loss/value_avg"] += loss.detach()
-        step["val/clipfrac_avg"] += ((clipped > plain) & mask).sum() * share
 
     def _step(self) -> None:
         if self.args.max_grad_norm:
@@ -402,6 +316,11 @@ class PPOTrainer(StockPPOTrainer):
                 f"{self.stopped} at update {self.state.global_step}",
                 'lower learning_rate, or set dtype = "float32" in [model]',
             )
+
+
+def _add(step: dict[str, float], seen: dict[str, torch.Tensor]) -> None:
+    for name, number in seen.items():
+        step[name] += number
 
 
 def _averages(stats: dict[str, list[float]]) -> dict[str, float]:

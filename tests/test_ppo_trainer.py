@@ -13,7 +13,8 @@ from rlhf_recipes.adapters import Base
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.models import load_causal_lm, load_tokenizer, new_head
-from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
+from rlhf_recipes.ppo_losses import Rollout, advantages
+from rlhf_recipes.ppo_trainer import PPOTrainer
 from rlhf_recipes.tokens import settle
 from tests.test_adapters import make_base, trained
 
@@ -224,7 +225,7 @@ def test_the_score_lands_one_place_after_an_early_eos(make) -> None:
     """As in TRL and the reference implementation: fact 17."""
     trainer = make(response_length=4)
     seen = rollout(trainer, [[7, 2], [7, 8, 9, 2]], scores=[1.0, 3.0])
-    _, returns, _ = trainer.advantages(seen)
+    _, returns, _ = advantages(seen, trainer.args)
     assert returns.tolist() == [[1.0, 1.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0]]
 
 

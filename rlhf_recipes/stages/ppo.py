@@ -19,7 +19,8 @@ from rlhf_recipes.adapters import Base, Role
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.ppo_trainer import PPOTrainer, Rollout
+from rlhf_recipes.ppo_losses import Rollout
+from rlhf_recipes.ppo_trainer import PPOTrainer
 from rlhf_recipes.rewards import load_head, open_foreign, open_reward, zero_head
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import float32, load_rows, need, trainer_config
