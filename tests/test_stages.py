@@ -369,12 +369,34 @@ def test_the_chain_runs_otherwise_too(tiny_recipe: Path, tmp_path: Path, change:
     assert 0.0 < results["evaluation"].metrics["ppo.kl"] < 50
 
 
+def test_checkpointing_in_stock_trainers_changes_no_weight(
+    chain: Chain, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """And neither leaves its hooks or its switch on the shared base."""
+    changes = ["sft.gradient_checkpointing=true", "reward.gradient_checkpointing=true"]
+    other = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "checkpointed")
+    for one in (chain, other):
+        one.run("sft", {})
+        one.run("reward", {"policy": "sft"})
+    for stage in ("sft", "reward"):
+        plain, checkpointed = adapter(chain.outputs[stage]), adapter(other.outputs[stage])
+        assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-5) for k in plain)
+    lm = other.shared.base.lm
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
+    assert not lm.get_input_embeddings()._forward_hooks
+
+
+# Left out, as most recipes leave them, they are true.
+CHECKPOINTING = [f"{stage}.gradient_checkpointing" for stage in ("sft", "reward", "ppo")]
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_the_chain_runs_quantized_and_every_adapter_trains(
     tiny_recipe: Path, tmp_path: Path, bits: str
 ) -> None:
     """bitsandbytes' repacking on AVX512-BF16 drops gradients after an evaluation (fact 36)."""
-    chain = Chain(load_recipe(tiny_recipe, set=[f"model.quantization={bits}"]), tmp_path / "stages")
+    recipe = load_recipe(tiny_recipe, set=[f"model.quantization={bits}"], unset=CHECKPOINTING)
+    chain = Chain(recipe, tmp_path / "stages")
     chain.all()
     sft, policy = adapter(chain.outputs["sft"]), adapter(chain.outputs["ppo"])
     value, reward = adapter(chain.outputs["ppo"] / "value"), adapter(chain.outputs["reward"])

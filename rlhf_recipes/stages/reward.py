@@ -53,7 +53,8 @@ def run(context: StageContext) -> StageResult:
         optimizers=(_optimizer(reward, args, table.extras["head_learning_rate"]), None),
     )
     float32(*reward.trainable())
-    trained = trainer.train()
+    with reward.active(autocast=False):  # through the backward too: checkpointed layers recompute
+        trained = trainer.train()
 
     # ---- unit and validation
     batch = args.per_device_eval_batch_size
