@@ -256,15 +256,16 @@ def logits(
     Prompt positions get none: with a vocabulary of 150,000 they would be most of the memory
     (TRL-facts 19). Call under `active`.
     """
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions, before = (mask.cumsum(1) - 1).clamp(min=0), ids.shape[1] - answer
     out = role.lm(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         use_cache=False,
-        logits_to_keep=answer + 1,
+        # Not a count: that keeps the last position too, and dropping it copies the logits again.
+        logits_to_keep=torch.arange(before - 1, before + answer - 1, device=ids.device),
     )
-    return out.logits[:, :-1].float().div_(temperature)
+    return out.logits.float().div_(temperature)
 
 
 def logprobs(
@@ -278,5 +279,5 @@ def logprobs(
     log_p = torch.log_softmax(logits(role, ids, mask, answer, temperature), dim=-1)
     chosen = log_p.gather(-1, ids[:, -answer:].unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1)
+        entropy = -log_p.exp().mul_(log_p).sum(-1)
     return chosen, entropy
