@@ -67,6 +67,7 @@ num_sample_generations = 0
 ALIKE = """\
 ppo.eval_strategy="no"
 ppo.keep="last"
+ppo.save_strategy="no"
 ppo.guard.max_kl=1e9
 ppo.guard.max_score_drop=1e9
 ppo.guard.min_entropy=0.0
@@ -295,6 +296,8 @@ def run_ours(recipe_file: str, work: str, found: str, *words: str) -> None:
             self.meter.update_ended(done == total, **numbers)
 
         def sample(self, prompt: str, answer: str, **numbers: float) -> None: ...
+
+        def resume(self, done: int) -> None: ...
 
         def note(self, text: str) -> None: ...
 

@@ -26,6 +26,8 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,6 +35,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_recipes import models
+from rlhf_recipes.passes import score
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "head.safetensors"
@@ -110,6 +113,10 @@ class Base:
         else:
             self.peft.add_adapter(name, config)
             self.peft.active_adapter = name  # what PeftModel.forward looks up, and no more
+        for layer in self._layers:
+            if type(layer) is LoraLinear and name not in layer.lora_variant:
+                layer.lora_variant[name] = LeanLora()
+                layer.cast_input_dtype_enabled = False
 
     def save(self, role: Role, folder: Path) -> None:
         """Write the role's weights and head as safetensors, with what loads them again."""
@@ -126,6 +133,62 @@ class Base:
             (folder / "adapter_config.json").write_text(text)
         if role.score is not None:
             save_file({"score.weight": role.score.weight.data.contiguous()}, folder / HEAD)
+
+
+class LeanLora(LoraVariant):
+    """PEFT's plain LoRA in fewer passes over activations, and for two adapters in one pass.
+
+    PEFT casts the input to the adapter's float32, which autocast undoes, then scales and adds
+    tensors as large as the layer's output. Here the adapter's weights are cast, `r` columns are
+    scaled, and the product adds. On a CPU in bfloat16 an update of PPO took 0.84 of the time.
+    """
+
+    def __init__(self) -> None:
+        self.pair: tuple[str, ...] = ()  # the adapters of the first and second half of the rows
+
+    def forward(
+        self,
+        module: LoraLinear,
+        active_adapter: str,
+        x: torch.Tensor,
+        result: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        names, dtype = self.pair or (active_adapter,), result.dtype
+        down = torch.stack([module.lora_A[name].weight for name in names]).to(dtype)
+        up = torch.stack([module.lora_B[name].weight for name in names]).to(dtype)
+        rows = module.lora_dropout[active_adapter](x).to(dtype).view(len(names), -1, x.shape[-1])
+        return AddLowRank.apply(result, rows, down, up, module.scaling[active_adapter])
+
+
+class AddLowRank(torch.autograd.Function):
+    """Adds scale · rows · downᵀ · upᵀ to `result` [..., out], in place.
+
+    rows [k, n, in], down [k, rank, in], up [k, out, rank]: k adapters, each with n rows of its own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: torch.Tensor,
+        rows: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        low = torch.bmm(rows, down.mT).mul_(scale)
+        result.view(len(rows), -1, result.shape[-1]).baddbmm_(low, up.mT)
+        ctx.save_for_backward(rows, down, up, low)
+        ctx.scale = scale
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, down, up, low = ctx.saved_tensors
+        flat = grad.reshape(len(rows), -1, grad.shape[-1])
+        inner = torch.bmm(flat, up).mul_(ctx.scale)
+        return grad, inner @ down, inner.mT @ rows, flat.mT @ low, None
 
 
 class Role(nn.Module):
@@ -165,8 +228,10 @@ class Role(nn.Module):
         return self.lm.generation_config
 
     @contextlib.contextmanager
-    def active(self, *, autocast: bool = True) -> Iterator[None]:
+    def active(self, *, beside: Role | None = None, autocast: bool = True) -> Iterator[None]:
         """Run the base under this role's adapter, in this role's compute dtype.
+
+        With `beside`, the second half of a batch's rows runs under that role's adapter.
 
         No `autocast` around a stock trainer's steps, which bring their own: until the outermost
         one ends, torch keeps its 16-bit copies of the trainable weights as they were at first.
@@ -175,6 +240,9 @@ class Role(nn.Module):
         for layer in self._layers:
             layer._active_adapter = [self.adapter]
             layer._disable_adapters = self.adapter is None
+        pair = (self.adapter, beside.adapter) if beside is not None else ()
+        for layer in self._layers if pair else ():
+            layer.lora_variant[self.adapter].pair = pair
         mixed = autocast and self.dtype != torch.float32  # one that is off is an outermost one too
         cast = (
             torch.autocast(self.lm.device.type, self.dtype) if mixed else contextlib.nullcontext()
@@ -183,8 +251,20 @@ class Role(nn.Module):
             with cast:
                 yield
         finally:
+            for layer in self._layers if pair else ():
+                layer.lora_variant[self.adapter].pair = ()
             for layer, (name, disabled) in zip(self._layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = name, disabled
+
+    def pairs_with(self, other: Role) -> bool:
+        """Whether `active(beside=other)` is to be had: two plain LoRA adapters on one base."""
+        if self.adapter is None or other.adapter is None:
+            return False
+        return all(
+            isinstance(layer.lora_variant.get(role.adapter), LeanLora)
+            for layer in self._layers
+            for role in (self, other)
+        )
 
     def trainable(self) -> list[nn.Parameter]:
         """The weights that an optimizer may move, head included."""
@@ -230,54 +310,3 @@ class Role(nn.Module):
 
     def add_model_tags(self, tags: Any) -> None:
         """Nothing to tag: what is exported writes its own card."""
-
-
-def score(role: Role, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The reward [batch] of whole sequences: the head at position `last` [batch], which is EOS.
-
-    One function serves the reward stage, PPO and the evaluation, so what PPO is scored by is what
-    was trained. `ids` and `mask` are [batch, length], padded on either side. Call under `active`.
-    """
-    hidden = role.hidden(ids, mask)
-    rows = torch.arange(len(ids), device=ids.device)
-    return role.heads(hidden[rows, last])
-
-
-def values(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
-    """The value [batch, answer] before each of the last `answer` tokens. Call under `active`."""
-    return role.heads(role.hidden(ids, mask)[:, -answer - 1 : -1])
-
-
-def logits(
-    role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int, temperature: float
-) -> torch.Tensor:
-    """Logits [batch, answer, vocabulary] of the last `answer` tokens, float32, at `temperature`.
-
-    Prompt positions get none: with a vocabulary of 150,000 they would be most of the memory
-    (TRL-facts 19). Call under `active`.
-    """
-    positions, before = (mask.cumsum(1) - 1).clamp(min=0), ids.shape[1] - answer
-    out = role.lm(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=False,
-        # Not a count: that keeps the last position too, and dropping it copies the logits again.
-        logits_to_keep=torch.arange(before - 1, before + answer - 1, device=ids.device),
-    )
-    return out.logits.float().div_(temperature)
-
-
-def logprobs(
-    role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy, each [batch, answer], of the last `answer` tokens of `ids`.
-
-    The policy's old and new and the reference's log-probabilities all come from here, so that
-    equal weights give a KL of exactly 0 and a ratio of exactly 1. Call under `active`.
-    """
-    log_p = torch.log_softmax(logits(role, ids, mask, answer, temperature), dim=-1)
-    chosen = log_p.gather(-1, ids[:, -answer:].unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        entropy = -log_p.exp().mul_(log_p).sum(-1)
-    return chosen, entropy

@@ -7,12 +7,12 @@ the whole mini-batch, so that how it is cut into micro-batches changes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from trl.experimental.ppo import PPOConfig
 from trl.experimental.ppo.ppo_trainer import masked_whiten
 
-from rlhf_recipes.adapters import Role, logprobs, values
 from rlhf_recipes.sequences import Sequences
 
 
@@ -57,24 +57,38 @@ def advantages(
     return whitened, returns, kl
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch of a mini-batch, both as row numbers, and what it learns from."""
+
+    rollout: Rollout
+    advantage: torch.Tensor  # [batch, R]
+    returns: torch.Tensor  # [batch, R]
+    mini: torch.Tensor
+    micro: torch.Tensor
+
+    @cached_property
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Ids, mask and number of answer columns, without the columns that are all padding."""
+        part = self.rollout.sequences[self.micro].trimmed()
+        return part.ids, part.mask, part.answer
+
+    def columns(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The answer columns of the micro-batch in each of `tensors` [batch, R]."""
+        return tuple(tensor[self.micro, : self.tokens[2]] for tensor in tensors)
+
+
 Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # and TRL's metrics, each the same share
 
 
-def policy_loss(
-    policy: Role,
-    rollout: Rollout,
-    advantage: torch.Tensor,
-    mini: torch.Tensor,
-    micro: torch.Tensor,
-    args: PPOConfig,
-) -> Loss:
-    """The clipped objective of the rows `micro`, as their share of the rows `mini`."""
-    part = rollout.sequences[micro].trimmed()
-    mask, gain, old = (
-        rows[micro, : part.answer] for rows in (rollout.mask, advantage, rollout.logprobs)
-    )
-    share = 1.0 / rollout.mask[mini].sum()
-    new, entropy = logprobs(policy, part.ids, part.mask, part.answer, args.temperature)
+def policy_loss(new: torch.Tensor, entropy: torch.Tensor, rows: Rows, args: PPOConfig) -> Loss:
+    """The clipped objective, as the micro-batch's share of the mini-batch's.
+
+    `new` and `entropy` are the policy's log-probabilities and entropies now.
+    """
+    rollout = rows.rollout
+    mask, gain, old = rows.columns(rollout.mask, rows.advantage, rollout.logprobs)
+    share = 1.0 / rollout.mask[rows.mini].sum()
     difference = (new - old) * mask
     ratio = difference.exp()
     plain = -gain * ratio
@@ -89,21 +103,11 @@ def policy_loss(
     }
 
 
-def value_loss(
-    value: Role,
-    rollout: Rollout,
-    returns: torch.Tensor,
-    mini: torch.Tensor,
-    micro: torch.Tensor,
-    args: PPOConfig,
-) -> Loss:
-    """The clipped value loss of the rows `micro`, as their share of the rows `mini`."""
-    part = rollout.sequences[micro].trimmed()
-    mask, goal, old = (
-        rows[micro, : part.answer] for rows in (rollout.value_mask, returns, rollout.values)
-    )
-    share, old = 1.0 / rollout.value_mask[mini].sum(), old * mask
-    new = values(value, part.ids, part.mask, part.answer) * mask
+def value_loss(new: torch.Tensor, rows: Rows, args: PPOConfig) -> Loss:
+    """The clipped value loss, as the micro-batch's share; `new` are the values now."""
+    rollout = rows.rollout
+    mask, goal, old = rows.columns(rollout.value_mask, rows.returns, rollout.values)
+    share, old, new = 1.0 / rollout.value_mask[rows.mini].sum(), old * mask, new * mask
     near = new.clamp(old - args.cliprange_value, old + args.cliprange_value)
     plain, clipped = (new - goal).square(), (near - goal).square()
     loss = 0.5 * (torch.max(plain, clipped) * mask).sum() * share

@@ -23,18 +23,24 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from trl.experimental.ppo import PPOTrainer as StockPPOTrainer
 from trl.experimental.ppo.ppo_trainer import masked_mean
 
-from rlhf_recipes.adapters import logprobs, score, values
+from rlhf_recipes import checkpoints
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.ppo_losses import Rollout, advantages, policy_loss, value_loss
+from rlhf_recipes.passes import logprobs, logprobs_and_values, score, values
+from rlhf_recipes.ppo_losses import Rollout, Rows, advantages, policy_loss, value_loss
 from rlhf_recipes.sequences import Sequences, join, sample
+
+# What a checkpoint holds of the trainer's state and of the guard.
+COUNTS = ("global_step", "episode", "epoch", "log_history")
+GUARD = ("first", "scores", "broken")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class PPOTrainer(StockPPOTrainer):
         keep: str = "last",
         validation_prompts: Sequence[list[int]] = (),
         on_update: Callable[[PPOTrainer, Rollout, dict[str, float]], None] = lambda *_: None,
+        on_resume: Callable[[int], None] = lambda _: None,
         **kwargs: Any,
     ):
         self.value_learning_rate = value_learning_rate
@@ -75,11 +82,15 @@ class PPOTrainer(StockPPOTrainer):
         self.validation_prompts = validation_prompts
         self.best: Best | None = None
         self.stopped = ""  # why it ended before its last update
+        self.metrics: dict[str, float] = {}  # the last update's
         self.on_update = on_update
+        self.on_resume = on_resume
         super().__init__(*args, **kwargs)
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
-        self.tokenizer = self.processing_class
+        self.together = self._device.type == "cpu" and self.policy_model.pairs_with(
+            self.value_model
+        )
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         """The optimizer that `optim` names, one group for the policy and one for the value."""
@@ -95,14 +106,25 @@ class PPOTrainer(StockPPOTrainer):
     # ---- the loop -------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run the updates that `total_episodes` asks for, or fewer where a guard stops."""
-        args, state = self.args, self.state
+        """Run the updates that `total_episodes` asks for, or fewer where a guard stops.
+
+        It goes on from the newest checkpoint in `output_dir`, if there is one, and ends with the
+        weights and metrics of a run in one piece. `on_resume(update)` is told.
+        """
+        args, state, folder = self.args, self.state, Path(self.args.output_dir)
+        kept = checkpoints.newest(folder, self._device)
+        if kept is not None:
+            self.load_state_dict(kept)
+            self.on_resume(state.global_step)
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
-        started = time.time()
-        self.validate(0)
+        started, before = time.time(), state.episode
+        if not state.global_step:
+            self.validate(0)
         for update in range(state.global_step + 1, args.num_total_batches + 1):
+            if self.stopped:
+                break
             rollout = self.rollout(update)
             if update == 1 and not self.other_reference:
                 self._check_reference(rollout)
@@ -110,22 +132,21 @@ class PPOTrainer(StockPPOTrainer):
             state.global_step = update
             state.episode += args.batch_size
             state.epoch = state.episode / self.train_dataset_len
-            metrics["eps"] = state.episode / (time.time() - started)
+            metrics["eps"] = (state.episode - before) / (time.time() - started)
             metrics["episode"] = state.episode
             self.stopped = self.guard.why_stop(metrics) or ""
             self._check_not_lost()
-            metrics |= self.validate(update)
-            self.on_update(self, rollout, metrics)
+            self.metrics = metrics | self.validate(update)
+            self.on_update(self, rollout, self.metrics)
             if update % self._every(args.logging_steps) == 0 or update == args.num_total_batches:
-                self.log(dict(metrics))
+                self.log(dict(self.metrics))
             self.control = self.callback_handler.on_step_end(args, state, self.control)
-            if self.control.should_training_stop or self.stopped:
+            if args.save_strategy == "steps" and update % self._every(args.save_steps) == 0:
+                checkpoints.save(folder, update, self.state_dict(), keep=args.save_total_limit)
+            if self.control.should_training_stop:
                 break
         if self.keep == "best" and self.best is not None:
-            for parameter, kept in zip(
-                self.policy_model.trainable(), self.best.policy, strict=True
-            ):
-                parameter.data.copy_(kept)
+            _copy(self.best.policy, self.policy_model.trainable())
         self.control = self.callback_handler.on_train_end(args, state, self.control)
 
     def validate(self, update: int) -> dict[str, float]:
@@ -143,6 +164,31 @@ class PPOTrainer(StockPPOTrainer):
             policy = [p.detach().clone() for p in self.policy_model.trainable()]
             self.best = Best(update, score, policy)
         return {"eval/score": score, "eval/kl": kl}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the updates to come depend on."""
+        return {
+            "policy": [p.detach() for p in self.policy_model.trainable()],
+            "value": [p.detach() for p in self.value_model.trainable()],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "state": {name: getattr(self.state, name) for name in COUNTS},
+            "guard": {name: getattr(self.guard, name) for name in GUARD},
+            "best": None if self.best is None else vars(self.best),
+            "stopped": self.stopped,
+            "metrics": self.metrics,
+        }
+
+    def load_state_dict(self, kept: dict[str, Any]) -> None:
+        _copy(kept["policy"], self.policy_model.trainable())
+        _copy(kept["value"], self.value_model.trainable())
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.lr_scheduler.load_state_dict(kept["scheduler"])
+        for thing, name in ((self.state, "state"), (self.guard, "guard")):
+            for key, value in kept[name].items():
+                setattr(thing, key, value)
+        self.best = None if kept["best"] is None else Best(**kept["best"])
+        self.stopped, self.metrics = kept["stopped"], kept["metrics"]
 
     def _every(self, steps: float) -> int:
         """A number of updates, also where it is given as a share of all of them."""
@@ -170,7 +216,8 @@ class PPOTrainer(StockPPOTrainer):
     @torch.no_grad()
     def explore(self, prompts: Sequence[list[int]], seed: int) -> Rollout:
         """Sample an answer to each prompt; read the roles' opinions of it."""
-        args, pad, eos = self.args, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        args, tokenizer = self.args, self.processing_class
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         answers = sample(
             self.policy_model,
             prompts,
@@ -230,7 +277,7 @@ class PPOTrainer(StockPPOTrainer):
 
     def optimize(self, rollout: Rollout, update: int) -> dict[str, float]:
         """`num_ppo_epochs × num_mini_batches` optimizer steps on one rollout; TRL's metrics."""
-        args, policy, value = self.args, self.policy_model, self.value_model
+        args = self.args
         advantage, returns, kl = advantages(rollout, args)
         stats: dict[str, list[float]] = defaultdict(list)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
@@ -238,6 +285,7 @@ class PPOTrainer(StockPPOTrainer):
         self._checkpointing(True)
         warmup = self.value_warmup_epochs if update == 1 else 0
         for epoch in range(-warmup, args.num_ppo_epochs):
+            learn = self._learn if epoch >= 0 else self._learn_value
             order = self._permutation(args.local_batch_size, "minibatch", update, epoch)
             for mini in order.split(args.local_mini_batch_size):
                 step: dict[str, float] = defaultdict(float)
@@ -245,23 +293,42 @@ class PPOTrainer(StockPPOTrainer):
                 # like length do, and are computed without the padding of longer ones.
                 mini = mini[lengths[mini].argsort()]
                 for micro in mini.split(args.per_device_train_batch_size):
-                    # Forward and backward under one `active`; apart from each other, for the two
-                    # share no weight, and so only one graph is held at a time.
-                    if epoch >= 0:
-                        with policy.active():
-                            loss, seen = policy_loss(policy, rollout, advantage, mini, micro, args)
-                            self.accelerator.backward(loss)
-                        _add(step, seen)
-                    with value.active():
-                        loss, seen = value_loss(value, rollout, returns, mini, micro, args)
-                        self.accelerator.backward(args.vf_coef * loss)
-                    _add(step, seen)
+                    rows = Rows(rollout, advantage, returns, mini, micro)
+                    for name, number in learn(rows).items():
+                        step[name] += number
                 self._step()
                 for name, number in step.items():
                     stats[name].append(float(number))
         self._checkpointing(False)
         self.lr_scheduler.step()
         return {**_averages(stats), **self._objective(rollout, kl), "lr": learning_rate}
+
+    def _learn(self, rows: Rows) -> dict[str, torch.Tensor]:
+        """The gradients of both losses, and their metrics; forward and backward in one `active`.
+
+        On a CPU in one pass over both adapters' rows: a product with 1600 rows takes 0.65 of the
+        time of two with 800. Elsewhere apart, so that one graph at a time is held.
+        """
+        policy, value, args = self.policy_model, self.value_model, self.args
+        if not self.together:
+            with policy.active():
+                new, entropy = logprobs(policy, *rows.tokens, args.temperature)
+                loss, seen = policy_loss(new, entropy, rows, args)
+                self.accelerator.backward(loss)
+            return seen | self._learn_value(rows)
+        with policy.active(beside=value):
+            new, entropy, guess = logprobs_and_values(policy, value, *rows.tokens, args.temperature)
+            loss, seen = policy_loss(new, entropy, rows, args)
+            other, more = value_loss(guess, rows, args)
+            self.accelerator.backward(loss + args.vf_coef * other)
+        return seen | more
+
+    def _learn_value(self, rows: Rows) -> dict[str, torch.Tensor]:
+        with self.value_model.active():
+            guess = values(self.value_model, *rows.tokens)
+            loss, seen = value_loss(guess, rows, self.args)
+            self.accelerator.backward(self.args.vf_coef * loss)
+        return seen
 
     def _step(self) -> None:
         if self.args.max_grad_norm:
@@ -318,9 +385,9 @@ class PPOTrainer(StockPPOTrainer):
             )
 
 
-def _add(step: dict[str, float], seen: dict[str, torch.Tensor]) -> None:
-    for name, number in seen.items():
-        step[name] += number
+def _copy(kept: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    for parameter, tensor in zip(parameters, kept, strict=True):
+        parameter.data.copy_(tensor)
 
 
 def _averages(stats: dict[str, list[float]]) -> dict[str, float]:

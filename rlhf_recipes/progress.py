@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlhf_recipes.rundir import now, to_json
+from rlhf_recipes.rundir import now, to_json, write_text
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
 LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often
@@ -181,6 +182,15 @@ class StageProgress:
         self._append("samples.jsonl", entry)
         text = f"    {_cut(plain(prompt), 60)} → {_cut(plain(answer), 120)}"
         self._screen.line(f"{text}   {_shown(numbers)}".rstrip(), "dim")
+
+    def resume(self, done: int) -> None:
+        """The stage goes on after step `done`: what was written of later ones is dropped."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self._folder / name
+            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= done]
+            write_text(file, "".join(line + "\n" for line in kept))
+        self.note(f"goes on from its checkpoint after update {done}")
 
     def note(self, text: str) -> None:
         self._screen.line(f"  {plain(text)}", "dim")

@@ -133,16 +133,22 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     write_json(folder / RECORD, record)
 
 
-def clear_stage(folder: Path) -> None:
-    """Make the stage folder as new; only for who holds its lock. The record goes first."""
+def clear_stage(folder: Path, *, fresh: bool = False) -> None:
+    """Make the stage folder as new; only for who holds its lock. The record goes first.
+
+    Unless `fresh`, a stage's checkpoints stay, and the numbers and samples that led to them.
+    """
     (folder / RECORD).unlink(missing_ok=True)
     _sync(folder)
+    goes_on = not fresh and any((folder / "work").glob("checkpoint-*"))
     for path in folder.iterdir():
+        if goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl"):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-    (folder / "work").mkdir()
+    (folder / "work").mkdir(exist_ok=True)
     (folder / "output").mkdir()
 
 

@@ -150,7 +150,7 @@ class _Run:
         self.screen.line(f"{place} · {stage.name} — {reason}", "bold")
 
     def _compute(self, stage: PlannedStage) -> dict[str, Any]:
-        rundir.clear_stage(stage.folder)
+        rundir.clear_stage(stage.folder, fresh=self.fresh)
         started, clock = rundir.now(), time.monotonic()
         outputs = {other.name: other.folder / "output" for other in self.plan.stages}
         with self._failing_as(f"stage {stage.name}"), self.screen.quiet():

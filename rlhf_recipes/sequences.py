@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig
 
-from rlhf_recipes.adapters import Role, score
+from rlhf_recipes.adapters import Role
 from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.passes import score
 
 Ids = Sequence[int]
 

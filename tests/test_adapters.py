@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes.adapters import Base, Role, logprobs, score, values
+from rlhf_recipes import attention
+from rlhf_recipes.adapters import Base, Role
+from rlhf_recipes.attention import MatmulBackward
 from rlhf_recipes.models import load_causal_lm, new_head
+from rlhf_recipes.passes import LogProb, logprobs, logprobs_and_values, score, values
 from rlhf_recipes.sequences import Sequences, join
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -145,3 +148,105 @@ def test_logprobs_are_the_models_own(tiny_model: Path) -> None:
         plain = torch.log_softmax(base.lm(input_ids=alone).logits[0, 3:6] / 0.7, -1)
     assert torch.allclose(ours[0], plain[range(3), [7, 8, 2]], atol=1e-5)
     assert torch.allclose(entropy[0], -(plain.exp() * plain).sum(-1), atol=1e-5)
+
+
+def test_lean_lora_is_pefts_own(tiny_model: Path) -> None:
+    """Outputs and gradients, at a scaling that rounds."""
+    rows, found = batch(), []
+    for lean in (True, False):
+        base = make_base(tiny_model, lora_alpha=7)
+        role = trained(base, "policy")
+        for layer in base._layers:
+            assert layer.lora_variant
+            if not lean:
+                layer.lora_variant.clear()
+        with role.active():
+            out = logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0]
+            out.sum().backward()
+        found.append([out.detach(), *(p.grad for p in role.trainable())])
+    torch.testing.assert_close(*found)
+
+
+def test_one_pass_for_two_roles_gives_what_two_passes_give(tiny_model: Path) -> None:
+    """Outputs and gradients of policy and value, at a scaling that rounds."""
+    base, rows = make_base(tiny_model, lora_alpha=7), batch()
+    policy, value = trained(base, "policy", 1), trained(base, "value", 2)
+    torch.manual_seed(0)
+    value.add_head(new_head(value.lm))
+    tokens, found = (rows.ids, rows.mask, rows.answer), []
+    assert policy.pairs_with(value)
+    for together in (True, False):
+        if together:
+            with policy.active(beside=value):
+                new, entropy, guess = logprobs_and_values(policy, value, *tokens, 0.7)
+                (new.sum() + guess.square().sum()).backward()
+        else:
+            with policy.active():
+                new, entropy = logprobs(policy, *tokens, 0.7)
+                new.sum().backward()
+            with value.active():
+                guess = values(value, *tokens)
+                guess.square().sum().backward()
+        weights = [*policy.trainable(), *value.trainable()]
+        found.append([new.detach(), entropy, guess.detach(), *(p.grad for p in weights)])
+        for parameter in weights:
+            parameter.grad = None
+    torch.testing.assert_close(*found)
+
+
+def test_dora_and_whole_models_take_a_pass_each(tiny_model: Path) -> None:
+    base = make_base(tiny_model, use_dora=True)
+    policy, value = trained(base, "policy", 1), trained(base, "value", 2)
+    assert not policy.pairs_with(value)
+    base = Base(lambda _: load_causal_lm(tiny_model, dtype=torch.float32), None, torch.float32)
+    whole = [base.open(name, None, seed=0, trainable=True) for name in ("policy", "value")]
+    assert not whole[0].pairs_with(whole[1])
+
+
+def test_log_probabilities_have_the_gradient_of_log_softmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 50, requires_grad=True)
+    chosen, weight = torch.randint(50, (3, 4)), torch.randn(3, 4)
+    ours, entropy = LogProb.apply(logits, chosen, 0.7)
+    log_p = torch.log_softmax(logits / 0.7, -1)
+    theirs = log_p.gather(-1, chosen[..., None])[..., 0]
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1))
+    grads = [torch.autograd.grad((out * weight).sum(), logits)[0] for out in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_attentions_backward_is_torchs(key_heads: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, 11, 8, requires_grad=True)
+    key, value = (torch.randn(3, key_heads, 11, 8, requires_grad=True) for _ in range(2))
+    mask = torch.ones(3, 1, 11, 11, dtype=torch.bool).tril()
+    mask[1, :, :, :4] = False  # left padding: its rows look at nothing
+    mask[1, :, :4] = True
+    weight = torch.randn(3, 4, 11, 8)
+    ours = MatmulBackward.apply(query, key, value, mask, 0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(ours, theirs)
+    inputs = (query, key, value)
+    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_16_bit_model_trains_with_it_and_is_saved_without(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = attention._backward
+    monkeypatch.setattr(
+        attention, "_backward", lambda *parts: calls.append(len(parts)) or plain(*parts)
+    )
+    base = make_base(tiny_model, torch.bfloat16)
+    role, rows = trained(base, "policy"), batch()
+    with role.active():
+        logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0].sum().backward()
+    assert len(calls) == base.lm.config.num_hidden_layers
+    base.lm.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()

@@ -76,7 +76,9 @@ def test_a_row_that_names_no_field_stops_the_generator(
 @pytest.mark.parametrize(
     ("tables", "names", "standing"),
     [
-        ("sft reward ppo", "output_dir seed bf16 fp16 use_cpu save_strategy hub_token", "closed"),
+        ("sft reward ppo", "output_dir seed bf16 fp16 use_cpu hub_token", "closed"),
+        ("sft reward dpo", "save_strategy save_steps save_total_limit", "closed"),
+        ("ppo", "save_strategy save_steps save_total_limit", "neutral"),
         ("sft reward ppo", "learning_rate weight_decay optim max_grad_norm", "identity"),
         ("sft reward ppo", "gradient_checkpointing per_device_train_batch_size", "layout"),
         ("sft reward ppo", "logging_steps report_to run_name", "neutral"),
@@ -124,6 +126,8 @@ def test_our_defaults() -> None:
         "ppo.missing_eos_penalty": (None, 1.0, 1.0),
         "ppo.eval_strategy": ("no", "steps", "steps"),
         "ppo.eval_steps": (None, 0.1, 0.1),
+        "ppo.save_steps": (500, 0.1, 0.1),
+        "ppo.save_total_limit": (None, 2, 2),
         "lora.r": (8, 16, 16),
         "lora.lora_alpha": (8, 32, 32),
         "lora.target_modules": (None, "all-linear", "all-linear"),

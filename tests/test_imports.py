@@ -15,7 +15,8 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
 errors guards fields lines tables validate wiring edit recipe identity rundir progress sources
-tokens data models adapters rewards sequences ppo_losses ppo_trainer shared
+tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
+shared
 stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
 plan export chat runner cli __main__
 """.split()

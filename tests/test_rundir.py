@@ -87,6 +87,20 @@ def test_a_cleared_stage_is_as_new(tmp_path: Path) -> None:
     assert (outside / "kept").exists()
 
 
+def test_checkpoints_stay_with_what_led_to_them_unless_fresh(tmp_path: Path) -> None:
+    for name in ("work/checkpoint-000002.pt", "metrics.jsonl", "output/half"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with rundir.lock(tmp_path, "stage"):
+        rundir.clear_stage(tmp_path)
+        assert (tmp_path / "work/checkpoint-000002.pt").exists()
+        assert (tmp_path / "metrics.jsonl").exists()
+        assert not (tmp_path / "output/half").exists()
+        rundir.clear_stage(tmp_path, fresh=True)
+    assert not list((tmp_path / "work").iterdir())
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_lock_says_who_holds_it_and_dies_with_its_process(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     try:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_recipes import stages
-from rlhf_recipes.adapters import Base, score, values
+from rlhf_recipes.adapters import Base
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.export import write_reward_model
 from rlhf_recipes.models import load_tokenizer
+from rlhf_recipes.passes import score, values
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import open_foreign, open_reward, read_unit
 from rlhf_recipes.sequences import join, score_ids
@@ -35,6 +36,9 @@ class Silent:
     def update(self, done: int, total: int, **numbers: float) -> None:
         if numbers:
             self.updates.append(numbers)
+
+    def resume(self, done: int) -> None:
+        self.updates.clear()
 
     def sample(self, prompt: str, answer: str, **numbers: float) -> None:
         self.samples.append((prompt, answer))

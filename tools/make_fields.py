@@ -106,6 +106,7 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
         "output_dir do_train do_eval do_predict",
         owned("the runner", "a stage's folder and work are planned"),
     ),
+    ("ppo", "save_strategy save_steps save_total_limit", NEUTRAL),
     (
         STAGES,
         "resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip "
@@ -336,6 +337,8 @@ OURS: dict[tuple[str, str], tuple[Any, str, bool]] = {
     ("ppo", "missing_eos_penalty"): (1.0, "else the policy learns to talk until cut off", False),
     ("ppo", "eval_strategy"): ("steps", VALIDATED, False),
     ("ppo", "eval_steps"): (0.1, VALIDATED, False),
+    ("ppo", "save_steps"): (0.1, "the stage goes on from the last one when it is killed", False),
+    ("ppo", "save_total_limit"): (2, "one more than is needed, should the last be damaged", False),
     ("lora", "r"): (16, "8 is small for three stages on one shape", False),
     ("lora", "lora_alpha"): (32, "twice the rank, so that r alone leaves the step size", False),
     ("lora", "target_modules"): ("all-linear", "PEFT's choice depends on the architecture", False),
@@ -343,13 +346,14 @@ OURS: dict[tuple[str, str], tuple[Any, str, bool]] = {
 
 RANGES = {
     "above 0": "num_train_epochs adam_epsilon learning_rate temperature beta discopop_tau",
-    "a whole number, or a share below 1": "logging_steps eval_steps",
+    "a whole number, or a share below 1": "logging_steps eval_steps save_steps",
     "at least 0": "weight_decay max_grad_norm warmup_steps kl_coef vf_coef missing_eos_penalty "
     "cliprange cliprange_value num_sample_generations eval_delay neftune_noise_alpha "
     "router_aux_loss_coef center_rewards_coefficient dataloader_num_workers",
     "at least 1": "per_device_train_batch_size per_device_eval_batch_size r lora_alpha "
     "gradient_accumulation_steps num_mini_batches total_episodes response_length num_ppo_epochs "
-    "local_rollout_forward_batch_size pad_to_multiple_of torch_empty_cache_steps",
+    "local_rollout_forward_batch_size pad_to_multiple_of torch_empty_cache_steps "
+    "save_total_limit",
     "at least 1, or -1": "max_steps",
     "from 0 to 1": "gamma lam ld_alpha",
     "at least 0 and below 1": "adam_beta1 adam_beta2 lora_dropout label_smoothing_factor "
@@ -371,6 +375,7 @@ CHOICES = {
         *("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     ),
     ("ppo", "eval_strategy"): ("no", "steps"),
+    ("ppo", "save_strategy"): ("no", "steps"),
     ("sft", "train_sampling_strategy"): (
         *("random", "sequential", "group_by_length", "batch_rebalance"),
     ),

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 # kind -> (module with a `run`, version). A version goes up when the same settings on the same
 # inputs would give another result: it is part of every key.
 KINDS: dict[str, tuple[str, int]] = {
-    "sft": ("rlhf_recipes.stages.sft", 1),
-    "reward": ("rlhf_recipes.stages.reward", 1),
-    "ppo": ("rlhf_recipes.stages.ppo", 1),
-    "dpo": ("rlhf_recipes.stages.dpo", 1),
-    "evaluation": ("rlhf_recipes.stages.evaluate", 1),
+    "sft": ("rlhf_recipes.stages.sft", 2),
+    "reward": ("rlhf_recipes.stages.reward", 2),
+    "ppo": ("rlhf_recipes.stages.ppo", 2),
+    "dpo": ("rlhf_recipes.stages.dpo", 2),
+    "evaluation": ("rlhf_recipes.stages.evaluate", 2),
 }
 
 
@@ -31,6 +31,8 @@ class Progress(Protocol):
     def update(self, done: int, total: int, **numbers: float) -> None: ...
 
     def sample(self, prompt: str, answer: str, **numbers: float) -> None: ...
+
+    def resume(self, done: int) -> None: ...
 
     def note(self, text: str) -> None: ...
 

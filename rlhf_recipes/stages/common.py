@@ -33,8 +33,9 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
         "fp16": dtype == torch.float16,
         "use_cpu": models.device().type == "cpu",
         "disable_tqdm": True,
-        "save_strategy": "no",
     }
+    if context.kind != "ppo":  # the one loop here that can go on from what it saves
+        owned["save_strategy"] = "no"
     return kind(**{**recipe.table(context.name).given, **owned, **ours})
 
 

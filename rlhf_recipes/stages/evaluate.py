@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from rlhf_recipes import sources
-from rlhf_recipes.adapters import Role, logits
+from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.passes import logits
 from rlhf_recipes.rewards import open_foreign, open_reward
 from rlhf_recipes.sequences import join, sample, score_ids
 from rlhf_recipes.stages import StageContext, StageResult

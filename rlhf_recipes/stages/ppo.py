@@ -10,12 +10,10 @@ saves in variance.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes import sources
-from rlhf_recipes.adapters import Base, Role
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.identity import derive_seed
@@ -70,6 +68,7 @@ def run(context: StageContext) -> StageResult:
         keep=table.extras["keep"],
         validation_prompts=validation[:VALIDATION_PROMPTS],
         on_update=report,
+        on_resume=context.progress.resume,
     )
     trainer.train()
     if trainer.stopped:
@@ -78,13 +77,14 @@ def run(context: StageContext) -> StageResult:
     # ---- output
     output = context.folder / "output"
     base.save(policy, output)
-    _save_value(base, value, output / "value")
+    (output / "value").mkdir()
+    base.save(value, output / "value")
     base.close(policy, reference, reward, value)
-    last = report.last
+    first, last = trainer.guard.first, trainer.metrics
     metrics = {
         "updates": trainer.state.global_step,
         "episodes": trainer.state.episode,
-        "train_score_first": report.first["objective/scores"],
+        "train_score_first": first["objective/scores"],
         "train_score": last["objective/scores"],
         "train_kl": last["objective/kl"],
         "train_length": last["val/length"],
@@ -92,16 +92,11 @@ def run(context: StageContext) -> StageResult:
     }
     if table.extras["keep"] == "best" and trainer.best is not None:
         metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
-    first, now = metrics["train_score_first"], metrics["train_score"]
-    summary = f"score {first:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
+    before, now = metrics["train_score_first"], metrics["train_score"]
+    summary = f"score {before:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
     if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:
         summary += f"; kept the policy of update {metrics['kept_update']}"
     return StageResult(metrics, summary + (f"; stopped: {trainer.stopped}" * bool(trainer.stopped)))
-
-
-def _save_value(base: Base, value: Role, folder: Path) -> None:
-    folder.mkdir()
-    base.save(value, folder)
 
 
 class Report:
@@ -110,13 +105,9 @@ class Report:
     def __init__(self, context: StageContext, prompts: list[Example]):
         self.context = context
         self.shown = {tuple(example.prompt_ids): example.prompt for example in prompts}
-        self.first: dict[str, float] = {}
-        self.last: dict[str, float] = {}
 
     def __call__(self, trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float]) -> None:
         state = trainer.state
-        self.first = self.first or metrics
-        self.last = metrics
         shown = {
             "score": metrics["objective/scores"],
             "KL": metrics["objective/kl"],

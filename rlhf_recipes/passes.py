@@ -1,0 +1,124 @@
+"""The forward passes of PPO's roles: `score`, `values`, `logits`, `logprobs`, and two in one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from rlhf_recipes.adapters import Role
+
+
+def score(role: Role, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """The reward [batch] of whole sequences: the head at position `last` [batch], which is EOS.
+
+    One function serves the reward stage, PPO and the evaluation, so what PPO is scored by is what
+    was trained. `ids` and `mask` are [batch, length], padded on either side. Call under `active`.
+    """
+    hidden = role.hidden(ids, mask)
+    rows = torch.arange(len(ids), device=ids.device)
+    return role.heads(hidden[rows, last])
+
+
+def values(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
+    """The value [batch, answer] before each of the last `answer` tokens. Call under `active`."""
+    return role.heads(role.hidden(ids, mask)[:, -answer - 1 : -1])
+
+
+def logits(
+    role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int, temperature: float
+) -> torch.Tensor:
+    """Logits [batch, answer, vocabulary] of the last `answer` tokens, float32, at `temperature`.
+
+    Prompt positions get none: with a vocabulary of 150,000 they would be most of the memory
+    (TRL-facts 19). Call under `active`.
+    """
+    return _logits(role, ids, mask, answer).float().div_(temperature)
+
+
+def logprobs(
+    role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy, each [batch, answer], of the last `answer` tokens of `ids`.
+
+    The policy's old and new and the reference's log-probabilities all come from here, so that
+    equal weights give a KL of exactly 0 and a ratio of exactly 1. Call under `active`.
+    """
+    return LogProb.apply(_logits(role, ids, mask, answer), ids[:, -answer:], temperature)
+
+
+def logprobs_and_values(
+    policy: Role,
+    value: Role,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    answer: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`logprobs` of the policy and `values` of the value model in one pass over twice the rows.
+
+    Call under `policy.active(beside=value)`.
+    """
+    states: list[torch.Tensor] = []
+
+    def take(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        first, second = args[0].chunk(2)
+        states.append(second)
+        return (first,)
+
+    hook = policy.lm.get_output_embeddings().register_forward_pre_hook(take, prepend=True)
+    try:
+        out = _logits(policy, ids.repeat(2, 1), mask.repeat(2, 1), answer)
+    finally:
+        hook.remove()
+    return *LogProb.apply(out, ids[:, -answer:], temperature), value.heads(states[0])
+
+
+def _logits(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
+    positions, before = (mask.cumsum(1) - 1).clamp(min=0), ids.shape[1] - answer
+    out = role.lm(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        # Not a count: that keeps the last position too, and dropping it copies the logits again.
+        logits_to_keep=torch.arange(before - 1, before + answer - 1, device=ids.device),
+    )
+    return out.logits
+
+
+class LogProb(torch.autograd.Function):
+    """Log-probability [batch, answer] of `chosen` under `logits`, and the entropy [batch, answer].
+
+    As `log_softmax` and `gather` in float32, a row at a time: nothing as large as the logits is
+    made beside them in the forward, and their gradient alone in the backward. The entropy has none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, chosen: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        picked = torch.empty(chosen.shape, device=logits.device)
+        entropy, total = torch.empty_like(picked), torch.empty_like(picked)
+        for i, row in enumerate(logits):
+            x = row.to(torch.float32, copy=True).div_(temperature)
+            log_p = torch.log_softmax(x, -1)
+            entropy[i] = -torch.linalg.vecdot(log_p.exp(), log_p)
+            picked[i] = log_p.gather(-1, chosen[i, :, None])[:, 0]
+            total[i] = x.gather(-1, chosen[i, :, None])[:, 0] - picked[i]
+        ctx.save_for_backward(logits, chosen, total)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return picked, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, chosen, total = ctx.saved_tensors
+        out, grad = torch.empty_like(logits), grad / ctx.temperature
+        for i, row in enumerate(logits):
+            x = row.to(torch.float32, copy=True).div_(ctx.temperature)
+            p = x.sub_(total[i, :, None]).exp_().mul_(-grad[i, :, None])
+            out[i] = p.scatter_add_(-1, chosen[i, :, None], grad[i, :, None])
+        return out, None, None
