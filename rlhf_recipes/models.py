@@ -21,10 +21,6 @@ from transformers import (
 from rlhf_recipes import attention
 from rlhf_recipes.errors import ModelError
 
-# Parameters below which a second thread gains nothing on a CPU and, because OpenMP's threads spin
-# while they wait, costs five times the time beside another job.
-ONE_THREAD = 5_000_000
-
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,8 +65,6 @@ def load_causal_lm(
         device_map={"": device()},
     )
     _keep_autograd(lm)
-    if lm.device.type == "cpu" and lm.num_parameters() < ONE_THREAD:
-        torch.set_num_threads(1)
     if lm.device.type == "cpu" and dtype != torch.float32:
         attention.use(lm)
     for module in lm.modules():
