@@ -1,4 +1,4 @@
-"""One frozen base with named adapters; every adapter switch, one `score()`, one `logprobs()`.
+"""One frozen base with named adapters, and every adapter switch; `passes.py` runs them.
 
 With LoRA the policy, the reference, the reward model and the value model are adapters on the same
 base: `Base.open` adds one and hands out a `Role` that sees the base through it. With `lora = false`

@@ -6,7 +6,8 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 - 4: an optimizer step is one mini-batch: `num_ppo_epochs × num_mini_batches` steps an update,
   whatever the accumulation; losses are sums over a mini-batch's tokens divided by their number;
 - 5: the reference is a role of its own, frozen where the stage started, not the bare base;
-- 8, 16: what an update draws is a function of (seed, update), so the loop holds no hidden state;
+- 8, 16: what an update draws is a function of (seed, update), so the loop holds no hidden state,
+  and goes on from a checkpoint as if it had never stopped;
 - 10: prompts are taken from an endless permutation, so a dataset smaller than a batch serves;
 - 12: rollouts are sampled under a GenerationConfig that nothing is filled into;
 - 13: masks come from lengths;

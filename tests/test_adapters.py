@@ -167,7 +167,10 @@ def test_lean_lora_is_pefts_own(tiny_model: Path) -> None:
     torch.testing.assert_close(*found)
 
 
-def test_one_pass_for_two_roles_gives_what_two_passes_give(tiny_model: Path) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_pass_for_two_roles_gives_what_two_passes_give(
+    tiny_model: Path, checkpointing: bool
+) -> None:
     """Outputs and gradients of policy and value, at a scaling that rounds."""
     base, rows = make_base(tiny_model, lora_alpha=7), batch()
     policy, value = trained(base, "policy", 1), trained(base, "value", 2)
@@ -175,6 +178,9 @@ def test_one_pass_for_two_roles_gives_what_two_passes_give(tiny_model: Path) -> 
     value.add_head(new_head(value.lm))
     tokens, found = (rows.ids, rows.mask, rows.answer), []
     assert policy.pairs_with(value)
+    if checkpointing:  # the backward then recomputes, under the pair that it was computed under
+        base.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        base.lm.train()
     for together in (True, False):
         if together:
             with policy.active(beside=value):

@@ -61,7 +61,7 @@ class Chain:
     def run(self, name: str, inputs: Mapping[str, str], kind: str | None = None) -> StageResult:
         folder = self.folder / name
         for part in ("work", "output"):
-            (folder / part).mkdir(parents=True)
+            (folder / part).mkdir(parents=True, exist_ok=True)
         kind = kind or name
         given = {role: self.outputs[stage] for role, stage in inputs.items()}
         context = StageContext(name, kind, self.recipe, folder, given, self.progress, self.shared)
@@ -114,6 +114,37 @@ def test_each_stage_moves_its_own_weights_and_no_other(chain: Chain) -> None:
         results["sft"].metrics["validation_loss"]
         < (results["sft"].metrics["validation_loss_before"])
     )
+
+
+def test_a_killed_ppo_stage_goes_on_and_ends_with_the_same_bytes(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"policy": "sft", "reward_model": "reward"}
+    chain.run("sft", {})
+    chain.run("reward", {"policy": "sft"})
+    recipe = load_recipe(chain.recipe.path, set=["ppo.save_steps=1"])
+    trained = dict(chain.outputs)
+
+    def start(folder: str) -> Chain:
+        return Chain(recipe, tmp_path / folder, outputs=dict(trained))
+
+    def weights(chain: Chain) -> dict[str, bytes]:
+        output = chain.outputs["ppo"]
+        return {str(f.relative_to(output)): f.read_bytes() for f in output.rglob("*.safetensors")}
+
+    def kill(_: Silent, done: int, total: int, **numbers: float) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    whole, cut, again = start("whole"), start("cut"), start("cut")
+    wanted = whole.run("ppo", inputs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Silent, "update", kill)
+        cut.run("ppo", inputs)
+    assert again.run("ppo", inputs).metrics == wanted.metrics
+    assert [u["episode"] for u in again.progress.updates] == [32]
+    assert len(weights(whole)) == 3
+    assert weights(again) == weights(whole)
 
 
 def test_the_base_is_in_memory_once_after_every_stage(chain: Chain) -> None:
