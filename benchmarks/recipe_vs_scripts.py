@@ -8,8 +8,8 @@ every run has an empty datasets cache. The scripts evaluate nothing and split no
 recipe always measures its stages on rows left out. TRL takes fewer optimizer steps in PPO than the
 settings ask for (`num_mini_batches` adds none), which saves it time here.
 
-The chain is the smoke recipe's; with --real, also a short one on SmolLM2-135M (20 steps of SFT, 20
-of the reward model, 3 PPO updates of 16 episodes), where the training outweighs the loading.
+The chain is the smoke recipe's; with --real, also a short one on SmolLM2-135M (10 steps of SFT, 10
+of the reward model, 2 PPO updates of 16 episodes), where the training outweighs the loading.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ dtype = "bfloat16"
 path = "{data}"
 
 [sft]
-max_steps = 20
+max_steps = 10
 per_device_train_batch_size = 8
 gradient_checkpointing = false
 
 [reward]
-max_steps = 20
+max_steps = 10
 per_device_train_batch_size = 4
 gradient_checkpointing = false
 
 [ppo]
-total_episodes = 48
+total_episodes = 32
 response_length = 32
 per_device_train_batch_size = 8
 gradient_accumulation_steps = 2

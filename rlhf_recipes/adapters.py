@@ -55,6 +55,7 @@ class Base:
         self.lm: PreTrainedModel | None = load(None) if lora is not None else None
         self.peft: PeftModel | None = None
         self._layers: list[BaseTunerLayer] = []
+        self._lean = LeanLora()
 
     def open(
         self,
@@ -74,7 +75,7 @@ class Base:
             lm.requires_grad_(trainable)
             return Role(lm, None, self.dtype)
         if source is None and not trainable:
-            return Role(self.lm, None, self.dtype, self._layers)
+            return Role(self.lm, None, self.dtype, self._layers, self._lean)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._add(name)
@@ -84,7 +85,7 @@ class Base:
         for key, parameter in self.peft.named_parameters():
             if f".{name}." in key:
                 parameter.requires_grad_(trainable)
-        return Role(self.lm, name, self.dtype, self._layers)
+        return Role(self.lm, name, self.dtype, self._layers, self._lean)
 
     def close(self, *roles: Role) -> None:
         """Take the roles' adapters off the base, and what a stock trainer hung on it."""
@@ -115,7 +116,7 @@ class Base:
             self.peft.active_adapter = name  # what PeftModel.forward looks up, and no more
         for layer in self._layers:
             if type(layer) is LoraLinear and name not in layer.lora_variant:
-                layer.lora_variant[name] = LeanLora()
+                layer.lora_variant[name] = self._lean
                 layer.cast_input_dtype_enabled = False
 
     def save(self, role: Role, folder: Path) -> None:
@@ -139,8 +140,8 @@ class LeanLora(LoraVariant):
     """PEFT's plain LoRA in fewer passes over activations, and for two adapters in one pass.
 
     PEFT casts the input to the adapter's float32, which autocast undoes, then scales and adds
-    tensors as large as the layer's output. Here the adapter's weights are cast, `r` columns are
-    scaled, and the product adds. On a CPU in bfloat16 an update of PPO took 0.84 of the time.
+    tensors as large as the layer's output. Here the adapter's weights are scaled and cast, and the
+    product adds in place. On a CPU in bfloat16 an update of PPO took 0.84 of the time.
     """
 
     def __init__(self) -> None:
@@ -156,13 +157,14 @@ class LeanLora(LoraVariant):
     ) -> torch.Tensor:
         names, dtype = self.pair or (active_adapter,), result.dtype
         down = torch.stack([module.lora_A[name].weight for name in names]).to(dtype)
-        up = torch.stack([module.lora_B[name].weight for name in names]).to(dtype)
-        rows = module.lora_dropout[active_adapter](x).to(dtype).view(len(names), -1, x.shape[-1])
-        return AddLowRank.apply(result, rows, down, up, module.scaling[active_adapter])
+        ups = [module.lora_B[name].weight * module.scaling[name] for name in names]
+        rows = module.lora_dropout[active_adapter](x).to(dtype)
+        rows = rows.reshape(len(names), -1, x.shape[-1])
+        return AddLowRank.apply(result, rows, down, torch.stack(ups).to(dtype))
 
 
 class AddLowRank(torch.autograd.Function):
-    """Adds scale · rows · downᵀ · upᵀ to `result` [..., out], in place.
+    """Adds rows · downᵀ · upᵀ to `result` [..., out], in place.
 
     rows [k, n, in], down [k, rank, in], up [k, out, rank]: k adapters, each with n rows of its own.
     """
@@ -174,12 +176,10 @@ class AddLowRank(torch.autograd.Function):
         rows: torch.Tensor,
         down: torch.Tensor,
         up: torch.Tensor,
-        scale: float,
     ) -> torch.Tensor:
-        low = torch.bmm(rows, down.mT).mul_(scale)
+        low = torch.bmm(rows, down.mT)
         result.view(len(rows), -1, result.shape[-1]).baddbmm_(low, up.mT)
         ctx.save_for_backward(rows, down, up, low)
-        ctx.scale = scale
         ctx.mark_dirty(result)
         return result
 
@@ -187,8 +187,8 @@ class AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, down, up, low = ctx.saved_tensors
         flat = grad.reshape(len(rows), -1, grad.shape[-1])
-        inner = torch.bmm(flat, up).mul_(ctx.scale)
-        return grad, inner @ down, inner.mT @ rows, flat.mT @ low, None
+        inner = flat @ up
+        return grad, inner @ down, inner.mT @ rows, flat.mT @ low
 
 
 class Role(nn.Module):
@@ -208,6 +208,7 @@ class Role(nn.Module):
         adapter: str | None,
         dtype: torch.dtype,
         layers: Sequence[BaseTunerLayer] = (),
+        lean: LeanLora | None = None,
     ):
         super().__init__()
         self.lm = lm
@@ -216,6 +217,7 @@ class Role(nn.Module):
         self.score: nn.Linear | None = None
         self.config = lm.config
         self._layers = layers
+        self._lean = lean or LeanLora()
 
     def add_head(self, head: nn.Linear) -> Role:
         """Make this a reward or value model."""
@@ -240,9 +242,8 @@ class Role(nn.Module):
         for layer in self._layers:
             layer._active_adapter = [self.adapter]
             layer._disable_adapters = self.adapter is None
-        pair = (self.adapter, beside.adapter) if beside is not None else ()
-        for layer in self._layers if pair else ():
-            layer.lora_variant[self.adapter].pair = pair
+        pair_before = self._lean.pair
+        self._lean.pair = (self.adapter, beside.adapter) if beside is not None else ()
         mixed = autocast and self.dtype != torch.float32  # one that is off is an outermost one too
         cast = (
             torch.autocast(self.lm.device.type, self.dtype) if mixed else contextlib.nullcontext()
@@ -251,8 +252,7 @@ class Role(nn.Module):
             with cast:
                 yield
         finally:
-            for layer in self._layers if pair else ():
-                layer.lora_variant[self.adapter].pair = ()
+            self._lean.pair = pair_before
             for layer, (name, disabled) in zip(self._layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = name, disabled
 
@@ -261,7 +261,7 @@ class Role(nn.Module):
         if self.adapter is None or other.adapter is None:
             return False
         return all(
-            isinstance(layer.lora_variant.get(role.adapter), LeanLora)
+            layer.lora_variant.get(role.adapter) is self._lean
             for layer in self._layers
             for role in (self, other)
         )

@@ -11,22 +11,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "sdpa_matmul_backward"
+UNKNOWN = ("position_bias", "softcap", "cache")  # which sdpa_attention_forward acts on or refuses
 LONGEST = 256  # tokens
 CACHED = 2**19  # weights of attention held at a time
 
 
-def use(lm: PreTrainedModel) -> None:
-    """Have `lm` attend this way in training, if it attends by torch's `sdpa` now."""
-    if lm.config._attn_implementation == "sdpa":
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        lm.set_attn_implementation(NAME)
+def use() -> None:
+    """Have models that attend by torch's `sdpa` train this way: 16 bit, on a CPU, short rows.
+
+    Under the name "sdpa", which transformers and its models compare with.
+    """
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", _forward)
 
 
 def _forward(
@@ -39,9 +37,19 @@ def _forward(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
-    plain = dropout or attention_mask is None or attention_mask.dtype != torch.bool
-    training = torch.is_grad_enabled() and query.requires_grad
-    if plain or not training or key.shape[2] > LONGEST:
+    ours = (
+        torch.is_grad_enabled()
+        and query.requires_grad
+        and query.device.type == "cpu"
+        and query.dtype != torch.float32
+        and attention_mask is not None
+        and attention_mask.dtype == torch.bool
+        and key.shape[2] <= LONGEST
+        and key.shape[-1] == value.shape[-1]
+        and not dropout
+        and all(more.get(name) is None for name in UNKNOWN)
+    )
+    if not ours:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
@@ -74,7 +82,7 @@ class MatmulBackward(torch.autograd.Function):
         # The query heads of one key head in one row; a few batch rows at a time stay in the cache.
         heads = (len(key), key.shape[1], -1, key.shape[-1])
         bias = torch.zeros_like(mask, dtype=query.dtype)
-        bias.masked_fill_(~mask, torch.finfo(query.dtype).min)
+        bias.masked_fill_(~mask, torch.finfo(query.dtype).min / 2)
         parts = ((query * ctx.scale).reshape(heads), key, value, grad.reshape(heads), bias)
         rows = max(1, CACHED // (query.shape[1] * mask.shape[-1] ** 2))
         found = [_backward(*part) for part in zip(*(t.split(rows) for t in parts), strict=True)]
@@ -85,6 +93,8 @@ class MatmulBackward(torch.autograd.Function):
 def _backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Weights do not change by what all keys share; rounded to 16 bit, a score with it would.
+    k = k - k.mean(2, keepdim=True)
     score = q @ k.mT
     score.view(len(q), -1, *bias.shape[2:]).add_(bias)
     weight = torch.softmax(score, -1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ import torch
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int | None) -> None:
     """Write `checkpoint-<step>.pt`; of all of them the last `keep` stay (None: every one)."""
-    file = folder / f"checkpoint-{step:06d}.pt"
-    aside = file.with_suffix(".partial")
+    file, aside = folder / f"checkpoint-{step:06d}.pt", folder / "partial"
     with aside.open("wb") as stream:
         torch.save(state, stream)
         stream.flush()
@@ -23,11 +24,11 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int | None) -> No
 
 
 def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state of the last checkpoint in `folder`; None where there is none."""
-    files = _files(folder)
-    if not files:
-        return None
-    return torch.load(files[-1], map_location=device, weights_only=True)
+    """The state of the last checkpoint in `folder` that is whole; None where there is none."""
+    for file in reversed(_files(folder)):
+        with contextlib.suppress(OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+            return torch.load(file, map_location=device, weights_only=True)
+    return None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -57,6 +57,7 @@ def load_causal_lm(
     (ratio 0.978 at the first step, TRL-facts 12). So the model's own is put aside as
     `shipped_generation_config`, for export.
     """
+    attention.use()
     lm = AutoModelForCausalLM.from_pretrained(
         source,
         revision=revision,
@@ -65,8 +66,6 @@ def load_causal_lm(
         device_map={"": device()},
     )
     _keep_autograd(lm)
-    if lm.device.type == "cpu" and dtype != torch.float32:
-        attention.use(lm)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # else a stage's result hangs on which stock trainer ran before it

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from rlhf_recipes.adapters import Role
@@ -61,19 +60,23 @@ def logprobs_and_values(
 
     Call under `policy.active(beside=value)`.
     """
-    states: list[torch.Tensor] = []
-
-    def take(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        first, second = args[0].chunk(2)
-        states.append(second)
-        return (first,)
-
-    hook = policy.lm.get_output_embeddings().register_forward_pre_hook(take, prepend=True)
+    lm, states = policy.lm, []
+    hooks = [
+        getattr(lm, lm.base_model_prefix).register_forward_hook(
+            lambda _, __, out: states.append(out.last_hidden_state[len(ids) :])
+        ),
+        # The language head is asked about the policy's rows alone.
+        lm.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0][: len(ids)],), prepend=True
+        ),
+    ]
     try:
         out = _logits(policy, ids.repeat(2, 1), mask.repeat(2, 1), answer)
     finally:
-        hook.remove()
-    return *LogProb.apply(out, ids[:, -answer:], temperature), value.heads(states[0])
+        for hook in hooks:
+            hook.remove()
+    guess = value.heads(states[0][:, -answer - 1 : -1])
+    return *LogProb.apply(out, ids[:, -answer:], temperature), guess
 
 
 def _logits(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
@@ -105,8 +108,9 @@ class LogProb(torch.autograd.Function):
         for i, row in enumerate(logits):
             x = row.to(torch.float32, copy=True).div_(temperature)
             log_p = torch.log_softmax(x, -1)
-            entropy[i] = -torch.linalg.vecdot(log_p.exp(), log_p)
             picked[i] = log_p.gather(-1, chosen[i, :, None])[:, 0]
+            # What cannot be chosen has a log-probability of -inf, and 0 × -inf is no number.
+            entropy[i] = -torch.linalg.vecdot(log_p.exp(), log_p.clamp_(min=-1e30))
             total[i] = x.gather(-1, chosen[i, :, None])[:, 0] - picked[i]
         ctx.save_for_backward(logits, chosen, total)
         ctx.temperature = temperature

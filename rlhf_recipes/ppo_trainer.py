@@ -19,6 +19,7 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import defaultdict
@@ -89,6 +90,8 @@ class PPOTrainer(StockPPOTrainer):
         super().__init__(*args, **kwargs)
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
+        # A checkpoint of a run from other weights, made under the same key, is not gone on from.
+        self.start = _digest(*self.policy_model.trainable(), *self.value_model.trainable())
         self.together = self._device.type == "cpu" and self.policy_model.pairs_with(
             self.value_model
         )
@@ -114,9 +117,10 @@ class PPOTrainer(StockPPOTrainer):
         """
         args, state, folder = self.args, self.state, Path(self.args.output_dir)
         kept = checkpoints.newest(folder, self._device)
-        if kept is not None:
+        if kept is not None and kept["start"] == self.start:
             self.load_state_dict(kept)
             self.on_resume(state.global_step)
+        del kept
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
@@ -169,6 +173,7 @@ class PPOTrainer(StockPPOTrainer):
     def state_dict(self) -> dict[str, Any]:
         """All that the updates to come depend on."""
         return {
+            "start": self.start,
             "policy": [p.detach() for p in self.policy_model.trainable()],
             "value": [p.detach() for p in self.value_model.trainable()],
             "optimizer": self.optimizer.state_dict(),
@@ -389,6 +394,13 @@ class PPOTrainer(StockPPOTrainer):
 def _copy(kept: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
     for parameter, tensor in zip(parameters, kept, strict=True):
         parameter.data.copy_(tensor)
+
+
+def _digest(*parameters: torch.nn.Parameter) -> str:
+    sha = hashlib.sha256()
+    for parameter in parameters:
+        sha.update(parameter.detach().float().cpu().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _averages(stats: dict[str, list[float]]) -> dict[str, float]:

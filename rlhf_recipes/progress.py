@@ -187,7 +187,8 @@ class StageProgress:
         """The stage goes on after step `done`: what was written of later ones is dropped."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self._folder / name
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            # A kill may have cut the last line; and a text may hold what `splitlines` splits at.
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
             kept = [line for line in lines if json.loads(line)["step"] <= done]
             write_text(file, "".join(line + "\n" for line in kept))
         self.note(f"goes on from its checkpoint after update {done}")

@@ -30,6 +30,7 @@ from rlhf_recipes.errors import BusyError, UsageError
 FORMAT = 1  # of every JSON file here
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoint-*.pt"  # in a stage's work/
 LIBRARIES = (
     "rlhf-recipes",
     "trl",
@@ -131,6 +132,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
         if not path.is_symlink():
             _sync(path)
     write_json(folder / RECORD, record)
+    for checkpoint in (folder / "work").glob(CHECKPOINTS):
+        checkpoint.unlink()  # there is nothing left to go on with
 
 
 def clear_stage(folder: Path, *, fresh: bool = False) -> None:
@@ -140,7 +143,7 @@ def clear_stage(folder: Path, *, fresh: bool = False) -> None:
     """
     (folder / RECORD).unlink(missing_ok=True)
     _sync(folder)
-    goes_on = not fresh and any((folder / "work").glob("checkpoint-*"))
+    goes_on = not fresh and any((folder / "work").glob(CHECKPOINTS))
     for path in folder.iterdir():
         if goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl"):
             continue

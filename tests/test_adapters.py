@@ -200,6 +200,34 @@ def test_one_pass_for_two_roles_gives_what_two_passes_give(
     torch.testing.assert_close(*found)
 
 
+def test_lean_lora_in_16_bit_is_pefts_own(tiny_model: Path) -> None:
+    """Under autocast, through dropout's identity, rows that are not contiguous and a scaling."""
+    base = make_base(tiny_model, torch.bfloat16, lora_alpha=7)
+    role, found = trained(base, "policy"), []
+    layer = base._layers[0]
+    x = torch.randn(5, 3, layer.in_features, dtype=torch.bfloat16).transpose(0, 1)
+    for lean in (True, False):
+        if not lean:
+            layer.lora_variant.clear()
+        with role.active():
+            out = layer(x)
+            grads = torch.autograd.grad(out.float().square().sum(), list(layer.lora_B.parameters()))
+        found.append([out, *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
+def test_a_pass_inside_a_pass_for_two_is_for_one(tiny_model: Path) -> None:
+    base, rows = make_base(tiny_model), batch()
+    policy, value = trained(base, "policy", 1), trained(base, "value", 2)
+    tokens = (rows.ids, rows.mask, rows.answer, 1.0)
+    with policy.active():
+        alone = logprobs(policy, *tokens)[0]
+    with policy.active(beside=value), policy.active():
+        assert torch.equal(logprobs(policy, *tokens)[0], alone)
+
+
 def test_dora_and_whole_models_take_a_pass_each(tiny_model: Path) -> None:
     base = make_base(tiny_model, use_dora=True)
     policy, value = trained(base, "policy", 1), trained(base, "value", 2)
@@ -211,26 +239,32 @@ def test_dora_and_whole_models_take_a_pass_each(tiny_model: Path) -> None:
 
 def test_log_probabilities_have_the_gradient_of_log_softmax() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(3, 4, 50, requires_grad=True)
-    chosen, weight = torch.randint(50, (3, 4)), torch.randn(3, 4)
+    logits = torch.randn(3, 4, 50)
+    logits[0, 1, 7] = -torch.inf
+    logits.requires_grad_()
+    chosen, weight = torch.randint(8, 50, (3, 4)), torch.randn(3, 4)
     ours, entropy = LogProb.apply(logits, chosen, 0.7)
     log_p = torch.log_softmax(logits / 0.7, -1)
     theirs = log_p.gather(-1, chosen[..., None])[..., 0]
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1))
+    torch.testing.assert_close(entropy, torch.special.entr(log_p.exp()).sum(-1))
     grads = [torch.autograd.grad((out * weight).sum(), logits)[0] for out in (ours, theirs)]
     torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("key_heads", [2, 4])
-def test_attentions_backward_is_torchs(key_heads: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attentions_backward_is_torchs(
+    key_heads: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CACHED", rows * 4 * 11**2)
     torch.manual_seed(0)
     query = torch.randn(3, 4, 11, 8, requires_grad=True)
     key, value = (torch.randn(3, key_heads, 11, 8, requires_grad=True) for _ in range(2))
     mask = torch.ones(3, 1, 11, 11, dtype=torch.bool).tril()
-    mask[1, :, :, :4] = False  # left padding: its rows look at nothing
-    mask[1, :, :4] = True
+    mask[1, :, :, :4] = False  # left padding, whose own rows look at nothing
     weight = torch.randn(3, 4, 11, 8)
+    weight[1, :, :4] = 0.0  # and are read by nobody
     ours = MatmulBackward.apply(query, key, value, mask, 0.3)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
@@ -241,18 +275,34 @@ def test_attentions_backward_is_torchs(key_heads: int) -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_a_16_bit_model_trains_with_it_and_is_saved_without(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shared", [0.0, 100.0])
+def test_attentions_gradient_in_16_bit_is_near_the_true_one(shared: float) -> None:
+    """Also where all keys have much in common, as a bias on them makes them have."""
+    torch.manual_seed(0)
+    query, key, value, weight = torch.randn(4, 2, 3, 40, 16, dtype=torch.float64).unbind()
+    key = key + shared
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [t.bfloat16().to(dtype).requires_grad_() for t in (query, key, value)]
+        out = MatmulBackward.apply(*inputs, mask, 0.25)
+        grads.append(torch.autograd.grad((out * weight.to(dtype)).sum(), inputs))
+    for ours, true in zip(*grads, strict=True):
+        assert (ours - true).norm() < 0.02 * true.norm()
+
+
+def test_a_16_bit_model_trains_with_it_and_no_other(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     plain = attention._backward
     monkeypatch.setattr(
         attention, "_backward", lambda *parts: calls.append(len(parts)) or plain(*parts)
     )
-    base = make_base(tiny_model, torch.bfloat16)
-    role, rows = trained(base, "policy"), batch()
-    with role.active():
-        logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0].sum().backward()
-    assert len(calls) == base.lm.config.num_hidden_layers
-    base.lm.save_pretrained(tmp_path)
-    assert attention.NAME not in (tmp_path / "config.json").read_text()
+    for dtype, count in ((torch.bfloat16, 2), (torch.float32, 0)):
+        base = make_base(tiny_model, dtype)
+        role, rows = trained(base, "policy"), batch()
+        with role.active():
+            logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0].sum().backward()
+        assert len(calls) == count  # one a layer
+        calls.clear()

@@ -10,6 +10,7 @@ import torch
 from rlhf_recipes import checkpoints
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.ppo_trainer import PPOTrainer
+from rlhf_recipes.ppo_trainer import _digest as digest
 from tests.test_adapters import make_base
 from tests.test_ppo_trainer import make_trainer
 
@@ -102,8 +103,26 @@ def test_a_run_that_a_guard_stopped_does_not_go_on(tiny_model: Path, tmp_path: P
     assert again.stopped == trainer.stopped and again.seen == []
 
 
-def test_a_file_half_written_is_no_checkpoint(tmp_path: Path) -> None:
-    checkpoints.save(tmp_path, 3, {"here": 1}, keep=None)
-    (tmp_path / "checkpoint-000004.partial").write_bytes(b"half")
-    assert checkpoints.newest(tmp_path, torch.device("cpu")) == {"here": 1}
-    assert checkpoints.newest(tmp_path / "none", torch.device("cpu")) is None
+@pytest.mark.parametrize("cut", [0, 100, 700])
+def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path, cut: int) -> None:
+    cpu = torch.device("cpu")
+    for step in (3, 4):
+        checkpoints.save(tmp_path, step, {"step": step, "weights": torch.ones(50)}, keep=None)
+    assert checkpoints.newest(tmp_path, cpu)["step"] == 4
+    last = tmp_path / "checkpoint-000004.pt"
+    last.write_bytes(last.read_bytes()[:cut])
+    assert checkpoints.newest(tmp_path, cpu)["step"] == 3
+    assert checkpoints.newest(tmp_path / "none", cpu) is None
+
+
+def test_a_checkpoint_of_a_run_from_other_weights_is_not_gone_on_from(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    build(tiny_model, tmp_path).train()
+    other = build(tiny_model, tmp_path)
+    with torch.no_grad():
+        other.policy_model.trainable()[0].add_(1.0)
+    other.start = digest(*other.policy_model.trainable(), *other.value_model.trainable())
+    other.other_reference = True
+    other.train()
+    assert len(other.seen) == 5

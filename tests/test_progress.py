@@ -146,3 +146,23 @@ def test_words() -> None:
         "0 s", "59 s", "2 min 05 s", "1 h 02 min"
     ]  # fmt: skip
     assert plain("  a\tb\r\nc\x00\x1b[1;31md\x1b]8;;http://x\x1b\\e  ") == "a b cde"
+
+
+def test_a_resumed_stage_keeps_what_led_to_its_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def first(progress: StageProgress, clock: Clock) -> None:
+        for done in (1, 2, 3):
+            progress.update(done, 4, loss=float(done))
+            progress.sample("a\u2028prompt\u0085", "answer")
+
+    def again(progress: StageProgress, clock: Clock) -> None:
+        progress.resume(2)
+        progress.update(3, 4, loss=30.0)
+
+    shown(tmp_path, first, capfd)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    assert "goes on" in shown(tmp_path, again, capfd)[0]
+    assert [line["loss"] for line in jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0]
+    assert (tmp_path / "samples.jsonl").read_text().count("\n") == 2

@@ -96,6 +96,10 @@ def test_checkpoints_stay_with_what_led_to_them_unless_fresh(tmp_path: Path) -> 
         assert (tmp_path / "work/checkpoint-000002.pt").exists()
         assert (tmp_path / "metrics.jsonl").exists()
         assert not (tmp_path / "output/half").exists()
+        (tmp_path / "work/checkpoint-000002.pt").rename(tmp_path / "work/partial")
+        rundir.clear_stage(tmp_path)  # a first one half written is none
+        assert not (tmp_path / "metrics.jsonl").exists()
+        (tmp_path / "work/checkpoint-000002.pt").write_text("")
         rundir.clear_stage(tmp_path, fresh=True)
     assert not list((tmp_path / "work").iterdir())
     assert not (tmp_path / "metrics.jsonl").exists()
