@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -23,14 +22,9 @@ HELP = "type a message · an empty line forgets the conversation · Ctrl-D ends"
 
 
 class _Stream(TextStreamer):
-    """Prints an answer as it comes, without what a terminal would obey; keeps the whole of it."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.text = ""
+    """Prints an answer as it comes, without what a terminal would obey."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
         lines = "\n".join(_keep_spaces(line) for line in text.split("\n"))
         print(lines, end="\n" if stream_end else "", flush=True)
 
@@ -63,13 +57,13 @@ def chat(*, run_folder: Path, stage: str | None, quiet: Quiet) -> None:
         ids = torch.tensor([encode(tokens, turns)[0]], device=lm.device)
         stream = _Stream(tokens.tokenizer, skip_prompt=True, skip_special_tokens=True)
         with torch.no_grad():
-            lm.generate(
+            whole = lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
                 streamer=stream,
             )
-        turns.append({"role": "assistant", "content": stream.text})
+        turns.append({"role": "assistant", "content": tokens.decode(whole[0, ids.shape[1] :])})
 
 
 def _ask() -> str | None:

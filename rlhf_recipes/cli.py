@@ -125,19 +125,16 @@ def check(
         except (RecipeError, UsageError) as error:
             problems = getattr(error, "problems", [Problem(word, None, "", str(error))])
             entry["problems"] = [asdict(problem) for problem in problems]
-            if not json:
-                print(error)
-            continue
-        entry["notes"] = list(loaded.notes)
-        if json:
-            continue
-        for note in loaded.notes:
-            print(f"{file}: note: {note}")
-        if resolved:
-            print(tomlkit.dumps(loaded.resolved()), end="")
+            said = [str(error)]
         else:
+            entry["notes"] = list(loaded.notes)
             stages = stage_names(loaded)
-            print(f"{file}: ok ({len(stages)} stages: {' → '.join(stages)})")
+            verdict = f"{file}: ok ({len(stages)} stages: {' → '.join(stages)})"
+            if resolved:
+                verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
+            said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
+        if not json:
+            print(*said, sep="\n")
     if json:
         print(to_json({"format": FORMAT, "recipes": found}, indent=2))
     if any(entry["problems"] for entry in found):

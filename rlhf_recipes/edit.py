@@ -35,8 +35,8 @@ def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
         if wrong:
             edited.problems.append(Problem(f"--unset {key}", None, key, wrong))
     for path, raw in sorted(pairs, key=lambda pair: len(pair[0])):
-        word, key = f"--set {'.'.join(path)}={raw}", ".".join(path)
-        edited.words[path] = word
+        key = ".".join(path)
+        word = edited.words[path] = f"--set {key}={raw}"
         wrong = _put(document, path, raw, edited)
         if wrong:
             edited.problems.append(Problem(word, None, key, wrong))
@@ -55,9 +55,10 @@ def _split(word: str) -> tuple[tuple[str, ...], str]:
 def _remove(document: Any, path: tuple[str, ...], edited: Edited) -> str:
     node = document
     for part in path[:-1]:
-        node = node.get(part) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or path[-1] not in node:
-        return "is not written in the recipe" + suggest(path[-1], _plain(node or {}))
+        inner = node.get(part)
+        node = inner if isinstance(inner, dict) else {}
+    if path[-1] not in node:
+        return "is not written in the recipe" + suggest(path[-1], node)
     edited.changes.append(f"{'.'.join(path)} left out")
     del node[path[-1]]
     return ""
@@ -79,19 +80,14 @@ def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
     known = field_at(path, kinds)
     value = known.read(raw) if known and known.types else parse_value(raw)
     name, old = path[-1], node.get(path[-1])
-    edited.changes.append(
-        f"{'.'.join(path)} {show(value)} set"
-        if old is None
-        else f"{'.'.join(path)} {show(_plain(old))} → {show(value)}"
-    )
+    change = f"{show(value)} set"
+    if old is not None:
+        change = f"{show(tomlkit.item(old).unwrap())} → {show(value)}"
+    edited.changes.append(f"{'.'.join(path)} {change}")
     if isinstance(old, dict):
         del node[name]  # in place, a plain value would end up inside the table before it
     node[name] = tomlkit.value(raw) if isinstance(value, dict) else value
     return ""
-
-
-def _plain(value: Any) -> Any:
-    return value.unwrap() if hasattr(value, "unwrap") else value
 
 
 def rebase(text: str, source: Path, target: Path) -> str:

@@ -19,11 +19,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_recipes.adapters import ADAPTER, HEAD, UNIT
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models import compute_dtype, load_causal_lm
-from rlhf_recipes.plan import is_policy
 from rlhf_recipes.recipe import Recipe, load_recipe
 from rlhf_recipes.rewards import read_unit
 from rlhf_recipes.rundir import MANIFEST, read_json
 from rlhf_recipes.shared import Shared
+from rlhf_recipes.tables import POLICY_KINDS
 
 
 def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> str:
@@ -51,7 +51,9 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
     entries = [e for e in read_json(run_folder / MANIFEST)["stages"] if e["outcome"] != "not run"]
     models = [e for e in entries if e["kind"] != "evaluation"]
-    fitting = [e for e in models if (is_policy(e["kind"]) if stage is None else e["name"] == stage)]
+    fitting = [e for e in models if e["name"] == stage]
+    if stage is None:
+        fitting = [e for e in models if e["kind"] in POLICY_KINDS]
     if not fitting:
         names = ", ".join(e["name"] for e in models) or "none"
         raise UsageError(f"{run_folder} has no finished stage {stage or 'with a policy'}", names)
@@ -89,7 +91,6 @@ def load_policy(shared: Shared, output: Path | None) -> PreTrainedModel:
 def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str) -> None:
     """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
     write_model(recipe, output, folder, form=form)
-    unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
     if form == "adapter":
         for name in (HEAD, UNIT):
             shutil.copy(output / name, folder / name)
@@ -98,7 +99,7 @@ def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
     with torch.no_grad():
         model.score.weight.copy_(load_file(output / HEAD)["score.weight"])
-    model.config.reward_unit = unit
+    model.config.reward_unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder)

@@ -14,7 +14,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ RANGES: dict[str, Callable[[float], bool]] = {
 class Field:
     """One key. TOML has no null: a `default` of None means that leaving the key out is a choice."""
 
-    types: tuple[str, ...] = ()  # of TYPE_NAMES; empty where the field is owned or refused
+    types: Sequence[str] = ()  # of TYPE_NAMES; empty where the field is owned or refused
     default: Any = None
-    choices: tuple[Any, ...] = ()  # for the value, or for each of a list
+    choices: Sequence[Any] = ()  # for the value, or for each of a list
     range: str = ""  # of RANGES
     effect: str = "identity"
     standing: str = "passed"
@@ -118,14 +118,9 @@ def trl_fields() -> dict[str, dict[str, Field]]:
     text = (Path(__file__).parent / "fields.json").read_text(encoding="utf-8")
     tables = json.loads(text)["tables"]
     return {
-        table: {name: _field(entry) for name, entry in fields.items()}
+        table: {name: Field(**entry) for name, entry in fields.items()}
         for table, fields in tables.items()
     }
-
-
-def _field(entry: dict[str, Any]) -> Field:
-    lists = {key: tuple(entry[key]) for key in ("types", "choices") if key in entry}
-    return Field(**{**entry, **lists})
 
 
 def fields_of(cls: type) -> dict[str, Field]:
@@ -165,11 +160,8 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         return kinds, () if kinds == ("bool",) else values
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return ("str",), tuple(member.value for member in hint)
-    name = hint.__name__ if isinstance(hint, type) else ""
-    if hint in (list[str], list[int], list[float]):
-        name = f"list[{typing.get_args(hint)[0].__name__}]"
-    elif typing.get_origin(hint) is dict:
-        name = "dict"
+    origin = typing.get_origin(hint)
+    name = str(hint) if origin is list else getattr(origin or hint, "__name__", "")
     return ((name,) if name in TYPE_NAMES else ()), ()
 
 

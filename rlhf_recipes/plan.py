@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
 from rlhf_recipes.stages import KINDS
-from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tables import POLICY_KINDS, ROLES, DatasetTable
 
 EVALUATION = "evaluation"
-ROLES = ("policy", "reward_model", "reference")
 # Stages of one name in two recipes need not be akin: past so many differences, it is just new.
 MOST_DIFFERENCES = 4
 SHOWN_DIFFERENCES = 3
@@ -41,10 +41,6 @@ class Plan:
     stages: tuple[PlannedStage, ...]
 
 
-def is_policy(kind: str) -> bool:
-    return kind in POLICY_KINDS
-
-
 def stage_names(recipe: Recipe) -> list[str]:
     """The recipe's stages and, where it is not left out, the evaluation that closes them."""
     return [*recipe.stages, *([EVALUATION] if recipe.evaluation else [])]
@@ -57,13 +53,13 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
     is no folder name, DataError and ModelError where a source is not to be had.
     """
     run_folder = runs / run_name(recipe, name)
-    model = sources.identify_model(recipe, runs)
+    model = sources.identify_model(recipe.model.name, recipe, runs, recipe.model.revision)
     model |= {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization}
     stages: dict[str, PlannedStage] = {}
-    for index, (stage, kind, roles) in enumerate(_wiring(recipe)):
+    for index, (stage, kind, roles, settings, dataset) in enumerate(_wiring(recipe)):
         inputs = {role: source for role, source in roles.items() if source in stages}
         foreign = {
-            role: sources.identify_reward_model(source, recipe, runs)
+            role: sources.identify_model(source, recipe, runs)
             for role, source in roles.items()
             if source not in stages
         }
@@ -71,10 +67,10 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
             "kind": kind,
             "name": stage,  # its randomness is a function of the seed and of this
             "version": KINDS[kind][1],
-            "settings": _settings(recipe, stage),
+            "settings": settings,
             "model": model,
             "lora": recipe.lora,
-            "dataset": _data(recipe, stage, kind, runs),
+            "dataset": _data(dataset, kind, runs),
             "seed": recipe.seed,
             "inputs": {role: stages[source].key for role, source in inputs.items()},
             **foreign,
@@ -100,36 +96,32 @@ def run_name(recipe: Recipe, name: str | None) -> str:
     return name
 
 
-def _wiring(recipe: Recipe) -> list[tuple[str, str, dict[str, str]]]:
-    """Each stage's name, kind, and what serves each of its roles: a stage, or a foreign model."""
-    wired = []
+# A stage's name and kind, what serves each of its roles (a stage, or a foreign model), the settings
+# that determine its result, and its data.
+Wired = tuple[str, str, dict[str, str], dict[str, Any], DatasetTable]
+
+
+def _wiring(recipe: Recipe) -> Iterator[Wired]:
+    """The recipe's stages and, where it is not left out, the evaluation that closes them."""
     policies: dict[str, str] = {}
     judge: dict[str, str] = {}  # what the evaluation scores with: what was optimised last
     for stage in recipe.stages:
         table = recipe.table(stage)
         roles = {role: getattr(table, role) for role in ROLES if getattr(table, role)}
-        wired.append((stage, table.kind, roles))
-        if is_policy(table.kind):
+        settings = identity_settings(recipe, stage)
+        yield stage, table.kind, roles, settings, table.dataset or recipe.dataset
+        if table.kind in POLICY_KINDS:
             policies[f"policy:{stage}"] = stage
             judge = {"reward_model": roles["reward_model"]} if "reward_model" in roles else judge
         elif not judge:
             judge = {"reward_model": stage}
     if recipe.evaluation is not None:
-        wired.append((EVALUATION, EVALUATION, policies | judge))
-    return wired
+        settings = asdict(recipe.evaluation)
+        yield EVALUATION, EVALUATION, policies | judge, settings, recipe.dataset
 
 
-def _settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    if stage == EVALUATION:
-        return asdict(recipe.evaluation)
-    return identity_settings(recipe, stage)
-
-
-def _data(recipe: Recipe, stage: str, kind: str, runs: Path) -> dict[str, Any]:
+def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
     """The identity of the stage's rows: their files, and the settings that choose among them."""
-    table = recipe.dataset
-    if stage != EVALUATION:
-        table = recipe.table(stage).dataset or table
     settings = asdict(table)
     for place in ("path", "revision", "base"):
         del settings[place]  # the source's identity stands for them

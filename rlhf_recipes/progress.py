@@ -138,30 +138,27 @@ class StageProgress:
         self._last = (self._started, 0.0)  # at the last plain line
         self._numbers: dict[str, float] = {}
         self._done = 0
-        self._bar: Progress | None = None
-        if screen.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("  "),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}", markup=False),
-                console=screen.console,
-                transient=True,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                speed_estimate_period=SPEED_SECONDS,
-            )
+        self._bar = Progress(
+            TextColumn("  "),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=screen.console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            speed_estimate_period=SPEED_SECONDS,
+            disable=not screen.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, numbers="starting")
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._task = self._bar.add_task("", total=None, numbers="starting")
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.stop()
 
     def update(self, done: int, total: int, **numbers: float) -> None:
         """`done` of `total` steps; the numbers that matter most come first."""
@@ -170,11 +167,10 @@ class StageProgress:
         if numbers:
             seconds = round(self._clock() - self._started, 3)
             self._append("metrics.jsonl", {"step": done, **numbers, "seconds": seconds})
-        if self._bar:
-            shown = _shown(self._numbers)
-            self._bar.update(self._task, completed=done, total=total, numbers=shown)
-        else:
-            self._plain_line(done, total)
+        shown = _shown(self._numbers)
+        self._bar.update(self._task, completed=done, total=total, numbers=shown)
+        if self._bar.disable:
+            self._plain_line(done, total, shown)
 
     def sample(self, prompt: str, answer: str, **numbers: float) -> None:
         """A completion worth looking at, as the stage goes."""
@@ -196,7 +192,7 @@ class StageProgress:
     def note(self, text: str) -> None:
         self._screen.line(f"  {plain(text)}", "dim")
 
-    def _plain_line(self, done: int, total: int) -> None:
+    def _plain_line(self, done: int, total: int, shown: str) -> None:
         now, share = self._clock(), done / max(total, 1)
         self._first = self._first or (now, share)
         waited = max(LINE_SECONDS, (now - self._started) / 20)
@@ -208,7 +204,7 @@ class StageProgress:
         if self._first[1] < share < 1:  # what came before the first step says nothing of its pace
             pace = (now - self._first[0]) / (share - self._first[1])
             left = f"{duration(pace * (1 - share))} left"
-        self._screen.line(f"  {done}/{total}  {left:<12}  {_shown(self._numbers)}".rstrip())
+        self._screen.line(f"  {done}/{total}  {left:<12}  {shown}".rstrip())
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         with (self._folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:

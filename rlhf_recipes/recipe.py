@@ -12,12 +12,14 @@ from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import key_lines
 from rlhf_recipes.tables import (
+    ROLES,
     SHARED_DATA_KEYS,
     DatasetTable,
     EvaluationTable,
     ModelTable,
     StageTable,
     is_path,
+    located,
 )
 from rlhf_recipes.validate import Key, dotted
 from rlhf_recipes.wiring import check
@@ -61,10 +63,9 @@ class Recipe:
         )
 
     def _resolved_stage(self, table: StageTable) -> dict[str, Any]:
-        roles = {role: getattr(table, role) for role in ("policy", "reward_model", "reference")}
+        roles = {role: getattr(table, role) for role in ROLES}
         if is_path(roles["reward_model"] or ""):
-            folder = self.path.parent / Path(roles["reward_model"]).expanduser()
-            roles["reward_model"] = str(folder.resolve())
+            roles["reward_model"] = str(located(roles["reward_model"], self.model.base))
         own = _resolved_dataset(table.dataset) if table.dataset else {}
         own = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
         dataset = {"dataset": own} if own else {}
@@ -93,12 +94,9 @@ def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[st
     """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
     path = Path(path)
     text = _read(path)
-    data = _parse(text, path)
     edited = edit(text, set, unset)
-    if set or unset:
-        data = tomllib.loads(edited.text)
-    parts, checker = check(data, path.parent.resolve())
-    lines = key_lines(text)
+    parts, checker = check(tomllib.loads(edited.text), path)
+    lines = key_lines(text) if checker.problems else {}
     problems = [_place(key, what, path, lines, edited) for key, what in checker.problems]
     if problems or edited.problems:
         problems.sort(key=lambda p: (p.file != str(path), p.line or 0))
@@ -107,23 +105,20 @@ def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[st
         path=path,
         text=edited.text,
         overrides=(*set, *(f"unset {key}" for key in unset)),
-        **{**parts, "title": parts["title"] or path.stem},
+        **parts,
     )
 
 
 def _read(path: Path) -> str:
+    """A recipe's text, once it is known to be TOML. Raises UsageError and RecipeError."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        tomllib.loads(text)
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"{path} is no recipe file", "`rlhf-recipes recipes` lists some") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RecipeError([Problem(str(path), line, "", "is not UTF-8 text")]) from None
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         message, _, place = str(error).partition(" (at ")
         written = text.rstrip("\n").split("\n")
@@ -133,6 +128,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
         hint = "; text needs quotes" if message == "Invalid value" and found else ""
         problem = Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint}")
         raise RecipeError([problem]) from None
+    return text
 
 
 def _place(key: Key, message: str, path: Path, lines: dict[Key, int], edited: Edited) -> Problem:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -31,16 +32,7 @@ FORMAT = 1  # of every JSON file here
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoint-*.pt"  # in a stage's work/
-LIBRARIES = (
-    "rlhf-recipes",
-    "trl",
-    "transformers",
-    "torch",
-    "peft",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-)
+LIBRARIES = "rlhf-recipes trl transformers torch peft accelerate datasets bitsandbytes".split()
 
 
 def runs_folder(given: Path | None = None) -> Path:
@@ -59,10 +51,9 @@ def find_run(word: str, runs: Path) -> Path:
             return folder
     known = sorted(manifest.parent.name for manifest in runs.glob(f"*/{MANIFEST}"))
     near = difflib.get_close_matches(Path(word).name, known, n=1, cutoff=0.5)
+    hint = f"runs there: {', '.join(known)}" if known else "none was made there yet"
     if near:
         hint = f"did you mean {runs / near[0]}?"
-    else:
-        hint = f"runs there: {', '.join(known)}" if known else "none was made there yet"
     raise UsageError(f"no run {word!r} in {runs}", hint)
 
 
@@ -79,8 +70,6 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
     number = value.item() if hasattr(value, "item") else value
     return None if isinstance(number, float) and not math.isfinite(number) else number
 
@@ -192,16 +181,11 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """This machine, without torch: a run that finds everything cached never loads it."""
-    gpus = []
-    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        facts = dict(
-            line.split(":", 1) for line in information.read_text().splitlines() if ":" in line
-        )
-        gpus.append(facts.get("Model", "unknown").strip())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [re.search(r"^Model:[ \t]*(.*\S)", gpu.read_text(), re.MULTILINE) for gpu in gpus]
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "memory_bytes": memory,
-        "gpus": gpus,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [model[1] if model else "unknown" for model in models],
     }

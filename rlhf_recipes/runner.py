@@ -22,26 +22,13 @@ from typing import Any
 import tomlkit
 
 from rlhf_recipes import rundir, stages
-from rlhf_recipes.errors import (
-    DataError,
-    Interrupted,
-    ModelError,
-    StageError,
-    UsageError,
-)
+from rlhf_recipes.errors import DataError, Interrupted, ModelError, StageError, UsageError
 from rlhf_recipes.identity import difference
-from rlhf_recipes.plan import (
-    EVALUATION,
-    Plan,
-    PlannedStage,
-    is_policy,
-    make_plan,
-    run_name,
-    stage_names,
-)
+from rlhf_recipes.plan import EVALUATION, Plan, PlannedStage, make_plan, run_name, stage_names
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
 from rlhf_recipes.recipe import Recipe, layout_settings
 from rlhf_recipes.shared import Shared
+from rlhf_recipes.tables import POLICY_KINDS
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -201,7 +188,7 @@ class _Run:
 
     def _write_model(self) -> Path | None:
         """model/, of the last policy: built aside, and left alone where it is that already."""
-        policies = [done for done in self.done.values() if is_policy(done.stage.kind)]
+        policies = [done for done in self.done.values() if done.stage.kind in POLICY_KINDS]
         if not policies:
             return None
         last = policies[-1]

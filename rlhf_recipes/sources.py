@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.identity import digest
-from rlhf_recipes.tables import is_path
+from rlhf_recipes.tables import is_path, located
 
 if TYPE_CHECKING:
     from rlhf_recipes.recipe import Recipe
@@ -26,18 +26,13 @@ HUB_TIMEOUT = 10  # seconds, so that a machine with no network hears so quickly
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def identify_model(recipe: Recipe, runs: Path) -> dict[str, str]:
-    """The identity of the base model: {"content": sha256} or {"repo": …, "revision": commit}."""
-    if recipe.model.is_local:
-        return {"content": content_digest(recipe.model.folder, runs)}
-    return identify_hub_model(recipe.model.name, recipe.model.revision)
-
-
-def identify_reward_model(name: str, recipe: Recipe, runs: Path) -> dict[str, str]:
-    """The same of a reward model that no stage of the recipe made: a folder or a hub id."""
+def identify_model(
+    name: str, recipe: Recipe, runs: Path, revision: str | None = None
+) -> dict[str, str]:
+    """The identity of a model: {"content": sha256} or {"repo": …, "revision": commit}."""
     if is_path(name):
-        return {"content": content_digest(resolve(name, recipe), runs)}
-    return identify_hub_model(name, None)
+        return {"content": content_digest(located(name, recipe.model.base), runs)}
+    return identify_hub_model(name, revision)
 
 
 def identify_dataset(table: DatasetTable, runs: Path) -> dict[str, Any]:
@@ -49,22 +44,11 @@ def identify_dataset(table: DatasetTable, runs: Path) -> dict[str, Any]:
 
 def dataset_commit(table: DatasetTable) -> str:
     """The commit of a dataset on the hub that is keyed, and so the one to load."""
-    try:
-        return _commit(table.path, table.revision, "dataset")
-    except Exception as error:
-        raise DataError(*_hub_trouble(table.path, "dataset", error)) from error
+    return _commit(table.path, table.revision, "dataset")
 
 
 def identify_hub_model(name: str, revision: str | None) -> dict[str, str]:
-    try:
-        return {"repo": name, "revision": _commit(name, revision, "model")}
-    except Exception as error:
-        raise ModelError(*_hub_trouble(name, "model", error)) from error
-
-
-def resolve(name: str, recipe: Recipe) -> Path:
-    """A folder that a recipe names; relative paths are relative to the recipe."""
-    return (recipe.path.parent / Path(name).expanduser()).resolve()
+    return {"repo": name, "revision": _commit(name, revision, "model")}
 
 
 def model_folder(recipe: Recipe) -> Path:
@@ -75,7 +59,7 @@ def model_folder(recipe: Recipe) -> Path:
 def local_path(name: str, recipe: Recipe, revision: str | None = None) -> Path:
     """The folder on this machine to load a model from; downloads it first where it must."""
     if is_path(name):
-        return resolve(name, recipe)
+        return located(name, recipe.model.base)
     from huggingface_hub import snapshot_download
 
     commit = identify_hub_model(name, revision)["revision"]
@@ -90,7 +74,7 @@ def local_path(name: str, recipe: Recipe, revision: str | None = None) -> Path:
             continue
         if any(Path(found).glob("*.safetensors")):  # of a snapshot, any part may be here
             return Path(found)
-    raise ModelError(*_hub_trouble(name, "model", reason)) from reason
+    raise _hub_trouble(name, "model", reason) from reason
 
 
 def content_digest(path: Path, runs: Path) -> str:
@@ -101,13 +85,10 @@ def content_digest(path: Path, runs: Path) -> str:
     """
     if path.is_file():
         return digest([path.suffix, _file_digest(path, runs)])
-    names = [
-        file.relative_to(path).as_posix()
-        for file in path.rglob("*")
-        if file.is_file() and file.suffix != ".md"
-    ]
-    shown = sorted(name for name in names if not any(p.startswith(".") for p in name.split("/")))
-    return digest({name: _file_digest(path / name, runs) for name in shown})
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+    shown = [f for f in files if not any(part.startswith(".") for part in f.parts)]
+    counted = [f for f in shown if f.suffix != ".md"]
+    return digest({f.as_posix(): _file_digest(path / f, runs) for f in counted})
 
 
 def _file_digest(path: Path, runs: Path) -> str:
@@ -127,24 +108,30 @@ def _file_digest(path: Path, runs: Path) -> str:
 
 
 def _commit(repo: str, revision: str | None, kind: str) -> str:
-    """The 40-hex commit of a branch or tag: the cached one, else what the hub says now."""
+    """The 40-hex commit of a branch or tag: the cached one, else what the hub says now.
+
+    Raises ModelError or DataError where neither is to be had.
+    """
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
-    cached = folder / "refs" / (revision or "main")
-    if cached.is_file():
-        return cached.read_text().strip()
-    info = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT)
-    return info.sha
+    try:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+        cached = folder / "refs" / (revision or "main")
+        if cached.is_file():
+            return cached.read_text().strip()
+        api = HfApi()
+        return api.repo_info(repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT).sha
+    except Exception as error:
+        raise _hub_trouble(repo, kind, error) from error
 
 
-def _hub_trouble(name: str, kind: str, error: Exception) -> tuple[str, str]:
-    """Message and hint; the hub's own first line says what went wrong."""
+def _hub_trouble(name: str, kind: str, error: Exception) -> DataError | ModelError:
+    """The hub's own first line says what went wrong."""
     reason = str(error).strip().splitlines() or [""]
-    return (
+    return (DataError if kind == "dataset" else ModelError)(
         f"the {kind} {name} is neither on this machine nor to be had from the hub "
         f"({type(error).__name__}: {reason[0][:160]})",
         f"check the name and the network, or name a local folder (./…) as the {kind}",

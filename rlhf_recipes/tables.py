@@ -10,12 +10,19 @@ from rlhf_recipes.guards import Limits
 KINDS = ("sft", "reward", "ppo", "dpo")
 RESERVED = ("kto", "rloo", "grpo")
 POLICY_KINDS = ("sft", "ppo", "dpo")
+# The kinds that can serve each role.
+ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def is_path(text: str) -> bool:
     """Whether a name is a local path rather than a hub id."""
     return text in (".", "..") or text.startswith(("./", "../", "/", "~"))
+
+
+def located(name: str, base: Path) -> Path:
+    """The file or folder that a local path names, where relative ones start from `base`."""
+    return (base / Path(name).expanduser()).resolve()
 
 
 def _base() -> Any:
@@ -41,7 +48,7 @@ class ModelTable:
 
     @property
     def folder(self) -> Path:
-        return (self.base / Path(self.name).expanduser()).resolve()
+        return located(self.name, self.base)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class DatasetTable:
     @property
     def file(self) -> Path:
         """The file, or the folder."""
-        return (self.base / Path(self.path).expanduser()).resolve()
+        return located(self.path, self.base)
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,12 @@ EXTRAS: dict[str, Keys] = {
 }
 
 
-def dataset_keys(of_stage: bool) -> Keys:
+def _own_dataset_keys() -> Keys:
     keys = fields_of(DatasetTable)
-    if of_stage:
-        del keys["test_split"]
-        for key in SHARED_DATA_KEYS:
-            keys[key] = Field(
-                standing="owned",
-                owner=f"dataset.{key}",
-                reason="a prompt is on the same side of the split in every stage",
-            )
+    del keys["test_split"]
+    why = "a prompt is on the same side of the split in every stage"
+    for key in SHARED_DATA_KEYS:
+        keys[key] = Field(standing="owned", owner=f"dataset.{key}", reason=why)
     return keys
 
 
@@ -137,7 +140,7 @@ def stage_keys(kind: str) -> Keys:
         wiring["reward_model"] = _TEXT
     if kind in ("ppo", "dpo"):
         wiring["reference"] = _TEXT
-    return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": dataset_keys(of_stage=True)}
+    return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": _own_dataset_keys()}
 
 
 def top_keys() -> Keys:
@@ -148,7 +151,7 @@ def top_keys() -> Keys:
         "seed": Field(("int",), 42, range="at least 0"),
         "model": fields_of(ModelTable),
         "lora": trl_fields()["lora"],
-        "dataset": dataset_keys(of_stage=False),
+        "dataset": fields_of(DatasetTable),
         "evaluation": fields_of(EvaluationTable),
     }
 

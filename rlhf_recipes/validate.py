@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
-from rlhf_recipes.tables import (
-    DATA_SUFFIXES,
-    DatasetTable,
-    is_path,
-    kinds_of,
-    stage_keys,
-    top_keys,
-)
+from rlhf_recipes.tables import DATA_SUFFIXES, DatasetTable, is_path, kinds_of, stage_keys, top_keys
 
 Key = tuple[str | int, ...]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -123,11 +116,9 @@ class Checker:
         if "test_split" in values and "test_fraction" in values:
             self.problem((*at, "test_fraction"), "leave it out: test_split says what the test is")
         validation = values.get("validation_fraction", DatasetTable.validation_fraction)
-        test = (
-            0.0
-            if "test_split" in values
-            else values.get("test_fraction", DatasetTable.test_fraction)
-        )
+        test = values.get("test_fraction", DatasetTable.test_fraction)
+        if "test_split" in values:
+            test = 0.0
         if validation + test >= 1:
             key = "test_fraction" if "test_fraction" in values else "validation_fraction"
             self.problem((*at, key), f"nothing is left to train on: {validation} + {test} ≥ 1")
@@ -164,7 +155,7 @@ class Checker:
                 self.problem(at, f"weights in {quantization} cannot train; adapters on them can")
             return None
         given = self.table(written, trl_fields()["lora"], at)
-        lora = resolve(trl_fields()["lora"], given, lora=True)
+        lora, _ = resolve(trl_fields()["lora"], given, lora=True)
         for key in ("layers_to_transform", "layers_pattern"):
             if key in given and isinstance(lora["target_modules"], str):
                 self.problem((*at, key), "needs target_modules to be a list of names")
@@ -195,14 +186,14 @@ class Checker:
         return self.table(written, top_keys()["evaluation"], ("evaluation",))
 
 
-def resolve(fields: dict[str, Field], given: dict[str, Any], lora: bool) -> dict[str, Any]:
-    """Every passed field: as given, else our default, else upstream's."""
-    resolved = {}
-    for name, field in fields.items():
-        if field.standing == "passed":
-            ours = field.our_default(lora)
-            resolved[name] = given.get(name, field.default if ours is None else ours)
-    return resolved
+def resolve(
+    fields: dict[str, Field], written: dict[str, Any], lora: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every passed field, as written, else our default, else upstream's; and all but the latter."""
+    given = {n: ours for n, f in fields.items() if (ours := f.our_default(lora)) is not None}
+    given |= {name: value for name, value in written.items() if name in fields}
+    passed = {name: f.default for name, f in fields.items() if f.standing == "passed"}
+    return passed | given, given
 
 
 def _settable(keys: Keys) -> list[str]:

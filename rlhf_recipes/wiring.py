@@ -9,8 +9,8 @@ from rlhf_recipes.tables import (
     EXTRAS,
     INHERITED_DATA_KEYS,
     KINDS,
-    POLICY_KINDS,
     RESERVED,
+    ROLES,
     DatasetTable,
     EvaluationTable,
     ModelTable,
@@ -23,8 +23,6 @@ from rlhf_recipes.validate import Checker, Key, resolve
 
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# The kinds that can serve each role.
-ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
 MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
 
 
@@ -67,22 +65,17 @@ class StageChecker(Checker):
     def stage(self, name: str, stages: list[str], lora: bool, data: dict[str, Any]) -> StageTable:
         """One stage, resolved. `data` is [dataset], of which its own dataset takes its limits."""
         kind, at = self.kinds[name], (name,)
-        keys, fields = stage_keys(kind), trl_fields()[kind]
-        values = self.table(self.data.get(name, {}), keys, at)
+        values = self.table(self.data.get(name, {}), stage_keys(kind), at)
         if name in KINDS and values.get("kind", kind) != kind:
             self.problem((*at, "kind"), f'must be "{name}", or left out')
-        given = {n: v for n, f in fields.items() if (v := f.our_default(lora)) is not None}
-        given |= {n: v for n, v in values.items() if n in fields}
-        options = resolve(fields, given, lora)
+        options, given = resolve(trl_fields()[kind], values, lora)
         extras = _extras(kind, values, options)
         if kind == "ppo":
             self.ppo(options, extras, at)
         return StageTable(
             name=name,
             kind=kind,
-            policy=self.role("policy", name, values, stages),
-            reward_model=self.role("reward_model", name, values, stages),
-            reference=self.role("reference", name, values, stages),
+            **{role: self.role(role, name, values, stages) for role in ROLES},
             dataset=self.own_dataset(name, values, data),
             extras=extras,
             options=options,
@@ -101,9 +94,8 @@ class StageChecker(Checker):
         if role == "reward_model" and (is_path(named) or "/" in named):
             self.model_name(named, key)
         elif named in before and named not in able:
-            self.problem(
-                key, f'"{named}" is of kind {self.kinds[named]}, not {" or ".join(ROLES[role])}'
-            )
+            wanted = " or ".join(ROLES[role])
+            self.problem(key, f'"{named}" is of kind {self.kinds[named]}, not {wanted}')
         elif named in stages and named not in able:
             self.problem(key, f'"{named}" does not come before "{name}" in stages')
         elif named not in able:
@@ -142,11 +134,12 @@ class StageChecker(Checker):
             self.problem(key, f"{table.name} has nothing to score with: {what}")
 
 
-def check(data: dict[str, Any], base: Path) -> tuple[dict[str, Any], StageChecker]:
+def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecker]:
     """The parts of a Recipe, to be used only if the checker holds no problem.
 
-    `data` is the parsed recipe, `base` the folder that its relative paths start from.
+    `data` is the parsed recipe, `path` its file: relative paths start from the folder around it.
     """
+    base = path.parent.resolve()
     checker = StageChecker(data, base)
     top = checker.top()
     model, dataset, evaluation = checker.model(), checker.dataset(), checker.evaluation()
@@ -161,7 +154,7 @@ def check(data: dict[str, Any], base: Path) -> tuple[dict[str, Any], StageChecke
     if checker.problems:
         return {}, checker
     return {
-        "title": top.get("title", ""),
+        "title": top.get("title") or path.stem,
         "stages": tuple(names),
         "seed": top.get("seed", 42),
         "model": ModelTable(**model, base=base),
