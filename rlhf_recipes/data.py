@@ -1,16 +1,20 @@
 """From a file or a hub dataset to the ids of train, validation, test and judge.
 
-A row is recognised, normalised to a prompt (messages) and its answers (texts), encoded once, and
+A row is recognised, normalised to a prompt (messages) and what answers it has (texts), encoded, and
 put on one side of the split by a digest of its prompt: the same prompt is on the same side in every
 stage, in every dataset, for ever. What is dropped is counted by reason.
 """
 
 from __future__ import annotations
 
+import os.path
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from jinja2 import TemplateError
 
 from rlhf_recipes.errors import DataError
 from rlhf_recipes.identity import digest
@@ -19,11 +23,15 @@ from rlhf_recipes.tokens import Messages, Tokens, encode
 
 SHAPES = """\
   prompt + chosen + rejected        texts, or lists of {role, content}
-  chosen + rejected                 lists of {role, content} that share their first turns
+  chosen + rejected                 lists of {role, content} that share their first turns, or texts
+                                    that do: "\\n\\nHuman: …\\n\\nAssistant: …"
   conversations + chosen + rejected ShareGPT: lists of {from, value}
-  prompt + completion, or messages  demonstrations, for SFT alone"""
+  prompt + response_a + response_b + winner   a, b or tie
+  prompt + completion, or messages  demonstrations, for SFT alone
+  prompt                            for PPO and the evaluation"""
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's and HH-RLHF's, in lower case
+TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 
 
 class Unusable(Exception):
@@ -32,11 +40,11 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Example:
-    """One row, encoded. A demonstration has no rejected answer."""
+    """One row, encoded. A demonstration has no rejected answer, a prompt alone has none at all."""
 
     prompt: str  # the last user turn, for people
     prompt_ids: list[int]
-    chosen_ids: list[int]  # ends in EOS
+    chosen_ids: list[int] | None  # ends in EOS
     rejected_ids: list[int] | None  # ends in EOS
 
 
@@ -59,27 +67,20 @@ class Data:
 
 
 def load_data(table: Any, tokens: Tokens) -> Data:
-    """Read, encode and split one [dataset] table (`recipe.DatasetTable`).
+    """Read, encode and split a [dataset] table (`tables.DatasetTable`), with what it holds.
 
-    Raises DataError where no row fits a shape that is understood, or more than half are bad.
+    Raises DataError where a column is not there, no row fits a shape, or more than half are bad.
     """
-    data = Data()
-    sides = [(_load_split(table, table.split or "train"), None)]
-    if table.test_split:
-        sides.append((_load_split(table, table.test_split), "test"))
+    data, tables = Data(), (table, *table.more)
+    test_fraction = 0.0 if any(one.test_split for one in tables) else table.test_fraction
     kept: list[tuple[str, str, Example]] = []
-    for rows, side in sides:
-        for row in rows:
-            data.rows += 1
-            try:
-                prompt, example = _example(row, table, tokens)
-            except Unusable as reason:
-                data.dropped[str(reason)] += 1
-                continue
-            kept.append((side or _side(prompt, table), prompt, example))
-            if table.max_rows and side is None and len(kept) == table.max_rows:
-                break
-    _check_share(data, sides[0][0].column_names, table)
+    for one in tables:
+        rows, read = _read(one, tokens)
+        kept += [
+            (side or _side(prompt, test_fraction, table), prompt, e) for side, prompt, e in rows
+        ]
+        data.rows += read.rows
+        data.dropped += read.dropped
     tested = {prompt for side, prompt, _ in kept if side == "test"}
     for side, prompt, example in kept:
         if side != "test" and prompt in tested:
@@ -91,15 +92,52 @@ def load_data(table: Any, tokens: Tokens) -> Data:
     return data
 
 
+def _read(table: Any, tokens: Tokens) -> tuple[list[tuple[str | None, str, Example]], Data]:
+    """The usable rows of one table, and what became of all; "test" for those of its test split."""
+    data, kept, left_out = Data(), [], 0
+    sides = [(_load_split(table, table.split or "train"), None)]
+    if table.test_split:
+        sides.append((_load_split(table, table.test_split), "test"))
+    names, found = table.columns or {}, sides[0][0].column_names
+    if lacking := sorted(set(names.values()) - set(found)):
+        what = f"has no column {', '.join(lacking)}; its columns are {', '.join(found)}"
+        raise DataError(f"{table.path} {what}")
+    for rows, side in sides:
+        for row in rows:
+            data.rows += 1
+            try:
+                named = {ours: row.get(theirs) for ours, theirs in names.items()}
+                prompt, example = _example(row | named, table, tokens)
+            except Unusable as reason:
+                data.dropped[str(reason)] += 1
+                continue
+            if table.weight and _fraction("weight", prompt) >= table.weight:
+                left_out += 1
+                continue
+            kept.append((side, prompt, example))
+            if table.max_rows and side is None and len(kept) == table.max_rows:
+                break
+    _check_share(data, found, table)
+    data.dropped["beyond the dataset's weight"] = left_out
+    return kept, data
+
+
+def answered(examples: Iterable[Example]) -> list[Example]:
+    return [example for example in examples if example.chosen_ids is not None]
+
+
+def pairs(examples: Iterable[Example]) -> list[Example]:
+    return [example for example in examples if example.rejected_ids is not None]
+
+
 def unique_prompts(examples: Iterable[Example]) -> list[Example]:
     """The first example of each prompt, in order."""
     return list({tuple(e.prompt_ids): e for e in reversed(list(examples))}.values())[::-1]
 
 
-def _side(prompt: str, table: Any) -> str:
+def _side(prompt: str, test: float, table: Any) -> str:
     """train, validation or test, by a digest of the prompt."""
     place = _fraction("split", prompt)
-    test = 0.0 if table.test_split else table.test_fraction
     if place < test:
         return "test"
     return "validation" if place < test + table.validation_fraction else "train"
@@ -115,6 +153,8 @@ def _load_split(table: Any, split: str) -> Any:
     from datasets import load_dataset
 
     words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
+    if isinstance(table.data_files, dict) and split in table.data_files:
+        words["data_files"] = {split: table.data_files[split]}  # others may have other columns
     if not table.is_local:
         return load_dataset(table.path, split=split, revision=dataset_commit(table), **words)
     builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -142,27 +182,30 @@ def _check_share(data: Data, columns: list[str], table: Any) -> None:
 def _example(row: Mapping[str, Any], table: Any, tokens: Tokens) -> tuple[str, Example]:
     """The canonical text of the row's prompt, and the row encoded. Raises Unusable."""
     prompt, chosen, rejected = understand(row)
-    if rejected is not None and chosen == rejected:
+    answers = [answer for answer in (chosen, rejected) if answer is not None]
+    if len(answers) == 2 and chosen == rejected:
         raise Unusable("both answers are the same")
-    texts = [*(turn["content"] for turn in prompt), chosen, rejected or ""]
-    if any(tokens.has_specials(text) for text in texts):
+    if any(tokens.has_specials(t) for t in (*(turn["content"] for turn in prompt), *answers)):
         raise Unusable("text contains a special token")
-    if not chosen.strip() or (rejected is not None and not rejected.strip()):
+    if not all(answer.strip() for answer in answers):
         raise Unusable("empty answer")
     key = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
     shown = prompt[-1]["content"]
     if table.system is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": table.system}, *prompt]
-    prompt_ids, chosen_ids = encode(tokens, prompt, chosen)
+    try:
+        prompt_ids, chosen_ids = encode(tokens, prompt, chosen)
+    except TemplateError as error:  # roles that do not alternate, a system message, …
+        raise Unusable(f"the chat template refuses it: {error}") from error
     rejected_ids = encode(tokens, prompt, rejected)[1] if rejected is not None else None
     if len(prompt_ids) > table.max_prompt_tokens:
         raise Unusable(f"prompt over {table.max_prompt_tokens} tokens")
     if max(len(chosen_ids), len(rejected_ids or ())) > table.max_answer_tokens:
         raise Unusable(f"answer over {table.max_answer_tokens} tokens")
-    return key, Example(shown, prompt_ids, chosen_ids, rejected_ids)
+    return key, Example(shown, prompt_ids, chosen_ids or None, rejected_ids)
 
 
-def understand(row: Mapping[str, Any]) -> tuple[Messages, str, str | None]:
+def understand(row: Mapping[str, Any]) -> tuple[Messages, str | None, str | None]:
     """`normalise`, with a row that has a shape's keys and not its contents Unusable too."""
     try:
         return normalise(row)
@@ -170,42 +213,66 @@ def understand(row: Mapping[str, Any]) -> tuple[Messages, str, str | None]:
         raise Unusable("no shape that is understood") from error
 
 
-def normalise(row: Mapping[str, Any]) -> tuple[Messages, str, str | None]:
-    """Prompt, chosen and rejected answer of a row in any shape of SHAPES. Raises Unusable."""
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        return _preference(row)
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        prompt = _messages(row["prompt"])
-        return _ends_on_user(prompt), _last_answer(row["completion"]), None
-    turns = row.get("messages") or row.get("conversations")
-    if turns:
-        *prompt, answer = _messages(turns)
-        return _ends_on_user(prompt), _answer(answer), None
-    raise Unusable("no shape that is understood")
+def normalise(row: Mapping[str, Any]) -> tuple[Messages, str | None, str | None]:
+    """Prompt, chosen and rejected answer of a row in any shape of SHAPES; None is what it lacks.
+
+    Raises Unusable, and what `understand` catches.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    if {"response_a", "response_b", "winner"} <= row.keys():
+        row["chosen"], row["rejected"] = _by_winner(row)
+    given = row.get("conversations") or row.get("prompt") or []
+    chosen, rejected = row.get("chosen", row.get("completion")), row.get("rejected")
+    if chosen is None:
+        turns = row.get("messages") or row.get("conversations")
+        *given, last = _messages(turns or given)
+        if last["role"] == "user" or not turns:
+            return _ends_on_user([*given, last]), None, None
+        chosen, rejected = last, None
+    elif not given and isinstance(chosen, str) and not TRANSCRIPT.match(chosen):
+        given, chosen, rejected = _common_start(row)
+    prompt, answer = _answer(_messages(given), chosen)
+    if rejected is not None:
+        other, rejected = _answer(_messages(given), rejected)
+        if other != prompt:
+            raise Unusable("the two answers are to different prompts")
+    return _ends_on_user(prompt), answer, rejected
 
 
-def _preference(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
-    chosen, rejected = row["chosen"], row["rejected"]
-    given = row.get("conversations") or row.get("prompt")
-    if given:
-        return _ends_on_user(_messages(given)), _last_answer(chosen), _last_answer(rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str):
+def _by_winner(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    winner = str(row["winner"]).strip().lower()
+    if winner.startswith(("tie", "both", "neither")):
+        raise Unusable("a tie")
+    winner = winner.removeprefix("model_").removeprefix("response_")
+    order = {"a": 1, "1": 1, "1.0": 1, "b": -1, "2": -1, "2.0": -1}  # 1.0: a column with gaps
+    if winner not in order:
+        raise Unusable("the winner is not a, b or tie")
+    return (row["response_a"], row["response_b"])[:: order[winner]]
+
+
+def _common_start(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """TRL's implicit prompt: the words that both texts begin with, if no other column may be it."""
+    answers = row["chosen"], row["rejected"]
+    start = re.match(r"(.*\s)?", os.path.commonprefix(answers), re.DOTALL)[0]
+    others = [value for key, value in row.items() if key not in ("chosen", "rejected")]
+    if not start.strip() or any(isinstance(value, str | list) for value in others):
         raise Unusable("no prompt")
-    chosen, rejected = _messages(chosen), _messages(rejected)
-    if chosen[:-1] != rejected[:-1]:
-        raise Unusable("the two answers are to different prompts")
-    return _ends_on_user(chosen[:-1]), _answer(chosen[-1]), _answer(rejected[-1])
+    return start.strip(), *(answer[len(start) :] for answer in answers)
 
 
 def _messages(value: Any) -> Messages:
-    """A text, or turns in either spelling, as [{role, content}]."""
+    """A text, a transcript, or turns in either spelling, as [{role, content}]."""
+    if isinstance(value, str) and TRANSCRIPT.match(value):
+        text = value.strip().removesuffix("\n\nAssistant:")
+        _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+        said = zip(parts[::2], parts[1::2], strict=True)
+        value = [{"from": who.lower(), "value": what.strip()} for who, what in said]
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     turns = []
     for turn in [value] if isinstance(value, Mapping) else value:
         if "from" in turn:
-            role = SHAREGPT_ROLES.get(turn["from"], turn["from"])
-            turns.append({"role": role, "content": turn["value"]})
+            turns.append({"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]})
         else:
             turns.append({"role": turn["role"], "content": turn["content"]})
         if not isinstance(turns[-1]["content"], str):
@@ -214,19 +281,22 @@ def _messages(value: Any) -> Messages:
 
 
 def _ends_on_user(prompt: Messages) -> Messages:
-    if not prompt or prompt[-1]["role"] != "user":
+    if not prompt:
+        raise Unusable("no prompt")
+    if prompt[-1]["role"] != "user":
         raise Unusable("the prompt does not end on the user's turn")
     if not prompt[-1]["content"].strip():
         raise Unusable("empty prompt")
     return prompt
 
 
-def _last_answer(value: Any) -> str:
-    """The answer itself, where `chosen` is a text, a turn, or the whole conversation."""
-    return value if isinstance(value, str) else _answer(_messages(value)[-1])
-
-
-def _answer(turn: Mapping[str, str]) -> str:
-    if turn["role"] != "assistant":
+def _answer(given: Messages, value: Any) -> tuple[Messages, str]:
+    """Prompt and answer, where `value` is a text, a turn, or turns: all, or those after `given`."""
+    if isinstance(value, str) and not TRANSCRIPT.match(value):
+        return given, value
+    *own, answer = _messages(value)
+    if answer["role"] != "assistant":
         raise Unusable("the answer is not the assistant's turn")
-    return turn["content"]
+    if own and own[0]["role"] == "assistant":
+        own = [*given, *own]
+    return max(given, own, key=len), answer["content"]

@@ -94,7 +94,9 @@ def rebase(text: str, source: Path, target: Path) -> str:
     """`text` with its relative paths, which start from `source`, starting from `target`."""
     document = tomlkit.parse(text)
     tables = [document[name] for name in kinds_of(document.unwrap()) if name in document]
-    places = [(document["model"], "name"), (document["dataset"], "path")]
+    data = document["dataset"]
+    places = [(document["model"], "name")]
+    places += [(table, "path") for table in ([data] if isinstance(data, dict) else data)]
     places += [(table, "reward_model") for table in tables]
     places += [(table["dataset"], "path") for table in tables if "dataset" in table]
     for table, key in places:

@@ -36,6 +36,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
     "at least 1, or -1": lambda value: value >= 1 or value == -1,
+    "above 0, at most 1": lambda value: 0 < value <= 1,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "at least 0 and below 1": lambda value: 0 <= value < 1,
 }

@@ -16,8 +16,7 @@ ENDS = ("", "]", "]]", "]}")  # what may be missing after a line: it can stand i
 def key_lines(text: str) -> dict[KeyPath, int]:
     """From a key's path, with an index for each place in an array, to its line, counted from 1.
 
-    `text` is valid TOML. A table stands where it is first named or implied; so does an array of
-    tables.
+    `text` is valid TOML. A table stands where it is first named or implied.
     """
     found: dict[KeyPath, int] = {}
     lines = text.split("\n")
@@ -48,6 +47,5 @@ def _paths(value: Any, at: KeyPath) -> Iterator[KeyPath]:
         for key, inner in value.items():
             yield from _paths(inner, (*at, key))
     elif isinstance(value, list):
-        tables = all(isinstance(inner, dict) for inner in value)
         for place, inner in enumerate(value):
-            yield from _paths(inner, at if tables else (*at, place))
+            yield from _paths(inner, (*at, place))

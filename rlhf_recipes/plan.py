@@ -121,10 +121,13 @@ def _wiring(recipe: Recipe) -> Iterator[Wired]:
 
 
 def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
-    """The identity of the stage's rows: their files, and the settings that choose among them."""
-    settings = asdict(table)
+    """The identity of a stage's rows: their files, and the settings that choose among them."""
+    settings = asdict(table) | {"more": [_data(other, kind, runs) for other in table.more]}
     for place in ("path", "revision", "base"):
         del settings[place]  # the source's identity stands for them
+    for later in ("columns", "weight", "more"):
+        if not settings[later]:
+            del settings[later]  # or all keys of before there were any would change
     if kind not in ("reward", "dpo"):
         del settings["judge_fraction"]  # so that asking for the judge later redoes no SFT
     return sources.identify_dataset(table, runs) | settings

@@ -48,6 +48,7 @@ class Recipe:
         model = asdict(self.model) | {"base": None}
         if self.model.is_local:
             model["name"] = str(self.model.folder)
+        resolved = [_resolved_dataset(table) for table in (self.dataset, *self.dataset.more)]
         stages = {table.name: self._resolved_stage(table) for table in self.tables.values()}
         return _without_none(
             {
@@ -57,7 +58,7 @@ class Recipe:
                 "evaluation": asdict(self.evaluation) if self.evaluation else False,
                 "lora": False if self.lora is None else self.lora,
                 "model": model,
-                "dataset": _resolved_dataset(self.dataset),
+                "dataset": resolved if self.dataset.more else resolved[0],
                 **stages,
             }
         )
@@ -73,7 +74,7 @@ class Recipe:
 
 
 def _resolved_dataset(table: DatasetTable) -> dict[str, Any]:
-    out = asdict(table) | {"base": None}
+    out = asdict(table) | {"base": None, "more": None}
     if table.is_local:
         out["path"] = str(table.file)
     if table.test_split:
@@ -84,7 +85,7 @@ def _resolved_dataset(table: DatasetTable) -> dict[str, Any]:
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(v) for key, v in value.items() if v is not None}
-    return value
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 # ---- loading

@@ -13,6 +13,8 @@ POLICY_KINDS = ("sft", "ppo", "dpo")
 # The kinds that can serve each role.
 ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# What data.py reads of a row.
+COLUMNS = "prompt chosen rejected completion messages conversations response_a response_b winner"
 
 
 def is_path(text: str) -> bool:
@@ -53,7 +55,11 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """Lengths are in tokens, fractions of prompts (`judge_fraction`: of training pairs)."""
+    """Lengths are in tokens, fractions of prompts (`judge_fraction`: of training pairs).
+
+    Of several [[dataset]] tables, the first holds the others, and the rows of all are put together.
+    `weight` is the share of its prompts, by digest, that a dataset gives of each side; None: all.
+    """
 
     path: str
     name: str | None = None
@@ -69,6 +75,10 @@ class DatasetTable:
     test_split: str | None = None
     judge_fraction: float = _ranged(0.25, "at least 0 and below 1")
     system: str | None = None
+    weight: float | None = _ranged(None, "above 0, at most 1")
+    # What the file calls COLUMNS otherwise: ours = theirs.
+    columns: dict[str, str] | None = field(default=None, hash=False, metadata={"key": False})
+    more: tuple["DatasetTable", ...] = field(default=(), metadata={"key": False})
     base: Path = _base()
 
     @property
@@ -124,8 +134,14 @@ EXTRAS: dict[str, Keys] = {
 }
 
 
+def dataset_keys() -> Keys:
+    keys: dict[str, Any] = fields_of(DatasetTable)
+    keys["columns"] = dict.fromkeys(COLUMNS.split(), _TEXT)
+    return keys
+
+
 def _own_dataset_keys() -> Keys:
-    keys = fields_of(DatasetTable)
+    keys = dataset_keys()
     del keys["test_split"]
     why = "a prompt is on the same side of the split in every stage"
     for key in SHARED_DATA_KEYS:
@@ -151,7 +167,7 @@ def top_keys() -> Keys:
         "seed": Field(("int",), 42, range="at least 0"),
         "model": fields_of(ModelTable),
         "lora": trl_fields()["lora"],
-        "dataset": fields_of(DatasetTable),
+        "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),
     }
 

@@ -3,14 +3,25 @@
 `wiring.check` goes through the whole recipe.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
-from rlhf_recipes.tables import DATA_SUFFIXES, DatasetTable, is_path, kinds_of, stage_keys, top_keys
+from rlhf_recipes.tables import (
+    DATA_SUFFIXES,
+    INHERITED_DATA_KEYS,
+    SHARED_DATA_KEYS,
+    DatasetTable,
+    is_path,
+    kinds_of,
+    stage_keys,
+    top_keys,
+)
 
 Key = tuple[str | int, ...]
+OUTSIDE = re.compile(r'"[/~]|\.\./|://')
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 # Modules that carry the vocabulary, by the names that transformers' models give them.
 VOCABULARY = "lm_head embed_out output_projection embed_tokens wte wpe word_embeddings embed_in"
@@ -106,23 +117,35 @@ class Checker:
             what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
             self.problem(key, f"{folder} is {what}")
 
-    def dataset(self) -> dict[str, Any]:
-        at = ("dataset",)
-        if "dataset" not in self.data:
-            self.problem(at, 'is missing: [dataset] with path = "…" names the preference data')
-            return {}
-        values = self.table(self.data["dataset"], top_keys()["dataset"], at)
-        self.data_source(self.data["dataset"], values, at)
-        if "test_split" in values and "test_fraction" in values:
-            self.problem((*at, "test_fraction"), "leave it out: test_split says what the test is")
-        validation = values.get("validation_fraction", DatasetTable.validation_fraction)
-        test = values.get("test_fraction", DatasetTable.test_fraction)
-        if "test_split" in values:
-            test = 0.0
+    def datasets(self) -> list[dict[str, Any]]:
+        """[dataset], or each [[dataset]]; what a later one leaves out is as in the first."""
+        written, shared, tables = self.data.get("dataset"), {}, []
+        if written in (None, []):
+            what = 'is missing: [dataset] with path = "…" names the preference data'
+            self.problem(("dataset",), what)
+            return [{}]
+        many = isinstance(written, list)
+        for place, one in enumerate(written if many else [written]):
+            at = ("dataset", place) if many else ("dataset",)
+            values = self.table(one, top_keys()["dataset"], at)
+            self.data_source(one, values, at)
+            if "test_split" in values and "test_fraction" in values:
+                what = "leave it out: test_split says what the test is"
+                self.problem((*at, "test_fraction"), what)
+            for key in SHARED_DATA_KEYS:
+                if key in values and shared.setdefault(key, values[key]) != values[key]:
+                    what = "a prompt is on the same side in every dataset"
+                    self.problem((*at, key), f"is {shared[key]} above, and {what}")
+            tables.append(values)
+        validation = shared.get("validation_fraction", DatasetTable.validation_fraction)
+        test = shared.get("test_fraction", DatasetTable.test_fraction)
+        test *= not any("test_split" in values for values in tables)
         if validation + test >= 1:
-            key = "test_fraction" if "test_fraction" in values else "validation_fraction"
-            self.problem((*at, key), f"nothing is left to train on: {validation} + {test} ≥ 1")
-        return values
+            key = "test_fraction" if "test_fraction" in shared else "validation_fraction"
+            what = f"nothing is left to train on: {validation} + {test} ≥ 1"
+            self.problem(("dataset", key), what)
+        shared |= {key: tables[0][key] for key in INHERITED_DATA_KEYS if key in tables[0]}
+        return [shared | values for values in tables]
 
     def data_source(self, written: Any, values: dict[str, Any], at: Key) -> None:
         if isinstance(written, dict) and "path" not in written:
@@ -146,6 +169,9 @@ class Checker:
         for name in idle:
             if name in values:
                 self.problem((*at, name), "says nothing about a local file: leave it out")
+        for name in ("data_dir", "data_files"):  # what lies elsewhere would be in no key
+            if name not in idle and OUTSIDE.search(json.dumps(values.get(name))):
+                self.problem((*at, name), f"must name what is inside {table.path}")
 
     def lora(self, quantization: str) -> dict[str, Any] | None:
         """LoraConfig's arguments, every passed field that is not None; None for `lora = false`."""

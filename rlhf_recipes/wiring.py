@@ -1,6 +1,7 @@
 """The stages of a recipe: the kind of each, what it takes from those before, its settings."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ class StageChecker(Checker):
                 near = suggest(name, (*KINDS, *stages, *top_keys()))
                 self.problem((name,), f"unknown table: stages does not name it{near}")
 
-    def stage(self, name: str, stages: list[str], lora: bool, data: dict[str, Any]) -> StageTable:
-        """One stage, resolved. `data` is [dataset], of which its own dataset takes its limits."""
+    def stage(self, name: str, stages: list[str], lora: bool, data: list[dict]) -> StageTable:
+        """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
         kind, at = self.kinds[name], (name,)
         values = self.table(self.data.get(name, {}), stage_keys(kind), at)
         if name in KINDS and values.get("kind", kind) != kind:
@@ -103,14 +104,14 @@ class StageChecker(Checker):
         return named
 
     def own_dataset(
-        self, name: str, values: dict[str, Any], data: dict[str, Any]
+        self, name: str, values: dict[str, Any], data: list[dict]
     ) -> DatasetTable | None:
         if "dataset" not in values:
             return None
         own, at = values["dataset"], (name, "dataset")
         self.data_source(self.data[name]["dataset"], own, at)
-        inherited = {key: data[key] for key in INHERITED_DATA_KEYS if key in data}
-        if "test_split" in data:
+        inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
+        if any("test_split" in table for table in data):
             what = "this data has no test side then, and may hold its prompts"
             self.problem(at, f"needs test_fraction in [dataset], in place of test_split: {what}")
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
@@ -142,24 +143,25 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     base = path.parent.resolve()
     checker = StageChecker(data, base)
     top = checker.top()
-    model, dataset, evaluation = checker.model(), checker.dataset(), checker.evaluation()
+    model, datasets, evaluation = checker.model(), checker.datasets(), checker.evaluation()
     lora = checker.lora(model.get("quantization", ModelTable.quantization))
     written = top.get("stages", [])
     names = checker.stages(written)
-    tables = [checker.stage(name, names, lora is not None, dataset) for name in names]
+    tables = [checker.stage(name, names, lora is not None, datasets) for name in names]
     if names == written:
         for table in tables:
             checker.scoring(table)
     checker.stray_tables(written)
     if checker.problems:
         return {}, checker
+    first, *more = [DatasetTable(**table, base=base) for table in datasets]
     return {
         "title": top.get("title") or path.stem,
         "stages": tuple(names),
         "seed": top.get("seed", 42),
         "model": ModelTable(**model, base=base),
         "lora": lora,
-        "dataset": DatasetTable(**dataset, base=base),
+        "dataset": replace(first, more=tuple(more)),
         "evaluation": None if evaluation is None else EvaluationTable(**evaluation),
         "tables": {table.name: table for table in tables},
         "notes": tuple(checker.notes),

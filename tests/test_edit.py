@@ -185,6 +185,14 @@ def test_fork(tmp_path: Path) -> None:
     assert fork.table("sft").dataset.file == old.table("sft").dataset.file
 
 
+def test_fork_rebases_every_dataset(tmp_path: Path) -> None:
+    text = MINIMAL.replace("[dataset]", "[[dataset]]") + '[[dataset]]\npath = "./pairs.jsonl"\n'
+    new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / "new.toml")
+    assert new.read_text().count('"../pairs.jsonl"') == 2
+    fork = load_recipe(new).dataset
+    assert [table.file for table in (fork, *fork.more)] == [tmp_path / "pairs.jsonl"] * 2
+
+
 def test_fork_leaves_hub_ids_and_absolute_paths_alone(tmp_path: Path) -> None:
     text = MINIMAL.replace("./pairs", f"{tmp_path}/pairs")
     new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / "new.toml")

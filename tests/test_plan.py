@@ -92,6 +92,36 @@ def test_a_rerun_says_why(tmp_path: Path) -> None:
     assert reasons(plan(recipe))["sft"] == "model.content changed, dataset.content changed"
 
 
+def test_columns_and_a_test_file_are_in_the_key(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "a"}\n')
+    files = '{ train = "train.jsonl", test = "test.jsonl" }'
+    text = RECIPE.replace('"./pairs.jsonl"', f'"./data"\ndata_files = {files}\ntest_split = "test"')
+    recipe = toy(tmp_path, text=text)
+    first = plan(recipe)
+    later = {"columns", "weight", "more"}  # keys of before there were any hold
+    assert not later & first.stages[0].payload["dataset"].keys()
+    finish(first)
+    assert reasons(plan(recipe, "dataset.columns.prompt=a"))["sft"].startswith("dataset.columns")
+    (folder / "test.jsonl").write_text('{"prompt": "b"}\n')
+    assert reasons(plan(recipe))["sft"] == "dataset.content changed"
+
+
+def test_every_dataset_is_in_the_key(tmp_path: Path) -> None:
+    first = plan(toy(tmp_path))
+    more = '[[dataset]]\npath = "./more.jsonl"\nweight = 0.5\n'
+    text = RECIPE.replace("[dataset]", "[[dataset]]").replace("[sft]", more + "[sft]")
+    (tmp_path / "more.jsonl").write_text('{"prompt": "a"}\n')
+    finish(plan(toy(tmp_path, text=text)))
+    assert reasons(plan(toy(tmp_path, text=text.replace("0.5", "0.25")))).keys() == set(STAGES)
+    (tmp_path / "more.jsonl").write_text('{"prompt": "b"}\n')
+    assert reasons(plan(toy(tmp_path, text=text))).keys() == set(STAGES)
+    one = plan(toy(tmp_path, text=text.replace(more, "")))  # [[dataset]] once is [dataset]
+    assert [stage.key for stage in one.stages] == [stage.key for stage in first.stages]
+
+
 def test_the_run_s_own_last_stages_come_before_nearer_kin(tmp_path: Path) -> None:
     recipe = toy(tmp_path)
     mine = plan(recipe, "reward.weight_decay=0.1")

@@ -143,6 +143,22 @@ def test_resolved_is_a_recipe_whose_stages_are_the_same(tmp_path: Path) -> None:
     assert again.resolved() == recipe.resolved() | {"title": "my"}
 
 
+def test_columns_and_a_test_file_are_resolved(tmp_path: Path) -> None:
+    text = MINIMAL.replace(
+        DATA,
+        'path = "./model"\ndata_files = { train = "a.jsonl", test = "b/*.jsonl" }\n'
+        'test_split = "test"\n[dataset.columns]\nprompt = "question"',
+    )
+    recipe = load_recipe(write(tmp_path, text), set=["dataset.columns.chosen=good"])
+    assert recipe.dataset.columns == {"prompt": "question", "chosen": "good"}
+    resolved = tmp_path / "elsewhere" / "resolved.toml"
+    resolved.parent.mkdir()
+    resolved.write_text(tomlkit.dumps(recipe.resolved()))
+    again = load_recipe(resolved).dataset
+    assert (again.columns, again.data_files) == (recipe.dataset.columns, recipe.dataset.data_files)
+    assert (again.file, again.test_split) == (tmp_path / "model", "test")
+
+
 def test_identity_and_layout(tmp_path: Path) -> None:
     def settings(words: str) -> tuple[dict, dict]:
         recipe = load(tmp_path, MINIMAL + "[ppo]\n" + words)
@@ -291,7 +307,13 @@ DATA = 'path = "./pairs.jsonl"'
         (DATA, DATA + '\ndata_files = "x"', "my.toml:8: dataset.data_files: says nothing about a local file: leave it out"),
         (DATA, DATA + '\ntest_split = "t"\ntest_fraction = 0.1', "my.toml:9: dataset.test_fraction: leave it out: test_split says what the test is"),
         (DATA, DATA + "\njudge_fraction = 1.0", "my.toml:8: dataset.judge_fraction: must be at least 0 and below 1, not 1.0"),
-        (DATA, DATA + "\nmax_length = 9", 'my.toml:8: dataset.max_length: unknown key (there are path, name, data_dir, data_files, split, revision, max_prompt_tokens, max_answer_tokens, max_rows, validation_fraction, test_fraction, test_split, judge_fraction, system)'),
+        (DATA, DATA + "\nmax_length = 9", 'my.toml:8: dataset.max_length: unknown key (there are path, name, data_dir, data_files, split, revision, max_prompt_tokens, max_answer_tokens, max_rows, validation_fraction, test_fraction, test_split, judge_fraction, system, weight, columns)'),
+        (DATA, DATA + '\ncolumns = "question"', 'my.toml:8: dataset.columns: must be a table, not "question"'),
+        (DATA, DATA + '\n[dataset.columns]\nprompt = 3', "my.toml:9: dataset.columns.prompt: must be text, not 3"),
+        (DATA, DATA + '\ncolumns = { reject = "bad" }', 'my.toml:8: dataset.columns.reject: unknown key (did you mean "rejected"?)'),
+        (DATA, 'path = "./model"\ndata_files = { train = "../pairs.jsonl" }', "my.toml:8: dataset.data_files: must name what is inside ./model"),
+        (DATA, 'path = "./model"\ndata_files = ["a.jsonl", "/b.jsonl"]', "my.toml:8: dataset.data_files: must name what is inside ./model"),
+        (DATA, 'path = "./model"\ndata_dir = "~/x"', "my.toml:8: dataset.data_dir: must name what is inside ./model"),
         # LoRA
         (STAGES, STAGES + '\nlora = "no"', 'my.toml:2: lora: must be a table or false, not "no"'),
         (STAGES, STAGES + '\nlora.target_modules = ["q_proj", "model.embed_tokens"]', "my.toml:2: lora.target_modules: model.embed_tokens holds the vocabulary, which all adapters share as it is"),
@@ -324,6 +346,56 @@ def test_all_weights_do_not_train_in_4_bit(tmp_path: Path) -> None:
     text = "lora = false\n" + MINIMAL.replace(MODEL, MODEL + '\nquantization = "4bit"')
     found = problems(tmp_path, text)
     assert found == ["my.toml:1: lora: weights in 4bit cannot train; adapters on them can"]
+
+
+TWO = (
+    MINIMAL.replace("[dataset]", "[[dataset]]")
+    + """\
+max_prompt_tokens = 64
+judge_fraction = 0.5
+
+[[dataset]]
+path = "org/more"
+weight = 0.5
+test_split = "test"
+"""
+)
+
+
+def test_several_datasets(tmp_path: Path) -> None:
+    text = TWO.replace("0.5\ntest", "0.5\nmax_prompt_tokens = 32\njudge_fraction = 0.5\ntest")
+    for recipe in (load(tmp_path, TWO), load(tmp_path, text)):
+        (more,) = recipe.dataset.more
+        assert (recipe.dataset.path, more.path) == ("./pairs.jsonl", "org/more")
+        assert (recipe.dataset.weight, more.weight, more.test_split) == (None, 0.5, "test")
+        assert (recipe.dataset.judge_fraction, more.judge_fraction) == (0.5, 0.5)
+    assert [load(tmp_path, t).dataset.more[0].max_prompt_tokens for t in (TWO, text)] == [64, 32]
+    resolved = tmp_path / "elsewhere" / "resolved.toml"
+    resolved.parent.mkdir()
+    resolved.write_text(tomlkit.dumps(recipe.resolved()))
+    again = load_recipe(resolved)
+    assert again.resolved() == recipe.resolved() | {"title": "my"}
+    assert again.dataset.more == recipe.dataset.more
+    assert again.dataset.file == recipe.dataset.file
+
+
+def test_problems_of_several_datasets(tmp_path: Path) -> None:
+    text = TWO.replace("weight = 0.5", 'weight = 1.5\njudge_fraction = 0.25\npaht = "x"')
+    text += '[[dataset]]\npath = "./gone.jsonl"\ntest_fraction = 0.2\ntest_split = "t"\n'
+    assert problems(tmp_path, text + '[sft]\ndataset = { path = "a/b" }\n') == [
+        "my.toml:13: dataset.weight: must be above 0, at most 1, not 1.5",
+        "my.toml:14: dataset.judge_fraction: is 0.5 above, and a prompt is on the same side in every dataset",
+        'my.toml:15: dataset.paht: unknown key (did you mean "path"?)',
+        "my.toml:18: dataset.path: no such file or folder: gone.jsonl",
+        "my.toml:19: dataset.test_fraction: leave it out: test_split says what the test is",
+        "my.toml:22: sft.dataset: needs test_fraction in [dataset], in place of test_split: this data has no test side then, and may hold its prompts",
+    ]
+    for words in ({"set": ["dataset.weight=0.5"]}, {"unset": ["dataset.weight"]}):
+        assert len(problems(tmp_path, TWO, **words)) == 1
+    assert load(tmp_path, TWO.replace("judge_fraction = 0.5", "validation_fraction = 0.95"))
+    assert problems(tmp_path, "dataset = []\n" + MINIMAL[: MINIMAL.index("[dataset]")]) == [
+        'my.toml:1: dataset: is missing: [dataset] with path = "…" names the preference data'
+    ]
 
 
 def test_a_table_that_is_not_used_is_checked_all_the_same(tmp_path: Path) -> None:
@@ -414,5 +486,8 @@ k = 1'''
         ("ppo", "guard", "d", "b.c", 1, 1): 14,
         ("ppo", "guard", "d", "b.c", 1, 1, "x"): 14,
         ("array",): 15,
-        ("array", "k"): 16,
+        ("array", 0): 15,
+        ("array", 0, "k"): 16,
+        ("array", 1): 17,
+        ("array", 1, "k"): 18,
     }

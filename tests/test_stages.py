@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rlhf_recipes import stages
 from rlhf_recipes.adapters import Base
-from rlhf_recipes.errors import ModelError
+from rlhf_recipes.errors import ModelError, StageError
 from rlhf_recipes.export import write_reward_model
 from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.passes import score, values
@@ -145,6 +145,32 @@ def test_a_killed_ppo_stage_goes_on_and_ends_with_the_same_bytes(
     assert [u["episode"] for u in again.progress.updates] == [32]
     assert len(weights(whole)) == 3
     assert weights(again) == weights(whole)
+
+
+@pytest.mark.parametrize(
+    ("rows", "stage", "wrong"),
+    [
+        (["prompt"], "sft", "sft: no answers on the train side"),
+        (["prompt", "completion"], "reward", "reward: no pairs on the train side"),
+        (["prompt", "completion"], "dpo", "dpo: no pairs on the train side"),
+        ([], "ppo", "ppo: no prompts on the train side"),
+    ],
+)
+def test_a_stage_that_is_left_with_none_says_of_what(
+    tiny_recipe: Path, tmp_path: Path, rows: list[str], stage: str, wrong: str
+) -> None:
+    file, fraction = tmp_path / "rows.jsonl", 0.2 if rows else 0.8
+    row = dict.fromkeys(rows or ["prompt"], "red")
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(3)))
+    sets = [
+        f"dataset.path={file}",
+        f"dataset.test_fraction={fraction}",
+        'stages=["sft","reward","dpo","ppo"]',
+    ]
+    chain = Chain(load_recipe(tiny_recipe, set=sets), tmp_path / "stages")
+    with pytest.raises(StageError) as error:
+        chain.run(stage, {})
+    assert error.value.message == wrong
 
 
 def test_the_base_is_in_memory_once_after_every_stage(chain: Chain) -> None:

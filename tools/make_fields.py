@@ -475,6 +475,7 @@ SCHEMA_RANGES = {
     "at least 0": {"minimum": 0},
     "at least 1": {"minimum": 1},
     "at least 1, or -1": {"minimum": -1, "not": {"const": 0}},
+    "above 0, at most 1": {"exclusiveMinimum": 0, "maximum": 1},
     "from 0 to 1": {"minimum": 0, "maximum": 1},
     "at least 0 and below 1": {"minimum": 0, "exclusiveMaximum": 1},
 }
@@ -513,6 +514,9 @@ def schema_json() -> str:
         "anyOf": [{"const": False}, schema_of(top_keys()["lora"], help_texts("lora"))]
     }
     places["evaluation"] = {"anyOf": [{"const": False}, places["evaluation"]]}
+    places["dataset"] = {
+        "anyOf": [places["dataset"], {"type": "array", "items": places["dataset"]}]
+    }
     stages = {kind: schema_of(stage_keys(kind), help_texts(kind)) for kind in KINDS}
     for kind in KINDS:
         places[kind] = {"$ref": f"#/$defs/{kind}"}

@@ -62,12 +62,12 @@ def load_rows(context: StageContext) -> Data:
     return data
 
 
-def need(rows: list, side: str, context: StageContext) -> list:
+def need(rows: list, what: str, context: StageContext) -> list:
     """`rows`, or a StageError where there are none."""
     if not rows:
         raise StageError(
-            f"{context.name}: no rows on the {side} side",
-            "see the dropped rows in the log, or lower the other sides' fractions in [dataset]",
+            f"{context.name}: no {what}",
+            "see the dropped rows in the log, the fractions in [dataset], and its columns = { … }",
         )
     return rows
 

@@ -19,7 +19,7 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 
 from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example
+from rlhf_recipes.data import Example, pairs
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import Report, load_rows, need, trainer_config
@@ -28,8 +28,8 @@ from rlhf_recipes.stages.common import Report, load_rows, need, trainer_config
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     data = load_rows(context)
-    train, validation = _rows(data.reward_train), _rows(data.validation)
-    need(train, "train (pairs)", context)
+    train = need(_rows(data.reward_train), "pairs on the train side", context)
+    validation = _rows(data.validation)
 
     # ---- policy and reference
     base, start = shared.base, context.inputs.get("policy")
@@ -97,6 +97,5 @@ class Reference(nn.Module):
 def _rows(examples: list[Example]) -> list[dict[str, list[int]]]:
     return [
         {"prompt_ids": e.prompt_ids, "chosen_ids": e.chosen_ids, "rejected_ids": e.rejected_ids}
-        for e in examples
-        if e.rejected_ids is not None
+        for e in pairs(examples)
     ]

@@ -15,7 +15,7 @@ import torch
 
 from rlhf_recipes import sources
 from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example, unique_prompts
+from rlhf_recipes.data import Example, pairs, unique_prompts
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.passes import logits
 from rlhf_recipes.rewards import open_foreign, open_reward
@@ -47,7 +47,8 @@ class Answers:
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     data = load_rows(context)
-    examples = unique_prompts(need(data.test, "test", context))[: recipe.evaluation.prompts]
+    test = need(data.test, "prompts on the test side", context)
+    examples = unique_prompts(test)[: recipe.evaluation.prompts]
     setting = _setting(context)
     base, tokens = shared.base, shared.tokens
     metrics: dict[str, float | int] = {}
@@ -55,7 +56,7 @@ def run(context: StageContext) -> StageResult:
     # ---- reward model
     reward, name = _reward_model(context)
     if reward is not None:
-        metrics |= _reward_metrics(reward, data.test, tokens.pad_id, name)
+        metrics |= _reward_metrics(reward, pairs(test), tokens.pad_id, name)
 
     # ---- policies
     policies = {"base": None} | {
@@ -121,17 +122,16 @@ def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | N
     return recipe.table(name).policy or order[order.index(name) - 1]
 
 
-def _reward_metrics(reward: Role, pairs: list[Example], pad: int, name: str) -> dict[str, float]:
-    pairs = [e for e in pairs if e.rejected_ids is not None]
-    if not pairs:
+def _reward_metrics(reward: Role, rows: list[Example], pad: int, name: str) -> dict[str, float]:
+    if not rows:
         return {}
-    accuracy, margin = preference(reward, pairs, pad, BATCH)
-    shorter = [len(e.chosen_ids) - len(e.rejected_ids) for e in pairs]
+    accuracy, margin = preference(reward, rows, pad, BATCH)
+    shorter = [len(e.chosen_ids) - len(e.rejected_ids) for e in rows]
     longer_wins = sum((d > 0) + 0.5 * (d == 0) for d in shorter) / len(shorter)
     return {
         f"{name}.accuracy": accuracy,
         f"{name}.margin": margin,  # the head is in units already
-        f"{name}.test_pairs": len(pairs),
+        f"{name}.test_pairs": len(rows),
         f"{name}.length_accuracy": max(longer_wins, 1 - longer_wins),
     }
 

@@ -30,7 +30,7 @@ def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     table = recipe.table(context.name)
     data = load_rows(context)
-    prompts = unique_prompts(need(data.train, "train", context))
+    prompts = unique_prompts(need(data.train, "prompts on the train side", context))
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
     # ---- four roles on one base

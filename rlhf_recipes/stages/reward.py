@@ -18,7 +18,7 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes.adapters import UNIT, Role
-from rlhf_recipes.data import Example
+from rlhf_recipes.data import Example, pairs
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.models import new_head
 from rlhf_recipes.sequences import score_ids
@@ -30,8 +30,8 @@ def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     table = recipe.table(context.name)
     data = load_rows(context)
-    train = [e for e in need(data.reward_train, "train", context) if e.rejected_ids is not None]
-    need(train, "train (pairs)", context)
+    train = need(pairs(data.reward_train), "pairs on the train side", context)
+    validation = pairs(data.validation)
 
     # ---- reward model
     base = shared.base
@@ -47,7 +47,7 @@ def run(context: StageContext) -> StageResult:
         model=reward,
         args=args,
         train_dataset=_rows(train),
-        eval_dataset=_rows(data.validation) if data.validation else None,
+        eval_dataset=_rows(validation) if validation else None,
         processing_class=shared.tokens.tokenizer,
         callbacks=[Report(context.progress, {"loss": "loss", "accuracy": "accuracy"})],
         optimizers=(_optimizer(reward, args, table.extras["head_learning_rate"]), None),
@@ -69,10 +69,10 @@ def run(context: StageContext) -> StageResult:
         "unit_std": std,
     }
     summary = f"loss {trained.training_loss:.3f}"
-    if data.validation:
-        accuracy, margin = preference(reward, data.validation, pad, batch)
+    if validation:
+        accuracy, margin = preference(reward, validation, pad, batch)
         metrics |= {"validation_accuracy": accuracy, "validation_margin": margin / std}
-        summary = f"validation accuracy {accuracy:.1%} of {len(data.validation)} pairs"
+        summary = f"validation accuracy {accuracy:.1%} of {len(validation)} pairs"
 
     # ---- output
     output = context.folder / "output"
@@ -82,10 +82,10 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics, summary)
 
 
-def preference(reward: Role, pairs: list[Example], pad: int, batch: int) -> tuple[float, float]:
+def preference(reward: Role, rows: list[Example], pad: int, batch: int) -> tuple[float, float]:
     """Share of pairs ranked right, a tie counting half, and mean margin in the head's own scale."""
-    chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in pairs], pad, batch)
-    rejected = score_ids(reward, [(e.prompt_ids, e.rejected_ids) for e in pairs], pad, batch)
+    chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in rows], pad, batch)
+    rejected = score_ids(reward, [(e.prompt_ids, e.rejected_ids) for e in rows], pad, batch)
     margin = (chosen - rejected).double()
     return ((margin > 0) + 0.5 * (margin == 0)).mean().item(), margin.mean().item()
 
@@ -98,7 +98,6 @@ def _rows(examples: list[Example]) -> Dataset:
                 "rejected_ids": e.prompt_ids + e.rejected_ids,
             }
             for e in examples
-            if e.rejected_ids is not None
         ]
     )
 

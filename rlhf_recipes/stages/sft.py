@@ -11,7 +11,7 @@ from __future__ import annotations
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_recipes.data import Example
+from rlhf_recipes.data import Example, answered
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import Report, float32, load_rows, need, trainer_config
@@ -20,6 +20,8 @@ from rlhf_recipes.stages.common import Report, float32, load_rows, need, trainer
 def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     data = load_rows(context)
+    train = need(answered(data.train), "answers on the train side", context)
+    validation = answered(data.validation)
 
     # ---- policy
     base = shared.base
@@ -34,8 +36,8 @@ def run(context: StageContext) -> StageResult:
     trainer = SFTTrainer(
         model=policy.lm if recipe.lora is None else base.peft,
         args=trainer_config(SFTConfig, context, max_length=None, completion_only_loss=True),
-        train_dataset=_rows(need(data.train, "train", context)),
-        eval_dataset=_rows(data.validation) if data.validation else None,
+        train_dataset=_rows(train),
+        eval_dataset=_rows(validation) if validation else None,
         processing_class=shared.tokens.tokenizer,
         callbacks=[Report(context.progress, {"loss": "loss", "mean_token_accuracy": "accuracy"})],
     )
@@ -51,7 +53,7 @@ def run(context: StageContext) -> StageResult:
     metrics = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
-        "rows": len(data.train),
+        "rows": len(train),
         "rows_dropped": sum(data.dropped.values()),
     }
     if before is None:
