@@ -1,12 +1,12 @@
 """A whole chain by `rlhf-recipes run` against three TRL scripts in a row: wall time.
 
-Three sides, in turn: `recipe` (the command, into an empty runs folder, its evaluation included),
-`recipe_no_evaluation` (`--set evaluation=false`) and `scripts` (scripts/sft.py, reward.py, ppo.py,
-each a process that loads from disk and saves its model there). Fair in: the scripts are handed the
-recipe's own settings of every stage (steps, batches, rates, LoRA, dtype) and train on its data, and
-every run has an empty datasets cache. The scripts evaluate nothing and split nothing off; the
-recipe always measures its stages on rows left out. TRL takes fewer optimizer steps in PPO than the
-settings ask for (`num_mini_batches` adds none), which saves it time here.
+Two sides, in turn: `recipe` (the command, into an empty runs folder, its evaluation included) and
+`scripts` (scripts/sft.py, reward.py, ppo.py, each a process that loads from disk and saves its
+model there). Fair in: the scripts are handed the recipe's own settings of every stage (steps,
+batches, rates, LoRA, dtype) and train on its data, and every run has an empty datasets cache. The
+scripts evaluate nothing and split nothing off; the recipe always measures its stages on rows left
+out. TRL takes fewer optimizer steps in PPO than the settings ask for (`num_mini_batches` adds
+none), which saves it time here.
 
 The chain is the smoke recipe's; with --real, also a short one on SmolLM2-135M (10 steps of SFT, 10
 of the reward model, 2 PPO updates of 16 episodes), where the training outweighs the loading.
@@ -81,20 +81,13 @@ def compare(chains: dict[str, tuple[Path, list[str]]], pairs: int) -> Measured:
     for name, (recipe, words) in chains.items():
         sides = {
             "recipe": partial(run_recipe, recipe, words),
-            "recipe_no_evaluation": partial(run_recipe, recipe, unevaluated(words)),
             "scripts": partial(run_scripts, load_recipe(recipe, set=words)),
         }
         runs[name] = common.in_turn(sides, pairs)
         wall = {side: [run["seconds"] for run in found] for side, found in runs[name].items()}
-        compared[name] = {
-            side: common.ratios(wall[side], wall["scripts"]) for side in list(sides)[:2]
-        }
-    targets = {name: common.at_most(0.75, ratio["recipe"]) for name, ratio in compared.items()}
+        compared[name] = common.ratios(wall["recipe"], wall["scripts"])
+    targets = {name: common.at_most(0.75, ratio) for name, ratio in compared.items()}
     return {"ratios": compared, "targets": targets, "runs": runs}
-
-
-def unevaluated(words: list[str]) -> list[str]:
-    return [*(word for word in words if not word.startswith("evaluation")), "evaluation=false"]
 
 
 def run_recipe(recipe: Path, words: list[str]) -> Measured:

@@ -156,11 +156,15 @@ class LeanLora(LoraVariant):
         **_: Any,
     ) -> torch.Tensor:
         names, dtype = self.pair or (active_adapter,), result.dtype
-        down = torch.stack([module.lora_A[name].weight for name in names]).to(dtype)
+        downs = [module.lora_A[name].weight for name in names]
         ups = [module.lora_B[name].weight * module.scaling[name] for name in names]
         rows = module.lora_dropout[active_adapter](x).to(dtype)
         rows = rows.reshape(len(names), -1, x.shape[-1])
-        return AddLowRank.apply(result, rows, down, torch.stack(ups).to(dtype))
+        return AddLowRank.apply(result, rows, _stack(downs).to(dtype), _stack(ups).to(dtype))
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 class AddLowRank(torch.autograd.Function):

@@ -109,11 +109,7 @@ def check(
     """Check recipes: every problem at once, with file and line."""
     from dataclasses import asdict
 
-    import tomlkit
-
-    from rlhf_recipes.plan import stage_names
     from rlhf_recipes.recipe import find_recipe, load_recipe
-    from rlhf_recipes.rundir import FORMAT, to_json
 
     found = []
     for word in recipes:
@@ -128,14 +124,18 @@ def check(
             said = [str(error)]
         else:
             entry["notes"] = list(loaded.notes)
-            stages = stage_names(loaded)
+            stages = loaded.all_stages
             verdict = f"{file}: ok ({len(stages)} stages: {' → '.join(stages)})"
             if resolved:
+                import tomlkit
+
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
         if not json:
             print(*said, sep="\n")
     if json:
+        from rlhf_recipes.rundir import FORMAT, to_json
+
         print(to_json({"format": FORMAT, "recipes": found}, indent=2))
     if any(entry["problems"] for entry in found):
         raise typer.Exit(2)

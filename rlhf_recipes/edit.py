@@ -1,12 +1,13 @@
-"""Changing a recipe's text with its comments kept: `--set`, `--unset`, and a fork's paths."""
+"""Changing a recipe's text with its comments kept: `--set`, `--unset`, and a fork's paths.
+
+tomlkit is loaded where a text is changed, for to check one needs none of it.
+"""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import tomlkit
 
 from rlhf_recipes.errors import Problem, UsageError
 from rlhf_recipes.fields import parse_value, show, suggest
@@ -27,7 +28,12 @@ def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
     A value is read as its field's type asks; `stages` and whole tables come before the keys in
     them, whatever the order of the words. Raises UsageError for a word that is no `key=value`.
     """
-    document, edited = tomlkit.parse(text), Edited(text)
+    edited = Edited(text)
+    if not set and not unset:
+        return edited
+    import tomlkit
+
+    document = tomlkit.parse(text)
     pairs = [_split(word) for word in set]
     for key in unset:
         path = tuple(key.split("."))
@@ -65,6 +71,8 @@ def _remove(document: Any, path: tuple[str, ...], edited: Edited) -> str:
 
 
 def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
+    import tomlkit
+
     kinds = kinds_of(document.unwrap())
     stages = document.get("stages")
     tables = {*top_keys(), *document, *(stages if isinstance(stages, list) else ())}
@@ -92,6 +100,8 @@ def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
 
 def rebase(text: str, source: Path, target: Path) -> str:
     """`text` with its relative paths, which start from `source`, starting from `target`."""
+    import tomlkit
+
     document = tomlkit.parse(text)
     tables = [document[name] for name in kinds_of(document.unwrap()) if name in document]
     data = document["dataset"]

@@ -12,9 +12,8 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
 from rlhf_recipes.stages import KINDS
-from rlhf_recipes.tables import POLICY_KINDS, ROLES, DatasetTable
+from rlhf_recipes.tables import EVALUATION, POLICY_KINDS, ROLES, DatasetTable
 
-EVALUATION = "evaluation"
 # Stages of one name in two recipes need not be akin: past so many differences, it is just new.
 MOST_DIFFERENCES = 4
 SHOWN_DIFFERENCES = 3
@@ -39,11 +38,6 @@ class Plan:
     runs: Path
     run_folder: Path
     stages: tuple[PlannedStage, ...]
-
-
-def stage_names(recipe: Recipe) -> list[str]:
-    """The recipe's stages and, where it is not left out, the evaluation that closes them."""
-    return [*recipe.stages, *([EVALUATION] if recipe.evaluation else [])]
 
 
 def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: bool = False) -> Plan:

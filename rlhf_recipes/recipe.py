@@ -12,6 +12,7 @@ from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import key_lines
 from rlhf_recipes.tables import (
+    EVALUATION,
     ROLES,
     SHARED_DATA_KEYS,
     DatasetTable,
@@ -39,6 +40,11 @@ class Recipe:
     evaluation: EvaluationTable | None
     tables: dict[str, StageTable]
     notes: tuple[str, ...]  # what is no mistake, and yet worth a look
+
+    @property
+    def all_stages(self) -> list[str]:
+        """Its stages and, where it is not left out, the evaluation that closes them."""
+        return [*self.stages, *([EVALUATION] if self.evaluation else [])]
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]

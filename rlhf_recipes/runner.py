@@ -24,11 +24,11 @@ import tomlkit
 from rlhf_recipes import rundir, stages
 from rlhf_recipes.errors import DataError, Interrupted, ModelError, StageError, UsageError
 from rlhf_recipes.identity import difference
-from rlhf_recipes.plan import EVALUATION, Plan, PlannedStage, make_plan, run_name, stage_names
+from rlhf_recipes.plan import Plan, PlannedStage, make_plan, run_name
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
 from rlhf_recipes.recipe import Recipe, layout_settings
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tables import EVALUATION, POLICY_KINDS
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -253,7 +253,7 @@ class _Run:
 
 def _names_until(until: str | None, recipe: Recipe) -> list[str]:
     """The recipe's stages up to `until`. Raises UsageError where it has none of that name."""
-    names = stage_names(recipe)
+    names = recipe.all_stages
     if until is None:
         return names
     if until not in names:

@@ -8,6 +8,7 @@ from rlhf_recipes.fields import Field, Keys, fields_of, trl_fields
 from rlhf_recipes.guards import Limits
 
 KINDS = ("sft", "reward", "ppo", "dpo")
+EVALUATION = "evaluation"  # the kind and the name of the stage that closes a recipe
 RESERVED = ("kto", "rloo", "grpo")
 POLICY_KINDS = ("sft", "ppo", "dpo")
 # The kinds that can serve each role.
