@@ -39,5 +39,5 @@ bench: setup
 	$(BIN)/python -m benchmarks.memory_by_size
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.recipe_vs_scripts $(if $(MODEL),--real --model $(MODEL))
-	$(BIN)/python -m benchmarks.ppo_vs_trl $(if $(MODEL),--model $(MODEL))
 	$(BIN)/python -m benchmarks.ppo_vs_trl --learning
+	$(BIN)/python -m benchmarks.ppo_vs_trl $(if $(MODEL),--model $(MODEL))

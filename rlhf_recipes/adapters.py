@@ -64,17 +64,18 @@ class Base:
         *,
         seed: int,
         trainable: bool = False,
+        adapter: bool = False,
     ) -> Role:
         """A role that starts from the output folder `source`, or from the base where it is None.
 
         `name` is the adapter's; `seed` fixes what is not read from `source`. With LoRA and neither
-        a source nor training, the role is the bare base itself.
+        a source nor training, the role is the bare base itself, unless an `adapter` is asked for.
         """
         if self.lora is None:
             lm = self._load(source)
             lm.requires_grad_(trainable)
             return Role(lm, None, self.dtype)
-        if source is None and not trainable:
+        if source is None and not trainable and not adapter:
             return Role(self.lm, None, self.dtype, self._layers, self._lean)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -23,11 +23,17 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int | None) -> No
         old.unlink()
 
 
-def newest(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state of the last checkpoint in `folder` that is whole; None where there is none."""
+def newest(folder: Path, start: str, device: torch.device) -> dict[str, Any] | None:
+    """The last state in `folder` that is whole and whose "start" is this; None where none is.
+
+    Those after it, damaged or of a run from another start, are deleted.
+    """
     for file in reversed(_files(folder)):
         with contextlib.suppress(OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-            return torch.load(file, map_location=device, weights_only=True)
+            state = torch.load(file, map_location=device, weights_only=True)
+            if state["start"] == start:
+                return state
+        file.unlink()
     return None
 
 

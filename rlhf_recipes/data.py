@@ -27,7 +27,7 @@ SHAPES = """\
                                     that do: "\\n\\nHuman: …\\n\\nAssistant: …"
   conversations + chosen + rejected ShareGPT: lists of {from, value}
   prompt + response_a + response_b + winner   a, b or tie
-  prompt + completion, or messages  demonstrations, for SFT alone
+  prompt + completion, or messages  demonstrations: answers for SFT, prompts for PPO
   prompt                            for PPO and the evaluation"""
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's and HH-RLHF's, in lower case

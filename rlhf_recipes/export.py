@@ -62,7 +62,7 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
 
 
 def write_model(recipe: Recipe, output: Path, folder: Path, *, form: str = "merged") -> None:
-    """A policy's `output` as a model folder: weights, tokenizer, generation settings."""
+    """A stage's `output` as a causal model's folder: weights, tokenizer, generation settings."""
     shared = Shared(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     shared.tokens.tokenizer.save_pretrained(folder)

@@ -45,7 +45,7 @@ def digest(value: Any) -> str:
 
 
 def derive_seed(seed: int, *place: str | int) -> int:
-    """A seed in [0, 2**31) for one place of use, whatever ran before: ("ppo", "update", 3)."""
+    """A seed in [0, 2**31) for one place of use, whatever ran before: ("rollout", 3)."""
     return int(digest([seed, *place])[:8], 16) & 0x7FFFFFFF
 
 

@@ -1,4 +1,4 @@
-"""Every `from_pretrained`: the base model in 32, 16, 8 or 4 bit, on the device of this machine."""
+"""Loading weights: the base model in 32, 16, 8 or 4 bit, on the device of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward passes of PPO's roles: `score`, `values`, `logits`, `logprobs`, and two in one."""
+"""The forward passes of roles: `score`, `values`, `logits`, `logprobs`, and two in one."""
 
 from __future__ import annotations
 

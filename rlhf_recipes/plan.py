@@ -98,7 +98,7 @@ Wired = tuple[str, str, dict[str, str], dict[str, Any], DatasetTable]
 def _wiring(recipe: Recipe) -> Iterator[Wired]:
     """The recipe's stages and, where it is not left out, the evaluation that closes them."""
     policies: dict[str, str] = {}
-    judge: dict[str, str] = {}  # what the evaluation scores with: what was optimised last
+    scorer: dict[str, str] = {}  # the evaluation's reward model: what was optimised last
     for stage in recipe.stages:
         table = recipe.table(stage)
         roles = {role: getattr(table, role) for role in ROLES if getattr(table, role)}
@@ -106,12 +106,12 @@ def _wiring(recipe: Recipe) -> Iterator[Wired]:
         yield stage, table.kind, roles, settings, table.dataset or recipe.dataset
         if table.kind in POLICY_KINDS:
             policies[f"policy:{stage}"] = stage
-            judge = {"reward_model": roles["reward_model"]} if "reward_model" in roles else judge
-        elif not judge:
-            judge = {"reward_model": stage}
+            scorer = {"reward_model": roles["reward_model"]} if "reward_model" in roles else scorer
+        elif not scorer:
+            scorer = {"reward_model": stage}
     if recipe.evaluation is not None:
         settings = asdict(recipe.evaluation)
-        yield EVALUATION, EVALUATION, policies | judge, settings, recipe.dataset
+        yield EVALUATION, EVALUATION, policies | scorer, settings, recipe.dataset
 
 
 def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
         del settings[place]  # the source's identity stands for them
     for later in ("columns", "weight", "more"):
         if not settings[later]:
-            del settings[later]  # or all keys of before there were any would change
+            del settings[later]  # unset, it determines nothing
     if kind not in ("reward", "dpo"):
         del settings["judge_fraction"]  # so that asking for the judge later redoes no SFT
     return sources.identify_dataset(table, runs) | settings

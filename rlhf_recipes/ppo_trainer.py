@@ -113,14 +113,14 @@ class PPOTrainer(StockPPOTrainer):
         """Run the updates that `total_episodes` asks for, or fewer where a guard stops.
 
         It goes on from the newest checkpoint in `output_dir`, if there is one, and ends with the
-        weights and metrics of a run in one piece. `on_resume(update)` is told.
+        weights and metrics of a run in one piece. `on_resume` is told the update, or 0.
         """
         args, state, folder = self.args, self.state, Path(self.args.output_dir)
-        kept = checkpoints.newest(folder, self._device)
-        if kept is not None and kept["start"] == self.start:
+        kept = checkpoints.newest(folder, self.start, self._device)
+        if kept is not None:
             self.load_state_dict(kept)
-            self.on_resume(state.global_step)
-        del kept
+        del kept  # else a second copy of all weights
+        self.on_resume(state.global_step)
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.control = self.callback_handler.on_train_begin(args, state, self.control)

@@ -180,14 +180,15 @@ class StageProgress:
         self._screen.line(f"{text}   {_shown(numbers)}".rstrip(), "dim")
 
     def resume(self, done: int) -> None:
-        """The stage goes on after step `done`: what was written of later ones is dropped."""
+        """The stage begins after step `done`: what was written of later ones is dropped."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self._folder / name
             # A kill may have cut the last line; and a text may hold what `splitlines` splits at.
             lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
             kept = [line for line in lines if json.loads(line)["step"] <= done]
             write_text(file, "".join(line + "\n" for line in kept))
-        self.note(f"goes on from its checkpoint after update {done}")
+        if done:
+            self.note(f"goes on from its checkpoint after update {done}")
 
     def note(self, text: str) -> None:
         self._screen.line(f"  {plain(text)}", "dim")

@@ -162,7 +162,7 @@ def identity_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings that say where and how the stage computes, and leave its result alone."""
+    """The settings that say where and how the stage computes, and move its result by rounding."""
     return _of_effect(recipe.table(stage), "layout")
 
 

@@ -126,7 +126,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def clear_stage(folder: Path, *, fresh: bool = False) -> None:
-    """Make the stage folder as new; only for who holds its lock. The record goes first.
+    """Make the stage folder ready to run in; only for who holds its lock. The record goes first.
 
     Unless `fresh`, a stage's checkpoints stay, and the numbers and samples that led to them.
     """

@@ -1,7 +1,7 @@
 """For each planned stage: take it as done, or run it and write its record; then the model.
 
-The runner knows no kind of stage: it hands each a `StageContext` and keeps what comes back. A
-stage that was killed has no record: its folder is cleared, and it starts again.
+The runner knows no stage's work: it hands each a `StageContext` and keeps what comes back. A stage
+that was killed has no record: its folder is cleared but for its checkpoints, and it runs again.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import torch
 from rlhf_recipes import checkpoints
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.ppo_trainer import PPOTrainer
-from rlhf_recipes.ppo_trainer import _digest as digest
 from tests.test_adapters import make_base
 from tests.test_ppo_trainer import make_trainer
 
@@ -107,22 +106,23 @@ def test_a_run_that_a_guard_stopped_does_not_go_on(tiny_model: Path, tmp_path: P
 def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path, cut: int) -> None:
     cpu = torch.device("cpu")
     for step in (3, 4):
-        checkpoints.save(tmp_path, step, {"step": step, "weights": torch.ones(50)}, keep=None)
-    assert checkpoints.newest(tmp_path, cpu)["step"] == 4
+        state = {"start": "a", "step": step, "weights": torch.ones(50)}
+        checkpoints.save(tmp_path, step, state, keep=None)
+    assert checkpoints.newest(tmp_path, "a", cpu)["step"] == 4
     last = tmp_path / "checkpoint-000004.pt"
     last.write_bytes(last.read_bytes()[:cut])
-    assert checkpoints.newest(tmp_path, cpu)["step"] == 3
-    assert checkpoints.newest(tmp_path / "none", cpu) is None
+    assert checkpoints.newest(tmp_path, "a", cpu)["step"] == 3
+    assert not last.exists()
+    assert checkpoints.newest(tmp_path / "none", "a", cpu) is None
 
 
 def test_a_checkpoint_of_a_run_from_other_weights_is_not_gone_on_from(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     build(tiny_model, tmp_path).train()
-    other = build(tiny_model, tmp_path)
-    with torch.no_grad():
-        other.policy_model.trainable()[0].add_(1.0)
-    other.start = digest(*other.policy_model.trainable(), *other.value_model.trainable())
-    other.other_reference = True
-    other.train()
-    assert len(other.seen) == 5
+    other = build(tiny_model, tmp_path, killed_after=2)
+    other.start = "other"
+    with pytest.raises(Killed):
+        other.train()
+    assert len(other.seen) == 3
+    assert [f.name for f in tmp_path.glob("checkpoint*")] == ["checkpoint-000002.pt"]

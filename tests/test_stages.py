@@ -297,6 +297,16 @@ def test_the_reference_is_what_the_stage_starts_from(chain: Chain, start: str) -
     assert chain.progress.updates[0]["objective/kl"] == 0.0
 
 
+@pytest.mark.parametrize("word", ["lora.use_dora=true", 'lora.init_lora_weights="orthogonal"'])
+def test_kl_is_0_at_first_without_sft_under_any_adapter(tiny_recipe, tmp_path, word) -> None:
+    """DoRA rescales what it starts from, and orthogonal factors cancel to rounding alone."""
+    chain = Chain(load_recipe(tiny_recipe, set=[word]), tmp_path / "stages")
+    chain.run("reward", {})
+    chain.progress.updates.clear()
+    chain.run("ppo", {"reward_model": "reward"})
+    assert chain.progress.updates[0]["objective/kl"] == 0.0
+
+
 def test_a_reward_model_with_another_tokenizer_is_refused(chain: Chain, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(chain.shared.model_folder)
     tokenizer.add_tokens(["zebra"])

@@ -112,7 +112,7 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
         "resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip "
         "enable_jit_checkpoint save_* load_best_model_at_end metric_for_best_model "
         "greater_is_better",
-        owned("the runner", "checkpoints are its own, so that a resumed stage ends as any other"),
+        owned("the runner", "of PPO it keeps checkpoints to go on from, as save_steps says there"),
     ),
     (
         STAGES,

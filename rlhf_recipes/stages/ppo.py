@@ -38,7 +38,9 @@ def run(context: StageContext) -> StageResult:
     scorer = context.inputs.get("reward_model")
     seed = derive_seed(recipe.seed, context.name, "lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
-    reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
+    # An adapter even where nothing was trained before: that of DoRA rounds the bare base.
+    start_of_reference = context.inputs.get("reference", start)
+    reference = base.open("reference", start_of_reference, seed=seed, adapter=True)
     value = base.open("value", scorer or start, seed=seed, trainable=True)
     if scorer is not None:
         reward = open_reward(base, scorer)
