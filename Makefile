@@ -38,6 +38,7 @@ MODEL ?= $(RLHF_RECIPES_SMOLLM2)
 bench: setup
 	$(BIN)/python -m benchmarks.memory_by_size
 	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.recipe_vs_scripts $(if $(MODEL),--real --model $(MODEL))
+	$(BIN)/python -m benchmarks.recipe_vs_scripts
 	$(BIN)/python -m benchmarks.ppo_vs_trl --learning
+	$(BIN)/python -m benchmarks.recipe_vs_scripts --real $(if $(MODEL),--model $(MODEL))
 	$(BIN)/python -m benchmarks.ppo_vs_trl $(if $(MODEL),--model $(MODEL))

@@ -125,7 +125,7 @@ def test_our_defaults() -> None:
         "ppo.lam": (0.95, 1.0, 1.0),
         "ppo.missing_eos_penalty": (None, 1.0, 1.0),
         "ppo.eval_strategy": ("no", "steps", "steps"),
-        "ppo.eval_steps": (None, 0.1, 0.1),
+        "ppo.eval_steps": (None, 0.2, 0.2),
         "ppo.save_steps": (500, 0.1, 0.1),
         "ppo.save_total_limit": (None, 2, 2),
         "lora.r": (8, 16, 16),

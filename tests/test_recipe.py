@@ -97,7 +97,7 @@ def test_stages_resolved(tmp_path: Path) -> None:
         "guard": GUARD | {"max_kl": 8.0},
     }
     assert {k: recipe.resolved()["ppo"][k] for k in ppo.extras} == ppo.extras
-    assert (ppo.given["eval_strategy"], ppo.given["eval_steps"]) == ("steps", 0.1)
+    assert (ppo.given["eval_strategy"], ppo.given["eval_steps"]) == ("steps", 0.2)
     assert ppo.options["lam"] == 1.0 and ppo.options["num_ppo_epochs"] == 2
     roles = [(t.policy, t.reward_model, t.reference) for t in (sft, reward, ppo)]
     assert roles == [(None, None, None), ("sft", None, None), ("sft", "reward", None)]
@@ -168,7 +168,7 @@ def test_identity_and_layout(tmp_path: Path) -> None:
     halved = "per_device_train_batch_size = 8\ngradient_accumulation_steps = 2\n"
     identity, layout = settings(whole)
     assert identity["batch_size"] == 16
-    assert (identity["keep"], identity["eval_steps"]) == ("best", 0.1)
+    assert (identity["keep"], identity["eval_steps"]) == ("best", 0.2)
     assert settings(whole + "guard.max_kl = 8\n")[0] == identity | {"guard": GUARD | {"max_kl": 8}}
     assert "logging_steps" not in identity | layout
     assert settings(whole + "logging_steps = 1\n") == (identity, layout)

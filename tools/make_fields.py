@@ -336,7 +336,7 @@ OURS: dict[tuple[str, str], tuple[Any, str, bool]] = {
     ),
     ("ppo", "missing_eos_penalty"): (1.0, "else the policy learns to talk until cut off", False),
     ("ppo", "eval_strategy"): ("steps", VALIDATED, False),
-    ("ppo", "eval_steps"): (0.1, VALIDATED, False),
+    ("ppo", "eval_steps"): (0.2, VALIDATED, False),
     ("ppo", "save_steps"): (0.1, "the stage goes on from the last one when it is killed", False),
     ("ppo", "save_total_limit"): (2, "one more than is needed, should the last be damaged", False),
     ("lora", "r"): (16, "8 is small for three stages on one shape", False),
