@@ -8,8 +8,9 @@ scripts evaluate nothing and split nothing off; the recipe always measures its s
 out. TRL takes fewer optimizer steps in PPO than the settings ask for (`num_mini_batches` adds
 none), which saves it time here.
 
-The chain is the smoke recipe's; with --real, a short one on SmolLM2-135M (200 rows, 10 steps of SFT,
-10 of the reward model, 2 PPO updates of 16 episodes), where the training outweighs the loading.
+The chain is the smoke recipe's; with --real, a short one on SmolLM2-135M (200 rows, 10 steps of
+SFT, 10 of the reward model, 2 PPO updates of 16 episodes), where the training outweighs the
+loading.
 """
 
 from __future__ import annotations
