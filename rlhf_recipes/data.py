@@ -58,6 +58,7 @@ class Data:
     judge: list[Example] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     rows: int = 0  # read, dropped ones included
+    tested: set[str] = field(default_factory=set)  # the prompts of the test side
 
     @property
     def reward_train(self) -> list[Example]:
@@ -66,10 +67,10 @@ class Data:
         return [example for example in self.train if id(example) not in kept]
 
 
-def load_data(table: Any, tokens: Tokens) -> Data:
+def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
     """Read, encode and split a [dataset] table (`tables.DatasetTable`), with what it holds.
 
-    Raises DataError where a column is not there, no row fits a shape, or more than half are bad.
+    No prompt in `tested`, another dataset's, comes on another side than test. Raises DataError where a column is not there, no row fits a shape, or more than half are bad.
     """
     data, tables = Data(), (table, *table.more)
     test_fraction = 0.0 if any(one.test_split for one in tables) else table.test_fraction
@@ -81,9 +82,9 @@ def load_data(table: Any, tokens: Tokens) -> Data:
         ]
         data.rows += read.rows
         data.dropped += read.dropped
-    tested = {prompt for side, prompt, _ in kept if side == "test"}
+    data.tested = {*tested, *(prompt for side, prompt, _ in kept if side == "test")}
     for side, prompt, example in kept:
-        if side != "test" and prompt in tested:
+        if side != "test" and prompt in data.tested:
             data.dropped["prompt is in the test split"] += 1
             continue
         getattr(data, side).append(example)

@@ -64,7 +64,7 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
             "settings": settings,
             "model": model,
             "lora": recipe.lora,
-            "dataset": _data(dataset, kind, runs),
+            "dataset": _stage_data(dataset, recipe.dataset, kind, runs),
             "seed": recipe.seed,
             "inputs": {role: stages[source].key for role, source in inputs.items()},
             **foreign,
@@ -112,6 +112,16 @@ def _wiring(recipe: Recipe) -> Iterator[Wired]:
     if recipe.evaluation is not None:
         settings = asdict(recipe.evaluation)
         yield EVALUATION, EVALUATION, policies | scorer, settings, recipe.dataset
+
+
+def _stage_data(
+    table: DatasetTable, whole: DatasetTable, kind: str, runs: Path
+) -> dict[str, Any]:
+    """A stage's rows; of its own dataset, less the prompts of the recipe's test splits."""
+    found = _data(table, kind, runs)
+    if table != whole and any(one.test_split for one in (whole, *whole.more)):
+        found["held_out"] = _data(whole, kind, runs)
+    return found
 
 
 def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:

@@ -42,7 +42,9 @@ class Shared:
 
         key = repr(table)
         if key not in self._data:
-            self._data[key] = load_data(table, self.tokens)
+            whole = self.recipe.dataset
+            tested = () if table == whole else self.data(whole).tested
+            self._data[key] = load_data(table, self.tokens, tested)
         return self._data[key]
 
     @cached_property

@@ -112,8 +112,7 @@ class StageChecker(Checker):
         self.data_source(self.data[name]["dataset"], own, at)
         inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
         if any("test_split" in table for table in data):
-            what = "this data has no test side then, and may hold its prompts"
-            self.problem(at, f"needs test_fraction in [dataset], in place of test_split: {what}")
+            inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
 
     def ppo(self, options: dict[str, Any], extras: dict[str, Any], at: Key) -> None:

@@ -372,3 +372,6 @@ def test_a_prompt_of_one_test_split_is_learned_from_no_dataset(
         assert data.dropped == {"prompt is in the test split": 2}
         assert len(learned) == 16 + 96 - 2 and not keys(learned) & keys(data.test)
         assert not keys(data.train) & keys(data.validation)
+    own = load_data(table(tiny_pairs, test_fraction=0.0), tokens, load_data(held, tokens).tested)
+    assert own.dropped == {"prompt is in the test split": 1} and not own.test
+    assert not keys(own.train + own.validation) & keys(data.test)

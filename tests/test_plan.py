@@ -109,6 +109,18 @@ def test_columns_and_a_test_file_are_in_the_key(tmp_path: Path) -> None:
     assert reasons(plan(recipe))["sft"] == "dataset.content changed"
 
 
+def test_the_prompts_kept_out_of_a_stages_own_data_are_in_its_key(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "data" / f"{name}.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n')
+    text = RECIPE.replace('"./pairs.jsonl"', '"./data"\ntest_split = "test"')
+    recipe = toy(tmp_path, text=text.replace("[sft]", '[sft]\ndataset.path = "./own.jsonl"'))
+    finish(plan(recipe))
+    (tmp_path / "data" / "test.jsonl").write_text('{"prompt": "b"}\n')
+    assert reasons(plan(recipe))["sft"] == "dataset.held_out.content changed"
+
+
 def test_every_dataset_is_in_the_key(tmp_path: Path) -> None:
     first = plan(toy(tmp_path))
     more = '[[dataset]]\npath = "./more.jsonl"\nweight = 0.5\n'

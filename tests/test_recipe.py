@@ -123,6 +123,9 @@ def test_wiring_that_says_otherwise(tmp_path: Path) -> None:
     own = last.dataset
     assert (own.path, own.max_answer_tokens, own.max_prompt_tokens) == ("org/data", 9, 512)
     assert (own.system, own.test_split, own.test_fraction) == ("s", None, 0.1)
+    text = MINIMAL.replace("[dataset]", '[dataset]\ntest_split = "t"')
+    own = load(tmp_path, text + '[sft]\ndataset = { path = "org/data" }\n').table("sft").dataset
+    assert (own.test_split, own.test_fraction) == (None, 0.0)
 
 
 def test_resolved_is_a_recipe_whose_stages_are_the_same(tmp_path: Path) -> None:
@@ -382,13 +385,12 @@ def test_several_datasets(tmp_path: Path) -> None:
 def test_problems_of_several_datasets(tmp_path: Path) -> None:
     text = TWO.replace("weight = 0.5", 'weight = 1.5\njudge_fraction = 0.25\npaht = "x"')
     text += '[[dataset]]\npath = "./gone.jsonl"\ntest_fraction = 0.2\ntest_split = "t"\n'
-    assert problems(tmp_path, text + '[sft]\ndataset = { path = "a/b" }\n') == [
+    assert problems(tmp_path, text) == [
         "my.toml:13: dataset.weight: must be above 0, at most 1, not 1.5",
         "my.toml:14: dataset.judge_fraction: is 0.5 above, and a prompt is on the same side in every dataset",
         'my.toml:15: dataset.paht: unknown key (did you mean "path"?)',
         "my.toml:18: dataset.path: no such file or folder: gone.jsonl",
         "my.toml:19: dataset.test_fraction: leave it out: test_split says what the test is",
-        "my.toml:22: sft.dataset: needs test_fraction in [dataset], in place of test_split: this data has no test side then, and may hold its prompts",
     ]
     for words in ({"set": ["dataset.weight=0.5"]}, {"unset": ["dataset.weight"]}):
         assert len(problems(tmp_path, TWO, **words)) == 1
