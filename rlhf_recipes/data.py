@@ -70,7 +70,8 @@ class Data:
 def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
     """Read, encode and split a [dataset] table (`tables.DatasetTable`), with what it holds.
 
-    No prompt in `tested`, another dataset's, comes on another side than test. Raises DataError where a column is not there, no row fits a shape, or more than half are bad.
+    No prompt in `tested`, another dataset's, comes on another side than test. Raises DataError
+    where a column is not there, no row fits a shape, or more than half are bad.
     """
     data, tables = Data(), (table, *table.more)
     test_fraction = 0.0 if any(one.test_split for one in tables) else table.test_fraction

@@ -114,9 +114,7 @@ def _wiring(recipe: Recipe) -> Iterator[Wired]:
         yield EVALUATION, EVALUATION, policies | scorer, settings, recipe.dataset
 
 
-def _stage_data(
-    table: DatasetTable, whole: DatasetTable, kind: str, runs: Path
-) -> dict[str, Any]:
+def _stage_data(table: DatasetTable, whole: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
     """A stage's rows; of its own dataset, less the prompts of the recipe's test splits."""
     found = _data(table, kind, runs)
     if table != whole and any(one.test_split for one in (whole, *whole.more)):
