@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_recipes.errors import Problem, UsageError
 from rlhf_recipes.fields import parse_value, show, suggest
-from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, top_keys
+from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, python_judge, top_keys
 
 
 @dataclass
@@ -102,6 +102,12 @@ def rebase(text: str, source: Path, target: Path) -> str:
     """`text` with its relative paths, which start from `source`, starting from `target`."""
     import tomlkit
 
+    def moved(written: str) -> str:
+        if written.startswith(("/", "~")):
+            return written
+        path = os.path.relpath((source / written).resolve(), target.resolve())
+        return path if path.startswith(".") else f"./{path}"
+
     document = tomlkit.parse(text)
     tables = [document[name] for name in kinds_of(document.unwrap()) if name in document]
     data = document["dataset"]
@@ -112,7 +118,9 @@ def rebase(text: str, source: Path, target: Path) -> str:
     for table, key in places:
         written = str(table.get(key, ""))
         local = DatasetTable(written).is_local if key == "path" else is_path(written)
-        if local and not written.startswith(("/", "~")):
-            moved = os.path.relpath((source / written).resolve(), target.resolve())
-            table[key] = moved if moved.startswith(".") else f"./{moved}"
+        if local:
+            table[key] = moved(written)
+    judge = document.get("evaluation") and python_judge(document["evaluation"].get("judge", ""))
+    if judge:
+        document["evaluation"]["judge"] = f"python:{moved(judge[0])}:{judge[1]}"
     return document.as_string()

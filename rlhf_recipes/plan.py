@@ -12,7 +12,7 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
 from rlhf_recipes.stages import KINDS
-from rlhf_recipes.tables import EVALUATION, POLICY_KINDS, ROLES, DatasetTable
+from rlhf_recipes.tables import EVALUATION, POLICY_KINDS, ROLES, DatasetTable, located, python_judge
 
 # Stages of one name in two recipes need not be akin: past so many differences, it is just new.
 MOST_DIFFERENCES = 4
@@ -50,7 +50,7 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
     model = sources.identify_model(recipe.model.name, recipe, runs, recipe.model.revision)
     model |= {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization}
     stages: dict[str, PlannedStage] = {}
-    for index, (stage, kind, roles, settings, dataset) in enumerate(_wiring(recipe)):
+    for index, (stage, kind, roles, settings, dataset) in enumerate(_wiring(recipe, runs)):
         inputs = {role: source for role, source in roles.items() if source in stages}
         foreign = {
             role: sources.identify_model(source, recipe, runs)
@@ -95,7 +95,7 @@ def run_name(recipe: Recipe, name: str | None) -> str:
 Wired = tuple[str, str, dict[str, str], dict[str, Any], DatasetTable]
 
 
-def _wiring(recipe: Recipe) -> Iterator[Wired]:
+def _wiring(recipe: Recipe, runs: Path) -> Iterator[Wired]:
     """The recipe's stages and, where it is not left out, the evaluation that closes them."""
     policies: dict[str, str] = {}
     scorer: dict[str, str] = {}  # the evaluation's reward model: what was optimised last
@@ -111,6 +111,10 @@ def _wiring(recipe: Recipe) -> Iterator[Wired]:
             scorer = {"reward_model": stage}
     if recipe.evaluation is not None:
         settings = asdict(recipe.evaluation)
+        if judge := python_judge(recipe.evaluation.judge):
+            file = located(judge[0], recipe.model.base)
+            content = sources.content_digest(file, runs)
+            settings["judge"] = {"function": judge[1], "content": content}
         yield EVALUATION, EVALUATION, policies | scorer, settings, recipe.dataset
 
 

@@ -21,6 +21,7 @@ from rlhf_recipes.tables import (
     StageTable,
     is_path,
     located,
+    python_judge,
 )
 from rlhf_recipes.validate import Key, dotted
 from rlhf_recipes.wiring import check
@@ -61,13 +62,21 @@ class Recipe:
                 "title": self.title,
                 "stages": list(self.stages),
                 "seed": self.seed,
-                "evaluation": asdict(self.evaluation) if self.evaluation else False,
+                "evaluation": self._resolved_evaluation(),
                 "lora": False if self.lora is None else self.lora,
                 "model": model,
                 "dataset": resolved if self.dataset.more else resolved[0],
                 **stages,
             }
         )
+
+    def _resolved_evaluation(self) -> dict[str, Any] | bool:
+        if self.evaluation is None:
+            return False
+        judge, values = python_judge(self.evaluation.judge), asdict(self.evaluation)
+        if judge:
+            values["judge"] = f"python:{located(judge[0], self.model.base)}:{judge[1]}"
+        return values
 
     def _resolved_stage(self, table: StageTable) -> dict[str, Any]:
         roles = {role: getattr(table, role) for role in ROLES}

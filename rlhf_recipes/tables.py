@@ -1,5 +1,6 @@
 """The recipe's own tables, and the map of every key that a recipe may hold."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,12 @@ def located(name: str, base: Path) -> Path:
     return (base / Path(name).expanduser()).resolve()
 
 
+def python_judge(text: str) -> tuple[str, str] | None:
+    """File and function of a judge "python:FILE.py:FUNCTION"."""
+    found = re.fullmatch(r"python:(.+\.py):([A-Za-z_]\w*)", text)
+    return found and (found[1], found[2])
+
+
 def _base() -> Any:
     """The recipe's folder, which relative paths start from; no key of the recipe."""
     return field(default=Path("."), repr=False, compare=False, metadata={"key": False})
@@ -38,11 +45,21 @@ def _ranged(default: Any, words: str) -> Any:
 
 
 @dataclass(frozen=True)
+class MirrorTable:
+    """A model outside the hub: a file in GGUF, inside a wheel on PyPI."""
+
+    wheel: str  # with its version: "name==1.2"
+    file: str  # its place in the wheel
+    sha256: str  # the file's
+
+
+@dataclass(frozen=True)
 class ModelTable:
     name: str
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"
+    mirror: MirrorTable | None = field(default=None, metadata={"key": False})
     base: Path = _base()
 
     @property
@@ -99,6 +116,7 @@ class EvaluationTable:
     prompts: int = _ranged(128, "at least 1")
     response_length: int | None = _ranged(None, "at least 1")
     temperature: float | None = _ranged(None, "above 0")
+    judge: str = "none"  # or "python:FILE.py:FUNCTION"
 
 
 @dataclass(frozen=True)
@@ -166,7 +184,7 @@ def top_keys() -> Keys:
         "title": _TEXT,
         "stages": Field(("list[str]",)),
         "seed": Field(("int",), 42, range="at least 0"),
-        "model": fields_of(ModelTable),
+        "model": {**fields_of(ModelTable), "mirror": fields_of(MirrorTable)},
         "lora": trl_fields()["lora"],
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),

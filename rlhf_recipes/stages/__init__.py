@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "reward": ("rlhf_recipes.stages.reward", 2),
     "ppo": ("rlhf_recipes.stages.ppo", 2),
     "dpo": ("rlhf_recipes.stages.dpo", 2),
-    "evaluation": ("rlhf_recipes.stages.evaluate", 2),
+    "evaluation": ("rlhf_recipes.stages.evaluate", 3),
 }
 
 

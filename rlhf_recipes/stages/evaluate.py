@@ -17,9 +17,11 @@ from rlhf_recipes import sources
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Example, pairs, unique_prompts
 from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.passes import logits
+from rlhf_recipes.judge import Judge, load_judge
+from rlhf_recipes.passes import logits, logprobs
 from rlhf_recipes.rewards import open_foreign, open_reward
 from rlhf_recipes.sequences import join, sample, score_ids
+from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import load_rows, need
 from rlhf_recipes.stages.reward import preference
@@ -42,7 +44,9 @@ class Answers:
     """One policy's answers to the test prompts."""
 
     ids: list[list[int]]
+    texts: list[str]
     scores: torch.Tensor | None  # [prompts], in units of the reward
+    judged: torch.Tensor | None  # [prompts], the judge's
 
 
 def run(context: StageContext) -> StageResult:
@@ -53,6 +57,7 @@ def run(context: StageContext) -> StageResult:
     setting = _setting(context)
     base, tokens = shared.base, shared.tokens
     metrics: dict[str, float | int] = {}
+    judge = load_judge(recipe.evaluation.judge, recipe.model.base)
 
     # ---- reward model
     reward, name = _reward_model(context)
@@ -68,8 +73,11 @@ def run(context: StageContext) -> StageResult:
     given: dict[str, Answers] = {}
     for done, (name, folder) in enumerate(policies.items(), 1):
         policy = base.open("policy", folder, seed=0)
-        given[name] = _answer(policy, reward, examples, setting, shared)
+        given[name] = _answer(policy, reward, judge, examples, setting, shared)
         metrics |= _own(name, given[name], tokens.eos_id)
+        bare = base.open("bare", None, seed=0)
+        metrics[f"{name}.nats_under_base"] = nats_a_token(bare, examples, given[name].ids)
+        base.close(bare)
         before = _start_of(name, policies, recipe)
         if before is not None:
             start = base.open("start", policies[before], seed=0)
@@ -82,7 +90,7 @@ def run(context: StageContext) -> StageResult:
         base.close(reward)
 
     # ---- output
-    _write_answers(context.folder / "output" / "answers.jsonl", examples, given, tokens.decode)
+    _write_answers(context.folder / "output" / "answers.jsonl", examples, given)
     metrics["evaluation.prompts"] = len(examples)
     return StageResult(metrics, _summary(metrics, list(policies), recipe))
 
@@ -138,7 +146,12 @@ def _reward_metrics(reward: Role, rows: list[Example], pad: int, name: str) -> d
 
 
 def _answer(
-    policy: Role, reward: Role | None, examples: list[Example], setting: Setting, shared
+    policy: Role,
+    reward: Role | None,
+    judge: Judge | None,
+    examples: list[Example],
+    setting: Setting,
+    shared: Shared,
 ) -> Answers:
     tokens = shared.tokens
     prompts = [e.prompt_ids for e in examples]
@@ -155,7 +168,11 @@ def _answer(
     scores = None
     if reward is not None:
         scores = score_ids(reward, list(zip(prompts, ids, strict=True)), tokens.pad_id, BATCH)
-    return Answers(ids, scores)
+    texts, judged = [tokens.decode(answer) for answer in ids], None
+    if judge is not None:
+        asked = zip(examples, texts, strict=True)
+        judged = torch.tensor([judge(e.prompt, text) for e, text in asked])
+    return Answers(ids, texts, scores, judged)
 
 
 def _own(name: str, answers: Answers, eos: int) -> dict[str, float]:
@@ -163,22 +180,43 @@ def _own(name: str, answers: Answers, eos: int) -> dict[str, float]:
     numbers = {
         f"{name}.length": sum(len(ids) for ids in answers.ids) / count,
         f"{name}.ended": sum(ids[-1] == eos for ids in answers.ids) / count,
+        # Words that an answer says again, and word pairs that no other answer has said.
+        f"{name}.repetition": sum(1 - distinct([ids], 3) for ids in answers.ids) / count,
+        f"{name}.distinct_2": distinct(answers.ids, 2),
     }
     if answers.scores is not None:
         numbers[f"{name}.score"] = answers.scores.mean().item()
+    if answers.judged is not None:
+        numbers[f"{name}.judge_score"] = answers.judged.mean().item()
     return numbers
+
+
+def n_grams(ids: list[int], n: int) -> list[tuple[int, ...]]:
+    return list(zip(*(ids[start:] for start in range(n)), strict=False))
+
+
+def distinct(answers: list[list[int]], n: int) -> float:
+    """Share of the n-grams of all answers that stand for the first time; 1 where there are none."""
+    grams = [gram for ids in answers for gram in n_grams(ids, n)]
+    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def _against(name: str, now: Answers, before: Answers) -> dict[str, float]:
     """Win rate with ties as ½, gain in units of the reward, and share of answers unchanged."""
     same = [a == b for a, b in zip(now.ids, before.ids, strict=True)]
     numbers = {f"{name}.unchanged": sum(same) / len(same)}
-    if now.scores is not None and before.scores is not None:
+    if now.scores is not None:
         gain = (now.scores - before.scores).double()
-        wins = (gain > 0).double() + 0.5 * (gain == 0).double()
         numbers[f"{name}.score_gain"] = gain.mean().item()
-        numbers[f"{name}.win_rate"] = wins.mean().item()
+        numbers[f"{name}.win_rate"] = _wins(gain)
+    if now.judged is not None:
+        numbers[f"{name}.judge_win_rate"] = _wins(now.judged - before.judged)
     return numbers
+
+
+def _wins(gain: torch.Tensor) -> float:
+    """Share of the prompts with a gain, a tie counting half."""
+    return ((gain > 0) + 0.5 * (gain == 0)).mean().item()
 
 
 @torch.no_grad()
@@ -201,14 +239,29 @@ def exact_kl(
     return total / len(answers)
 
 
-def _write_answers(file: Path, examples: list[Example], given: dict[str, Answers], decode) -> None:
+@torch.no_grad()
+def nats_a_token(base: Role, examples: list[Example], answers: list[list[int]]) -> float:
+    """Minus the mean log-probability of the answers' tokens under `base`, at temperature 1."""
+    total = 0.0
+    for first in range(0, len(answers), BATCH):
+        part = slice(first, first + BATCH)
+        rows = join([e.prompt_ids for e in examples[part]], answers[part], 0, base.lm.device)
+        with base.active():
+            picked, _ = logprobs(base, rows.ids, rows.mask, rows.answer, 1.0)
+        total -= (picked * rows.mask[:, -rows.answer :]).sum().item()
+    return total / sum(map(len, answers))
+
+
+def _write_answers(file: Path, examples: list[Example], given: dict[str, Answers]) -> None:
     with file.open("w") as out:
         for i, example in enumerate(examples):
             row = {"prompt": example.prompt, "answers": {}, "scores": {}}
             for name, answers in given.items():
-                row["answers"][name] = decode(answers.ids[i])
+                row["answers"][name] = answers.texts[i]
                 if answers.scores is not None:
                     row["scores"][name] = round(answers.scores[i].item(), 4)
+                if answers.judged is not None:
+                    row.setdefault("judged", {})[name] = answers.judged[i].item()
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -217,7 +270,10 @@ def _summary(metrics: dict[str, float], policies: list[str], recipe) -> str:
     if f"{last}.win_rate" not in metrics:
         return f"{metrics['evaluation.prompts']} test prompts"
     before = _start_of(last, dict.fromkeys(policies), recipe)
+    judge = ""
+    if f"{last}.judge_win_rate" in metrics:
+        judge = f" (by the judge {metrics[f'{last}.judge_win_rate']:.0%})"
     return (
-        f"{last} over {before}: win rate {metrics[f'{last}.win_rate']:.0%}, "
+        f"{last} over {before}: win rate {metrics[f'{last}.win_rate']:.0%}{judge}, "
         f"gain {metrics[f'{last}.score_gain']:+.2f}, KL {metrics[f'{last}.kl']:.2f} nats"
     )

@@ -1,0 +1,51 @@
+"""A judge beside the reward model: a rule that was written down, and that nothing was trained on.
+
+`[evaluation] judge = "python:FILE.py:FUNCTION"` names a function of the recipe's own: it takes a
+prompt's last message and an answer, both texts, and gives a number, the better the higher. Its file
+is run, as any Python that one downloads and starts: look at it first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from rlhf_recipes.errors import StageError
+from rlhf_recipes.tables import located, python_judge
+
+Judge = Callable[[str, str], float]
+
+
+def load_judge(spec: str, base: Path) -> Judge | None:
+    """The judge that a recipe in folder `base` names; None for "none". Raises StageError."""
+    if spec == "none":
+        return None
+    name, function = python_judge(spec)
+    file = located(name, base)
+    module_spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        rule = getattr(module, function)
+    except Exception as error:
+        raise _trouble(spec, error) from error
+
+    def judge(prompt: str, answer: str) -> float:
+        try:
+            score = float(rule(prompt, answer))
+        except Exception as error:
+            raise _trouble(spec, error) from error
+        if not math.isfinite(score):
+            raise _trouble(spec, ValueError(f"{score} for the answer {answer[:60]!r}"))
+        return score
+
+    return judge
+
+
+def _trouble(spec: str, error: Exception) -> StageError:
+    return StageError(
+        f"the judge {spec} does not judge: {type(error).__name__}: {error}",
+        "it must take a prompt and an answer, and give a number",
+    )
