@@ -1,11 +1,12 @@
-# `make smoke` from nothing: sets up .venv, trains every stage on a tiny model, shows the evidence.
+# `make smoke` and `make chat` from nothing: they set up .venv, train every stage of the recipe of
+# that name, and show the evidence.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke test lint ci bench
+.PHONY: setup smoke chat test lint ci bench
 
 setup: $(VENV)/.ready
 
@@ -23,6 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 smoke: setup
 	@$(BIN)/rlhf-recipes run smoke
+
+chat: setup
+	@$(BIN)/rlhf-recipes run chat
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2

@@ -246,7 +246,7 @@ def prepare_untrained(recipe_file: str, work: str) -> None:
     from rlhf_recipes.models import new_head
     from rlhf_recipes.shared import Shared
 
-    shared = Shared(load_recipe(recipe_file))
+    shared = Shared(load_recipe(recipe_file), {})
     for name in ("sft", "reward"):
         role, folder = shared.base.open(name, None, seed=0, trainable=True), Path(work, name)
         folder.mkdir()
@@ -266,15 +266,15 @@ def prepare_trained(run_folder: str, work: str) -> None:
 
     for name in ("sft", "reward"):
         shutil.copytree(finished_stage(Path(run_folder), name)[2], Path(work, name))
-    _write_for_trl(Shared(load_recipe(Path(run_folder, "resolved.toml"))), Path(work))
+    _write_for_trl(Shared(load_recipe(Path(run_folder, "resolved.toml")), {}), Path(work))
 
 
 def _write_for_trl(shared: Any, work: Path) -> None:
     from rlhf_recipes.data import unique_prompts
     from rlhf_recipes.export import write_model, write_reward_model
 
-    write_model(shared.recipe, work / "sft", work / "policy")
-    write_reward_model(shared.recipe, work / "reward", work / "classifier", form="merged")
+    write_model(shared, work / "sft", work / "policy")
+    write_reward_model(shared, work / "reward", work / "classifier", form="merged")
     rows = unique_prompts(shared.data(shared.recipe.dataset).train)
     text = "".join(json.dumps({"prompt": example.prompt}) + "\n" for example in rows)
     (work / "prompts.jsonl").write_text(text)
@@ -305,7 +305,7 @@ def run_ours(recipe_file: str, work: str, found: str, *words: str) -> None:
     for part in ("work", "output"):
         (folder / part).mkdir(parents=True)
     inputs = {"policy": Path(work, "sft"), "reward_model": Path(work, "reward")}
-    run(stages.StageContext("ppo", "ppo", recipe, folder, inputs, Progress(), Shared(recipe)))
+    run(stages.StageContext("ppo", "ppo", recipe, folder, inputs, Progress(), Shared(recipe, {})))
 
 
 WORKERS = {"untrained": prepare_untrained, "trained": prepare_trained, "ours": run_ours}

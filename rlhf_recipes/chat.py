@@ -1,78 +1,184 @@
-"""Talk to the model of a run: streamed, with the turns kept."""
+"""Talk to a run's policies: streamed, with the turns kept; to one of them, or to all at once.
+
+All stand on the one base in memory, as in the evaluation. Asked together, each keeps a conversation
+of its own and draws under the same seed, so that what differs between answers is the policies'.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
-from transformers import TextStreamer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers.generation.streamers import BaseStreamer
 
-from rlhf_recipes.export import finished_stage, load_policy
-from rlhf_recipes.progress import plain
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.sequences import sampling
-from rlhf_recipes.shared import Shared
-from rlhf_recipes.tokens import encode
+from rlhf_recipes.adapters import Role
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.export import finished_stage, shared_of
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.progress import Screen, plain
+from rlhf_recipes.rewards import open_reward
+from rlhf_recipes.sequences import sampling, score_ids
+from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tokens import Messages, Tokens, encode
+from rlhf_recipes.wiring import BASE
 
-Quiet = Callable[[], contextlib.AbstractContextManager[None]]  # keeps the libraries' noise away
-HELP = "type a message · an empty line forgets the conversation · Ctrl-D ends"
-
-
-class _Stream(TextStreamer):
-    """Prints an answer as it comes, without what a terminal would obey."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        lines = "\n".join(_keep_spaces(line) for line in text.split("\n"))
-        print(lines, end="\n" if stream_end else "", flush=True)
+HELP = "an empty line forgets the conversation · Ctrl-C stops an answer · Ctrl-D ends"
+COLUMN = 30  # characters; where the terminal has fewer for each, answers follow one another
 
 
-def chat(*, run_folder: Path, stage: str | None, quiet: Quiet) -> None:
-    """Read messages from stdin, write the policy's answers to stdout, until the input ends."""
-    recipe = load_recipe(run_folder / "resolved.toml")
-    name, _, output = finished_stage(run_folder, stage)
-    shared = Shared(recipe)
-    with quiet():
-        tokens = shared.tokens
-        lm = load_policy(shared, output)
-    ppo = [n for n in recipe.stages if recipe.table(n).kind == "ppo"]
-    settings = sampling(
-        recipe.dataset.max_answer_tokens,
-        recipe.table(ppo[-1]).options["temperature"] if ppo else 0.7,
-        eos=tokens.eos_id,
-        pad=tokens.pad_id,
-    )
-    torch.manual_seed(recipe.seed)
-    system = recipe.dataset.system
-    start = [] if system is None else [{"role": "system", "content": system}]
-    turns = list(start)
-    print(f"{name} of {run_folder.name} · {HELP}")
-    while (message := _ask()) is not None:
+def chat(*, run_folder: Path, stage: str | None, everyone: bool, screen: Screen) -> None:
+    """Read messages from stdin, write the answers to stdout, until the input ends.
+
+    With `everyone`, the base and every policy answer, and what PPO was scored by scores them.
+    Raises UsageError where `stage` is no finished policy of the run.
+    """
+    with screen.quiet():
+        talk = _Talk(run_folder, stage, everyone, screen)
+    if person := sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() its arrow keys)
+        names = ", ".join(speaker.name for speaker in talk.speakers)
+        print(f"{names} of {run_folder.resolve().name} · {HELP}")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            message = input("> " if person else "")
+            with screen.quiet():
+                talk.answer(message)
+    print(end="\n" if person else "")
+
+
+class _Speaker(BaseStreamer):
+    """A policy, its turns, and its answer, which `generate` puts here token by token."""
+
+    def __init__(self, name: str, role: Role, tokens: Tokens):
+        self.name, self.role, self.tokens = name, role, tokens
+        self.turns: Messages = []
+
+    def begin(self, out: IO[str] | None) -> None:
+        self.out, self.ids, self.shown, self.score = out, [], "", ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() > 1:
+            return  # the prompt
+        self.ids += value.tolist()
+        text = self.tokens.decode(self.ids).rstrip("\ufffd")  # half a character
+        text = "".join(c if c == "\n" else " " if c.isspace() else plain(c) for c in text)
+        if self.out:
+            print(text[len(self.shown) :], end="", file=self.out, flush=True)
+        self.shown = text
+
+    def end(self) -> None: ...
+
+
+class _Talk:
+    def __init__(self, run_folder: Path, stage: str | None, everyone: bool, screen: Screen):
+        shared = shared_of(run_folder)
+        recipe = shared.recipe
+        tables = [recipe.table(name) for name in recipe.stages]
+        names = [table.name for table in tables if table.kind in POLICY_KINDS]
+        ppo = [table for table in tables if table.kind == "ppo"]
+        last, kind, output = finished_stage(run_folder, stage)
+        if kind not in POLICY_KINDS:
+            raise UsageError(f"{last} is no policy to talk to", f"policies: {', '.join(names)}")
+        outputs = {last: output}
+        if everyone:
+            names = names[: names.index(last) + 1]
+            outputs = {BASE: None} | {name: finished_stage(run_folder, name)[2] for name in names}
+
+        self.tokens = tokens = shared.tokens
+        self.speakers = [
+            _Speaker(name, shared.base.open(f"policy-{name}", output, seed=0), tokens)
+            for name, output in outputs.items()
+        ]
+        self.reward = None
+        if everyone and ppo:
+            with contextlib.suppress(UsageError):  # it is from elsewhere: no scores
+                scorer = finished_stage(run_folder, ppo[-1].reward_model)[2]
+                self.reward = open_reward(shared.base, scorer)
+
+        config = self.speakers[0].role.lm.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", sys.maxsize)
+        length = min(recipe.dataset.max_answer_tokens, context // 2)
+        self.room = context - length  # for a conversation, in tokens
+        temperature = ppo[-1].options["temperature"] if ppo else 0.7
+        self.settings = sampling(length, temperature, eos=tokens.eos_id, pad=tokens.pad_id)
+        system = recipe.dataset.system
+        self.start = [] if system is None else [{"role": "system", "content": system}]
+        self.seed, self.asked, self.screen = recipe.seed, 0, screen
+        self.console = Console(file=screen.out, highlight=False)
+
+    def answer(self, message: str) -> None:
+        """Print everyone's answer, or one line that says why there is none."""
+        turn, limit = {"role": "user", "content": message}, f"at most {self.room} tokens are read"
         if not message.strip():
-            turns = list(start)
-            continue
-        turns.append({"role": "user", "content": message})
-        ids = torch.tensor([encode(tokens, turns)[0]], device=lm.device)
-        stream = _Stream(tokens.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with torch.no_grad():
-            whole = lm.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=settings,
-                streamer=stream,
-            )
-        turns.append({"role": "assistant", "content": tokens.decode(whole[0, ids.shape[1] :])})
+            for speaker in self.speakers:
+                speaker.turns.clear()
+        elif self.tokens.has_specials(message):
+            self.screen.line("not sent: it contains a special token of the model")
+        elif len(self._prompt([turn])) > self.room:
+            self.screen.line(f"not sent: {limit}")
+        else:
+            for speaker in self.speakers:
+                speaker.turns.append(turn)
+            while max(len(self._prompt(s.turns)) for s in self.speakers) > self.room:
+                self.screen.line(f"the oldest turn is forgotten: {limit}")
+                for speaker in self.speakers:  # by all, so that all know the same questions
+                    del speaker.turns[:2]
+            self._show()
 
+    def _show(self) -> None:
+        """Everyone's next turn: in columns where there is room, else one after another."""
+        count, out = len(self.speakers), self.screen.out
+        columns = count > 1 and out.isatty() and self.console.width >= COLUMN * count
+        self.asked += 1
+        for speaker in self.speakers:
+            speaker.begin(None if columns else out)
+        live = Live(
+            console=self.console,
+            get_renderable=self._table,
+            redirect_stdout=False,  # what others print goes to the log, not above the columns
+            redirect_stderr=False,
+        )
+        with live if columns else contextlib.nullcontext():
+            for speaker in self.speakers:
+                if count > 1 and not columns:
+                    self.console.print(Text(f"{speaker.name}: ", "bold"), end="")
+                self._sample(speaker)
+                if not columns:
+                    print(f"  ({speaker.score})" if speaker.score else "", file=out, flush=True)
 
-def _ask() -> str | None:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        return None
+    def _sample(self, speaker: _Speaker) -> None:
+        """The speaker's next turn, under draws that are everyone's; Ctrl-C ends it where it is."""
+        prompt = self._prompt(speaker.turns)
+        ids = torch.tensor([prompt], device=speaker.role.lm.device)
+        torch.manual_seed(derive_seed(self.seed, "chat", self.asked))
+        with contextlib.suppress(KeyboardInterrupt):
+            with speaker.role.active():
+                speaker.role.lm.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=self.settings,
+                    streamer=speaker,
+                )
+            if self.reward is not None:
+                score = score_ids(self.reward, [(prompt, speaker.ids)], self.tokens.pad_id, 1)
+                speaker.score = f"score {score.item():+z.2f}"
+        speaker.turns.append({"role": "assistant", "content": self.tokens.decode(speaker.ids)})
 
+    def _prompt(self, turns: Messages) -> list[int]:
+        return encode(self.tokens, [*self.start, *turns])[0]
 
-def _keep_spaces(text: str) -> str:
-    """`plain` for a piece of a line: the spaces at its ends part words."""
-    return "".join(c if c == " " else plain(c) for c in text)
+    def _table(self) -> Table:
+        width = self.console.width - 3  # a terminal writes ^C there
+        table = Table(box=None, width=width, show_footer=self.reward is not None)
+        for s in self.speakers:
+            table.add_column(Text(s.name, "bold"), Text(s.score, "dim"), ratio=1, overflow="fold")
+        table.add_row(*(Text(speaker.shown) for speaker in self.speakers))
+        return table

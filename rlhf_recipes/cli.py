@@ -156,6 +156,16 @@ def fork(
 
 
 @app.command()
+def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
+    """Bring a recipe's model and data to this machine, to run it with no network."""
+    from rlhf_recipes.fetch import fetch as fetch_recipe
+    from rlhf_recipes.recipe import find_recipe, load_recipe
+
+    fetch_recipe(load_recipe(find_recipe(recipe), set=set_, unset=unset), print)
+    print("all that it loads is on this machine")
+
+
+@app.command()
 def recipes(json: Json = False) -> None:
     """List the recipes that ship with this project."""
     from rlhf_recipes.recipe import load_recipe, shipped_recipes
@@ -169,24 +179,29 @@ def recipes(json: Json = False) -> None:
         print(to_json({"format": FORMAT, "recipes": found}, indent=2))
         return
     for entry in found:
-        print(f"{entry['name']:<12} {entry['title']}")
+        print(f"{entry['name']:<15} {entry['title']}")
 
 
 @app.command()
 def chat(
     run: Run,
     stage: Annotated[str | None, typer.Option(help="A stage. [the last policy]")] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="The base and every policy, side by side.")
+    ] = False,
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""
     from rlhf_recipes.progress import Screen
     from rlhf_recipes.rundir import find_run, runs_folder
 
+    if all_ and stage:
+        raise UsageError("--all and --stage exclude each other", "--all takes every policy")
     folder = find_run(run, runs_folder(runs))
     with Screen(folder / "log.txt") as screen:
         with screen.quiet():
             from rlhf_recipes.chat import chat as chat_with
-        chat_with(run_folder=folder, stage=stage, quiet=screen.quiet)
+        chat_with(run_folder=folder, stage=stage, everyone=all_, screen=screen)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from rlhf_recipes.errors import DataError
 from rlhf_recipes.identity import digest
-from rlhf_recipes.sources import dataset_commit
+from rlhf_recipes.sources import dataset_place
 from rlhf_recipes.tokens import Messages, Tokens, encode
 
 SHAPES = """\
@@ -157,12 +157,14 @@ def _load_split(table: Any, split: str) -> Any:
     words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
     if isinstance(table.data_files, dict) and split in table.data_files:
         words["data_files"] = {split: table.data_files[split]}  # others may have other columns
-    if not table.is_local:
-        return load_dataset(table.path, split=split, revision=dataset_commit(table), **words)
+    place = dataset_place(table)
     builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if table.file.suffix in builder:
-        return load_dataset(builder[table.file.suffix], data_files=str(table.file), split=split)
-    return load_dataset(str(table.file), split=split, **words)
+    if place.suffix in builder:
+        return load_dataset(builder[place.suffix], data_files=str(place), split=split)
+    # What `datasets` keeps of a folder is found by its name and patterns alone, not by its bytes: a
+    # folder of ours is read anew. A snapshot's name is its commit.
+    mode = "reuse_cache_if_exists" if table.is_local else None
+    return load_dataset(str(place), split=split, download_mode=mode, **words)
 
 
 def _check_share(data: Data, columns: list[str], table: Any) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf_recipes.adapters import ADAPTER, HEAD, UNIT
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models import compute_dtype, load_causal_lm
-from rlhf_recipes.recipe import Recipe, load_recipe
+from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import read_unit
 from rlhf_recipes.rundir import MANIFEST, read_json
 from rlhf_recipes.shared import Shared
@@ -33,18 +33,24 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
     """
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", "name a new folder")
-    recipe = load_recipe(run_folder / "resolved.toml")
-    if form == "adapter" and recipe.lora is None:
+    shared = shared_of(run_folder)
+    if form == "adapter" and shared.recipe.lora is None:
         raise UsageError("with lora = false there is no adapter", "leave out --form adapter")
     name, kind, output = finished_stage(run_folder, stage)
     if kind == "reward":
-        write_reward_model(recipe, output, folder, form=form)
+        write_reward_model(shared, output, folder, form=form)
     else:
-        write_model(recipe, output, folder, form=form)
+        write_model(shared, output, folder, form=form)
     return (
         f"{folder} holds {name} ({form}), ready for from_pretrained\n"
         f"to share it: hf upload YOUR-NAME/{run_folder.name}-{name} {folder}"
     )
+
+
+def shared_of(run_folder: Path) -> Shared:
+    """What the stages of a run shared: its recipe, and the base model that it started from."""
+    identity = read_json(run_folder / MANIFEST)["model"]
+    return Shared(load_recipe(run_folder / "resolved.toml"), identity)
 
 
 def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
@@ -61,13 +67,12 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
     return entry["name"], entry["kind"], run_folder.parent / entry["folder"] / "output"
 
 
-def write_model(recipe: Recipe, output: Path, folder: Path, *, form: str = "merged") -> None:
+def write_model(shared: Shared, output: Path, folder: Path, *, form: str = "merged") -> None:
     """A stage's `output` as a causal model's folder: weights, tokenizer, generation settings."""
-    shared = Shared(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     shared.tokens.tokenizer.save_pretrained(folder)
     if form == "adapter":
-        _copy_adapter(recipe, output, folder)
+        _copy_adapter(shared, output, folder)
         return
     lm = load_policy(shared, output)
     lm.generation_config = lm.shipped_generation_config
@@ -88,14 +93,14 @@ def load_policy(shared: Shared, output: Path | None) -> PreTrainedModel:
     return PeftModel.from_pretrained(lm, output).merge_and_unload()
 
 
-def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str) -> None:
+def write_reward_model(shared: Shared, output: Path, folder: Path, *, form: str) -> None:
     """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
-    write_model(recipe, output, folder, form=form)
+    write_model(shared, output, folder, form=form)
     if form == "adapter":
         for name in (HEAD, UNIT):
             shutil.copy(output / name, folder / name)
         return
-    dtype = compute_dtype(recipe.model.dtype)
+    dtype = compute_dtype(shared.recipe.model.dtype)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
     with torch.no_grad():
         model.score.weight.copy_(load_file(output / HEAD)["score.weight"])
@@ -105,10 +110,10 @@ def write_reward_model(recipe: Recipe, output: Path, folder: Path, *, form: str)
     model.save_pretrained(folder)
 
 
-def _copy_adapter(recipe: Recipe, output: Path, folder: Path) -> None:
+def _copy_adapter(shared: Shared, output: Path, folder: Path) -> None:
+    model = shared.recipe.model
     config: dict[str, Any] = json.loads((output / "adapter_config.json").read_text())
-    local = recipe.model.is_local
-    config["base_model_name_or_path"] = str(recipe.model.folder) if local else recipe.model.name
-    config["revision"] = recipe.model.revision
+    config["base_model_name_or_path"] = str(model.folder) if model.is_local else model.name
+    config["revision"] = shared.model.get("revision")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     shutil.copy(output / ADAPTER, folder / ADAPTER)

@@ -35,9 +35,18 @@ class PlannedStage:
 @dataclass(frozen=True)
 class Plan:
     recipe: Recipe
+    model: dict[str, str]  # what the base model is, and by that where it comes from
     runs: Path
     run_folder: Path
     stages: tuple[PlannedStage, ...]
+
+    @property
+    def mirrored(self) -> str | None:
+        """Where the base model comes from, if it is not from where the recipe's name says."""
+        if "mirror" not in self.model:
+            return None
+        mirror = self.recipe.model.mirror
+        return f"{self.recipe.model.name}, from its mirror: {mirror.file} in {mirror.wheel} (PyPI)"
 
 
 def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: bool = False) -> Plan:
@@ -47,8 +56,10 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
     is no folder name, DataError and ModelError where a source is not to be had.
     """
     run_folder = runs / run_name(recipe, name)
-    model = sources.identify_model(recipe.model.name, recipe, runs, recipe.model.revision)
+    model = sources.identify_base(recipe, runs)
     model |= {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization}
+    if recipe.model.chat_template != "own":
+        model["chat_template"] = recipe.model.chat_template
     stages: dict[str, PlannedStage] = {}
     for index, (stage, kind, roles, settings, dataset) in enumerate(_wiring(recipe, runs)):
         inputs = {role: source for role, source in roles.items() if source in stages}
@@ -77,7 +88,7 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
         else:
             reason = _reason(stage, folder, payload, inputs, run_folder)
         stages[stage] = PlannedStage(stage, kind, index, key, folder, payload, inputs, reason, done)
-    return Plan(recipe, runs, run_folder, tuple(stages.values()))
+    return Plan(recipe, model, runs, run_folder, tuple(stages.values()))
 
 
 def run_name(recipe: Recipe, name: str | None) -> str:

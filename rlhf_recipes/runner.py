@@ -23,6 +23,7 @@ import tomlkit
 
 from rlhf_recipes import rundir, stages
 from rlhf_recipes.errors import DataError, Interrupted, ModelError, StageError, UsageError
+from rlhf_recipes.fetch import bring
 from rlhf_recipes.identity import difference
 from rlhf_recipes.plan import Plan, PlannedStage, make_plan, run_name
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
@@ -77,6 +78,12 @@ def run(
                 plan = make_plan(recipe, runs, name=name, fresh=fresh)
                 rundir.write_text(folder / "recipe.toml", recipe.text)
                 rundir.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
+                if plan.mirrored:
+                    screen.line(f"  the model: {plan.mirrored}")
+                if not all(stage.done for stage in plan.stages):
+                    # What the hub sends, it shows itself; converting a mirror only makes noise.
+                    with screen.quiet() if plan.mirrored else contextlib.nullcontext():
+                        bring(recipe, plan.model)
                 return _Run(plan, screen, fresh).go(wanted)
     except KeyboardInterrupt as signalled:
         raise Interrupted(
@@ -93,9 +100,12 @@ class _Run:
         self.plan = plan
         self.screen = screen
         self.fresh = fresh
-        self.shared = Shared(plan.recipe)
+        self.shared = self._new_shared()
         self.done: dict[str, StageOutcome] = {}
         self.started = rundir.now()
+
+    def _new_shared(self) -> Shared:
+        return Shared(self.plan.recipe, self.plan.model)
 
     def go(self, wanted: list[str]) -> RunOutcome:
         outcome = "failed"
@@ -202,11 +212,11 @@ class _Run:
             return folder
         aside = self.plan.run_folder / ".model"
         shutil.rmtree(aside, ignore_errors=True)
-        self.shared = Shared(self.plan.recipe)  # lets go of the base: merging loads it whole
+        self.shared = self._new_shared()  # lets go of the base: merging loads it whole
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.export import write_model
 
-            write_model(self.plan.recipe, last.stage.folder / "output", aside, form="merged")
+            write_model(self.shared, last.stage.folder / "output", aside, form="merged")
         rundir.write_json(aside / MODEL_SOURCE, source)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -231,6 +241,7 @@ class _Run:
             "stages": [self._entry(stage) for stage in self.plan.stages],
             "seed": recipe.seed,
             "model": last.payload["model"],
+            "mirror": self.plan.mirrored,
             "dataset": last.payload["dataset"],
             "versions": rundir.versions(),
             "hardware": rundir.hardware(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 class Shared:
     """Holds nothing that a stage's result depends on beyond the recipe itself."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, model: Mapping[str, str]):
         self.recipe = recipe
+        self.model = model  # the base model's identity, which says where it is loaded from
         self._data: dict[str, Data] = {}
 
     @cached_property
     def model_folder(self) -> Path:
-        return sources.model_folder(self.recipe)
+        return sources.base_folder(self.recipe, self.model)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -34,7 +36,8 @@ class Shared:
         from rlhf_recipes.tokens import settle
 
         config = AutoConfig.from_pretrained(self.model_folder).get_text_config()
-        return settle(load_tokenizer(self.model_folder), config.vocab_size)
+        tokenizer = load_tokenizer(self.model_folder)
+        return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
 
     def data(self, table: Any) -> Data:
         """The rows of a [dataset] table, encoded and split."""

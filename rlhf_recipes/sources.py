@@ -7,12 +7,13 @@ are the same run; only where nothing is cached is the hub asked.
 from __future__ import annotations
 
 import hashlib
-import re
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes import rundir
-from rlhf_recipes.errors import DataError, ModelError
+from rlhf_recipes import mirror, rundir
+from rlhf_recipes.errors import ModelError
+from rlhf_recipes.hub import MODEL_FILES, Repo, says_no
 from rlhf_recipes.identity import digest
 from rlhf_recipes.tables import is_path, located
 
@@ -22,59 +23,84 @@ if TYPE_CHECKING:
 
 # Smaller files are read each time; the digest of a larger one is kept by size and time of change.
 REMEMBERED_BYTES = 8 * 2**20
-HUB_TIMEOUT = 10  # seconds, so that a machine with no network hears so quickly
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def identify_model(
-    name: str, recipe: Recipe, runs: Path, revision: str | None = None
-) -> dict[str, str]:
+def model_repo(name: str, revision: str | None = None) -> Repo:
+    return Repo("model", name, revision, MODEL_FILES)
+
+
+def dataset_repo(table: DatasetTable) -> Repo:
+    # Without its folder, a dataset's README may want any of its files.
+    inside = PurePosixPath(table.data_dir or ".") / "*"
+    wanted = (str(inside), "README.md") if table.data_dir else ("*",)
+    return Repo("dataset", table.path, table.revision, wanted)
+
+
+def identify_base(recipe: Recipe, runs: Path) -> dict[str, str]:
+    """The identity of the base model: as `identify_model` has it, or its mirror's.
+
+    {"repo": …, "mirror": sha256} where no hub answers. What is on this machine already wins, the
+    hub's before the mirror's.
+    """
+    model = recipe.model
+    if model.is_local:
+        return identify_model(model.name, recipe, runs)
+    repo = model_repo(model.name, model.revision)
+    mirrored = model.mirror and {"repo": model.name, "mirror": model.mirror.sha256}
+    if mirrored and not repo.cached():
+        if mirror.folder_of(model.mirror).is_dir():
+            return mirrored
+        try:
+            return {"repo": model.name, "revision": repo.commit(newest=True)}
+        except ModelError as error:
+            if says_no(error.__cause__):
+                raise
+            return mirrored
+    return {"repo": model.name, "revision": repo.commit()}
+
+
+def identify_model(name: str, recipe: Recipe, runs: Path) -> dict[str, str]:
     """The identity of a model: {"content": sha256} or {"repo": …, "revision": commit}."""
     if is_path(name):
         return {"content": content_digest(located(name, recipe.model.base), runs)}
-    return identify_hub_model(name, revision)
+    return {"repo": name, "revision": model_repo(name).commit()}
 
 
 def identify_dataset(table: DatasetTable, runs: Path) -> dict[str, Any]:
     """The identity of a dataset's files, before any of our settings chooses among its rows."""
     if table.is_local:
         return {"content": content_digest(table.file, runs)}
-    return {"repo": table.path, "revision": dataset_commit(table)}
+    return {"repo": table.path, "revision": dataset_repo(table).commit()}
 
 
-def dataset_commit(table: DatasetTable) -> str:
-    """The commit of a dataset on the hub that is keyed, and so the one to load."""
-    return _commit(table.path, table.revision, "dataset")
+def base_folder(recipe: Recipe, identity: Mapping[str, str]) -> Path:
+    """The folder on this machine to load the base model from, brought here where it must be.
+
+    `identity` is what `identify_base` said, now or when an earlier run was planned.
+    """
+    model = recipe.model
+    if model.is_local:
+        return model.folder
+    if "mirror" in identity:
+        return mirror.bring(model.mirror)
+    repo = model_repo(model.name, model.revision)
+    return repo.snapshot(identity.get("revision") or repo.commit())
 
 
-def identify_hub_model(name: str, revision: str | None) -> dict[str, str]:
-    return {"repo": name, "revision": _commit(name, revision, "model")}
-
-
-def model_folder(recipe: Recipe) -> Path:
-    """The folder on this machine to load the base model from."""
-    return local_path(recipe.model.name, recipe, recipe.model.revision)
-
-
-def local_path(name: str, recipe: Recipe, revision: str | None = None) -> Path:
-    """The folder on this machine to load a model from; downloads it first where it must."""
+def model_folder(name: str, recipe: Recipe) -> Path:
+    """The folder on this machine to load another model from, brought here where it must be."""
     if is_path(name):
         return located(name, recipe.model.base)
-    from huggingface_hub import snapshot_download
+    repo = model_repo(name)
+    return repo.snapshot(repo.commit())
 
-    commit = identify_hub_model(name, revision)["revision"]
-    reason: Exception = FileNotFoundError("it has no weights in safetensors")
-    for here in (True, False):
-        try:
-            found = snapshot_download(
-                name, revision=commit, allow_patterns=MODEL_FILES, local_files_only=here
-            )
-        except Exception as error:
-            reason = error
-            continue
-        if any(Path(found).glob("*.safetensors")):  # of a snapshot, any part may be here
-            return Path(found)
-    raise _hub_trouble(name, "model", reason) from reason
+
+def dataset_place(table: DatasetTable) -> Path:
+    """The file or folder to load a dataset from, brought here where it must be."""
+    if table.is_local:
+        return table.file
+    repo = dataset_repo(table)
+    return repo.snapshot(repo.commit())
 
 
 def content_digest(path: Path, runs: Path) -> str:
@@ -105,34 +131,3 @@ def _file_digest(path: Path, runs: Path) -> str:
         known["files"][str(path.resolve())] = entry
         rundir.write_json(store, known)
     return entry[2]
-
-
-def _commit(repo: str, revision: str | None, kind: str) -> str:
-    """The 40-hex commit of a branch or tag: the cached one, else what the hub says now.
-
-    Raises ModelError or DataError where neither is to be had.
-    """
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    try:
-        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
-        cached = folder / "refs" / (revision or "main")
-        if cached.is_file():
-            return cached.read_text().strip()
-        api = HfApi()
-        return api.repo_info(repo, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT).sha
-    except Exception as error:
-        raise _hub_trouble(repo, kind, error) from error
-
-
-def _hub_trouble(name: str, kind: str, error: Exception) -> DataError | ModelError:
-    """The hub's own first line says what went wrong."""
-    reason = str(error).strip().splitlines() or [""]
-    return (DataError if kind == "dataset" else ModelError)(
-        f"the {kind} {name} is neither on this machine nor to be had from the hub "
-        f"({type(error).__name__}: {reason[0][:160]})",
-        f"check the name and the network, or name a local folder (./…) as the {kind}",
-    )

@@ -59,6 +59,8 @@ class ModelTable:
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"
+    # A base model may bring a template whose end of turn it was never trained to write.
+    chat_template: Literal["own", "plain"] = "own"
     mirror: MirrorTable | None = field(default=None, metadata={"key": False})
     base: Path = _base()
 

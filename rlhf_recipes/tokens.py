@@ -36,6 +36,7 @@ PAD_CANDIDATES = (
     "<|endoftext|>",
     "<|finetune_right_pad_id|>",
     "<|vision_pad|>",
+    "<|padding|>",
     "<unk>",
     "<|end_of_text|>",
     "</s>",
@@ -58,13 +59,13 @@ class Tokens:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tokens:
+def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = "own") -> Tokens:
     """Give `tokenizer` a template, EOS and pad, in place.
 
-    `vocabulary` is the number of rows of the model's embedding: a pad id beyond it crashes `gather`
-    in PPO. Raises ModelError where no token is free to pad with.
+    `template` is "own" or "plain". `vocabulary` is the number of rows of the model's embedding: a
+    pad id beyond it crashes `gather` in PPO. Raises ModelError where no token is free to pad with.
     """
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     tokenizer.eos_token = _end_of_turn(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer, vocabulary)

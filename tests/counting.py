@@ -82,7 +82,7 @@ class Counting:
             metrics = {"ppo.win_rate": 0.75, "prompts": 8}
         return stages.StageResult(metrics, "loss 0.50 → 0.25")
 
-    def write_model(self, recipe: Any, output: Path, folder: Path, *, form: str) -> None:
+    def write_model(self, shared: Any, output: Path, folder: Path, *, form: str) -> None:
         assert form == "merged"
         self.exported.append(output.parent.name.partition("-")[0])
         folder.mkdir()

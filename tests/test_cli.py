@@ -17,7 +17,7 @@ from rlhf_recipes.recipe import shipped_recipes
 from tests.counting import RECIPE, Counting, toy
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["run", "check", "fork", "recipes", "chat", "export"]
+COMMANDS = ["run", "check", "fork", "fetch", "recipes", "chat", "export"]
 
 
 def environment(fault: str = "") -> dict[str, str]:
@@ -224,7 +224,7 @@ def test_recipes_and_fork(
     assert listed["format"] == 1
     assert [entry["file"] for entry in listed["recipes"]] == [str(p) for p in shipped_recipes()]
     assert call(monkeypatch, "recipes") == 0
-    assert capsys.readouterr().out.startswith("smoke        Smoke: ")
+    assert "smoke           Smoke: " in capsys.readouterr().out
 
     assert call(monkeypatch, "fork", "toy.toml", "mine.toml", "--set", "seed=5") == 0
     assert capsys.readouterr().out == "mine.toml written; run it with: rlhf-recipes run mine.toml\n"
@@ -244,11 +244,11 @@ def test_chat_and_export_get_a_run_s_folder(
     monkeypatch.setitem(sys.modules, "rlhf_recipes.chat", talk)
     assert call(monkeypatch, "run", "toy.toml", "--runs", "kept", "--name", "one") == 0
     capsys.readouterr()
-    assert call(monkeypatch, "chat", "one", "--runs", "kept") == 0
+    assert call(monkeypatch, "chat", "one", "--runs", "kept", "--all") == 0
     assert call(monkeypatch, "export", "kept/one", "out", "--form=adapter", "--stage=sft") == 0
     assert capsys.readouterr().out == "written\n"
-    assert got[0].pop("quiet")
-    assert got[0] == {"run_folder": Path("kept/one"), "stage": None}
+    assert got[0].pop("screen")
+    assert got[0] == {"run_folder": Path("kept/one"), "stage": None, "everyone": True}
     assert got[1] == {
         "run_folder": Path("kept/one"), "folder": Path("out"), "stage": "sft", "form": "adapter"
     }  # fmt: skip

@@ -323,6 +323,32 @@ def test_a_test_file_beside_the_training_file(tmp_path: Path, tokens: Tokens) ->
     assert data.dropped == {"prompt is in the test split": 1}
 
 
+CONFIGS = """\
+---
+configs:
+- config_name: default
+  data_files: rows.jsonl
+---
+"""
+
+
+def test_a_folder_whose_readme_lists_its_files_is_read_anew(tmp_path: Path, tokens: Tokens) -> None:
+    """`datasets` finds what it kept of such a folder by the folder's name alone."""
+
+    def prompts(folder: Path) -> list[str]:
+        data = load_data(table(folder, validation_fraction=0.0, test_fraction=0.0), tokens)
+        return [example.prompt for example in data.train]
+
+    one, other = tmp_path / "one" / "same", tmp_path / "other" / "same"
+    for folder, prompt in {one: "red", other: "blue"}.items():
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(CONFIGS)
+        write(folder, [{"prompt": prompt}])
+    assert (prompts(one), prompts(other)) == (["red"], ["blue"])
+    write(one, [{"prompt": "gold"}])
+    assert prompts(one) == ["gold"]
+
+
 def test_what_the_chat_template_refuses_is_dropped(tmp_path: Path, tokens: Tokens) -> None:
     tokens.tokenizer.chat_template = (
         "{% if messages[1] %}{{ raise_exception('one turn') }}{% endif %}" + TEMPLATE

@@ -193,6 +193,22 @@ def test_fork_rebases_every_dataset(tmp_path: Path) -> None:
     assert [table.file for table in (fork, *fork.more)] == [tmp_path / "pairs.jsonl"] * 2
 
 
+def test_fork_rebases_the_judge(tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text("")
+    for written in ("./rule.py", "rule.py", f"{tmp_path}/rule.py"):
+        text = f'{MINIMAL}[evaluation]\njudge = "python:{written}:rule"  # a rule\n'
+        new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / f"{len(written)}.toml")
+        moved = written if written.startswith("/") else "../rule.py"
+        assert new.read_text().endswith(f'judge = "python:{moved}:rule"  # a rule\n')
+        assert (
+            load_recipe(new).resolved()["evaluation"]["judge"] == f"python:{tmp_path}/rule.py:rule"
+        )
+    for said in ("evaluation = false", 'evaluation.judge = "none"'):
+        source = write(tmp_path, f"{said}\n{MINIMAL}")
+        new = fork_recipe(source, tmp_path / "sub" / f"{len(said)}.toml")
+        assert new.read_text().splitlines()[1] == said
+
+
 def test_fork_leaves_hub_ids_and_absolute_paths_alone(tmp_path: Path) -> None:
     text = MINIMAL.replace("./pairs", f"{tmp_path}/pairs")
     new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / "new.toml")

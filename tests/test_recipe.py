@@ -17,6 +17,7 @@ from rlhf_recipes.recipe import (
     load_recipe,
     shipped_recipes,
 )
+from rlhf_recipes.tables import MirrorTable
 
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 MINIMAL = """\
@@ -162,6 +163,20 @@ def test_columns_and_a_test_file_are_resolved(tmp_path: Path) -> None:
     assert (again.file, again.test_split) == (tmp_path / "model", "test")
 
 
+def test_a_mirror_and_a_judge_are_resolved(tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text("")
+    text = MINIMAL.replace(MODEL, MIRROR) + '[evaluation]\njudge = "python:./rule.py:rule"\n'
+    recipe = load(tmp_path, text)
+    assert recipe.model.mirror == MirrorTable("a-wheel==1.0", "a/model.gguf", SHA)
+    resolved = tmp_path / "elsewhere" / "resolved.toml"
+    resolved.parent.mkdir()
+    resolved.write_text(tomlkit.dumps(recipe.resolved()))
+    again = load_recipe(resolved)
+    assert again.model == recipe.model
+    assert again.evaluation.judge == f"python:{tmp_path / 'rule.py'}:rule"
+    assert again.resolved() == recipe.resolved() | {"title": "my"}
+
+
 def test_identity_and_layout(tmp_path: Path) -> None:
     def settings(words: str) -> tuple[dict, dict]:
         recipe = load(tmp_path, MINIMAL + "[ppo]\n" + words)
@@ -264,6 +279,8 @@ beta = 0
 STAGES = 'stages = ["sft", "reward", "ppo"]'
 MODEL = 'name = "org/base"'
 DATA = 'path = "./pairs.jsonl"'
+SHA = "0a" * 32
+MIRROR = f'{MODEL}\nmirror = {{ wheel = "a-wheel==1.0", file = "a/model.gguf", sha256 = "{SHA}" }}'
 
 
 @pytest.mark.parametrize(
@@ -301,6 +318,20 @@ DATA = 'path = "./pairs.jsonl"'
         (MODEL, 'name = "./adapter"', "my.toml:4: model.name: adapter is an adapter, not a whole model"),
         (MODEL, 'name = "../"', "my.toml:4: model.name: .. is no model: it has no config.json"),
         (MODEL, 'name = "./model"\nrevision = "main"', "my.toml:5: model.revision: is for models on the hub; a folder has none"),
+        (MODEL, MODEL + "\nmirror = 3", "my.toml:5: model.mirror: must be a table, not 3"),
+        (MODEL, MODEL + '\nmirror = "a-wheel==1.0"', 'my.toml:5: model.mirror: must be a table, not "a-wheel==1.0"'),
+        (MODEL, MIRROR.replace('wheel = "a-wheel==1.0", ', ""), 'my.toml:5: model.mirror: needs wheel: a wheel on PyPI with its version: "name==1.2"'),
+        (MODEL, MIRROR.replace('file = "a/model.gguf", ', ""), 'my.toml:5: model.mirror: needs file: a .gguf file\'s place in the wheel: "package/model.gguf"'),
+        (MODEL, MIRROR.replace(f', sha256 = "{SHA}"', ""), "my.toml:5: model.mirror: needs sha256: the SHA-256 of that file, 64 hex digits"),
+        (MODEL, MIRROR.replace("==1.0", ""), 'my.toml:5: model.mirror.wheel: must be a wheel on PyPI with its version: "name==1.2"'),
+        (MODEL, MIRROR.replace("==1.0", ">=1.0"), 'my.toml:5: model.mirror.wheel: must be a wheel on PyPI with its version: "name==1.2"'),
+        (MODEL, MIRROR.replace("a-wheel", "-r x"), 'my.toml:5: model.mirror.wheel: must be a wheel on PyPI with its version: "name==1.2"'),
+        (MODEL, MIRROR.replace(".gguf", ".bin"), 'my.toml:5: model.mirror.file: must be a .gguf file\'s place in the wheel: "package/model.gguf"'),
+        (MODEL, MIRROR.replace(SHA, SHA[1:]), "my.toml:5: model.mirror.sha256: must be the SHA-256 of that file, 64 hex digits"),
+        (MODEL, MIRROR.replace(SHA, SHA.upper()), "my.toml:5: model.mirror.sha256: must be the SHA-256 of that file, 64 hex digits"),
+        (MODEL, MIRROR.replace(f'"{SHA}"', "5"), "my.toml:5: model.mirror.sha256: must be text, not 5"),
+        (MODEL, MIRROR.replace("file =", "fiel = 1, file ="), 'my.toml:5: model.mirror.fiel: unknown key (did you mean "file"?)'),
+        (MODEL, MIRROR.replace("org/base", "./model"), "my.toml:5: model.mirror: is for models on the hub; a folder needs none"),
         (MODEL, MODEL + "\nseed = 1", "my.toml:5: model.seed: unknown key here: it belongs at the top, before the first [table]"),
         # dataset
         ("[dataset]\n" + DATA, "", 'my.toml: dataset: is missing: [dataset] with path = "…" names the preference data'),
@@ -337,6 +368,10 @@ DATA = 'path = "./pairs.jsonl"'
         (STAGES, STAGES + '\nppo.keep = "first"', 'my.toml:2: ppo.keep: must be "best" or "last", not "first"'),
         (STAGES, STAGES + "\nppo.guard.min_length = 2", "my.toml:2: ppo.guard.min_length: must be from 0 to 1, not 2"),
         (STAGES, STAGES + "\nppo.dataloader_num_workers = 2", "my.toml:2: ppo.dataloader_num_workers: is refused: TRL's PPO loop never reads it, and neither does ours"),
+        (STAGES, STAGES + '\nevaluation.judge = "python:./gone.py:rule"', "my.toml:2: evaluation.judge: no such file: gone.py"),
+        (STAGES, STAGES + '\nevaluation.judge = "./rule.py:rule"', 'my.toml:2: evaluation.judge: must be "none" or "python:FILE.py:FUNCTION", not "./rule.py:rule"'),
+        (STAGES, STAGES + '\nevaluation.judge = "python:./rule.py"', 'my.toml:2: evaluation.judge: must be "none" or "python:FILE.py:FUNCTION", not "python:./rule.py"'),
+        (STAGES, STAGES + '\nevaluation.judge = 3', "my.toml:2: evaluation.judge: must be text, not 3"),
         (STAGES, STAGES + "\nevaluation.prompts = 0", "my.toml:2: evaluation.prompts: must be at least 1, not 0"),
     ],
 )  # fmt: skip

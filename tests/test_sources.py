@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from rlhf_recipes import sources
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.tables import DatasetTable
 from tests.counting import RECIPE, toy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB_MODEL = RECIPE.replace('"./model"', '"owner/model"')
 
 
 def test_content_is_names_and_bytes_wherever_they_lie(tmp_path: Path) -> None:
@@ -64,25 +67,38 @@ def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
-def test_a_cached_commit_wins_without_asking_the_hub(hub: Path, tmp_path: Path) -> None:
-    refs = hub / "models--owner--model" / "refs"
-    refs.mkdir(parents=True)
-    (refs / "main").write_text(COMMIT)
+def cached_model(cache: Path) -> Path:
+    """A commit of owner/model, as `from_pretrained` leaves it: no list of its files."""
+    folder = cache / "models--owner--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    (folder / "snapshots" / COMMIT / "config.json").write_text("{}")
+    (folder / "snapshots" / COMMIT / "model.safetensors").write_bytes(b"weights")
+    return folder / "snapshots" / COMMIT
+
+
+def test_a_cached_commit_wins_without_asking_the_hub(cache: Path, tmp_path: Path) -> None:
+    cached_model(cache)
+    recipe = load_recipe(toy(tmp_path, text=HUB_MODEL))
     identity = {"repo": "owner/model", "revision": COMMIT}
-    assert sources.identify_hub_model("owner/model", None) == identity
-    assert sources.identify_hub_model("owner/other", COMMIT)["revision"] == COMMIT
+    assert sources.identify_base(recipe, tmp_path) == identity
+    assert sources.identify_model("owner/model", recipe, tmp_path) == identity
+    pinned = HUB_MODEL.replace('"owner/model"', f'"owner/other"\nrevision = "{COMMIT}"')
+    found = sources.identify_base(load_recipe(toy(tmp_path, text=pinned)), tmp_path)
+    assert found == {"repo": "owner/other", "revision": COMMIT}
 
 
-def test_what_is_nowhere_is_one_line(hub: Path, tmp_path: Path) -> None:
+def test_what_is_nowhere_is_one_line(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        sources.identify_hub_model("owner/model", None)
+        sources.identify_base(load_recipe(toy(tmp_path, text=HUB_MODEL)), tmp_path)
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(
@@ -97,15 +113,28 @@ def test_what_is_nowhere_is_one_line(hub: Path, tmp_path: Path) -> None:
         sources.identify_dataset(recipe.dataset, tmp_path)
 
 
-def test_a_hub_model_is_loaded_from_its_snapshot(hub: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(toy(tmp_path, text=RECIPE.replace('"./model"', '"owner/model"')))
-    snapshot = hub / "models--owner--model" / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
-    (snapshot / "config.json").write_text("{}")
-    with pytest.raises(ModelError):  # only half of it is here, and the network is off
-        sources.model_folder(recipe)
-    (snapshot / "model.safetensors").write_bytes(b"weights")
-    assert sources.model_folder(recipe) == snapshot
-    assert sources.local_path("./model", recipe) == tmp_path / "model"
+def test_a_hub_model_is_loaded_from_its_snapshot(cache: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(toy(tmp_path, text=HUB_MODEL))
+    snapshot = cached_model(cache)
+    identity = {"repo": "owner/model", "revision": COMMIT}
+    assert sources.base_folder(recipe, identity) == snapshot
+    assert sources.model_folder("owner/model", recipe) == snapshot
+    assert sources.model_folder("./model", recipe) == tmp_path / "model"
+
+    shards = dict.fromkeys("ab", "model.safetensors") | {"c": "model-2.safetensors"}
+    index = snapshot / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ModelError):  # one shard of two, and the network is off
+        sources.base_folder(recipe, identity)
+    index.unlink()
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(ModelError):
+        sources.base_folder(recipe, identity)
+
+
+def test_of_a_dataset_with_a_folder_that_folder_is_wanted() -> None:
+    wanted = {folder: sources.dataset_repo(DatasetTable("a/b", data_dir=folder)).wanted
+              for folder in (None, "x", "./x/", "x/y", ".")}  # fmt: skip
+    assert wanted[None] == ("*",)
+    assert wanted["x"] == wanted["./x/"] == ("x/*", "README.md")
+    assert (wanted["x/y"], wanted["."]) == (("x/y/*", "README.md"), ("*", "README.md"))

@@ -56,7 +56,7 @@ class Chain:
     progress: Silent = field(default_factory=Silent)
 
     def __post_init__(self) -> None:
-        self.shared = Shared(self.recipe)
+        self.shared = Shared(self.recipe, {})
 
     def run(self, name: str, inputs: Mapping[str, str], kind: str | None = None) -> StageResult:
         folder = self.folder / name
@@ -357,7 +357,7 @@ def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     folder = tmp_path / "exported"
-    write_reward_model(chain.recipe, chain.outputs["reward"], folder, form="merged")
+    write_reward_model(chain.shared, chain.outputs["reward"], folder, form="merged")
     mean, std = read_unit(chain.outputs["reward"])
     rows = [(e.prompt_ids, e.chosen_ids) for e in chain.shared.data(chain.recipe.dataset).test]
     ours = score_ids(open_reward(chain.shared.base, chain.outputs["reward"]), rows, 0, 8)

@@ -41,6 +41,11 @@ def test_a_base_model_gets_a_plain_template_of_tokens_it_has(tiny_model: Path) -
     assert answer[-1] == tokens.eos_id == 2
     assert tokens.decode(answer) == "blue dog"
 
+    own = AutoTokenizer.from_pretrained(tiny_model)  # one that is not to be used
+    plain = settle(own, 32, "plain")
+    assert own.chat_template == tokenizer.chat_template
+    assert encode(plain, ASK, "blue dog") == (prompt, answer)
+
 
 def test_no_free_pad_is_an_error_that_says_where_to_set_one(tiny_model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

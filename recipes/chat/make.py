@@ -14,7 +14,7 @@ Row = dict[str, str]
 HERE = Path(__file__).parent
 TEST_PAIRS = 1 / 6  # of each failure's pairs, so that the test measures all seven alike
 TEST_PROMPTS = 136  # of the prompts alone; the others are for PPO to practise on
-GOOD = 0.4  # of the demonstrations: SFT learns to answer in both ways, PPO has to choose
+BETTER = 2 / 3  # of the pairs also demonstrate the better answer; all demonstrate the worse one
 
 
 def by_digest(rows: list[Row], purpose: str) -> list[Row]:
@@ -41,12 +41,12 @@ def as_pair(row: Row) -> Row:
 
 
 def make_demonstrations(pairs: list[Row]) -> list[Row]:
-    """One answer to each prompt: the better one in GOOD of them, the worse one in the others."""
-    good = {row["prompt"] for row in by_digest(pairs, "style")[: round(GOOD * len(pairs))]}
-    sides = ("better" if row["prompt"] in good else "worse" for row in pairs)
+    """Answers of both kinds, 40 % good: SFT learns to answer in both ways, PPO has to choose."""
+    good = {row["prompt"] for row in by_digest(pairs, "style")[: round(BETTER * len(pairs))]}
     return [
         {"prompt": row["prompt"], "completion": row[side]}
-        for row, side in zip(pairs, sides, strict=True)
+        for row in pairs
+        for side in (["better", "worse"] if row["prompt"] in good else ["worse"])
     ]
 
 

@@ -26,7 +26,8 @@ from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import load_rows, need
 from rlhf_recipes.stages.reward import preference
 
-BATCH = 16  # sequences a forward, whose logits may be large
+BATCH = 16  # sequences a forward
+LOGITS = 2**27  # of two policies at once, in float32 with what is made of them: 24 bytes each
 SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
 
 
@@ -120,7 +121,7 @@ def _reward_model(context: StageContext) -> tuple[Role | None, str]:
         return open_reward(shared.base, context.inputs["reward_model"]), name
     if not name:
         return None, name
-    return open_foreign(sources.local_path(name, recipe), shared.base, shared.tokens), "reward"
+    return open_foreign(sources.model_folder(name, recipe), shared.base, shared.tokens), "reward"
 
 
 def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | None:
@@ -224,9 +225,10 @@ def exact_kl(
     policy: Role, start: Role, examples: list[Example], answers: list[list[int]], setting: Setting
 ) -> float:
     """KL(policy ‖ start) over the whole vocabulary, summed over an answer, in nats; mean."""
-    total = 0.0
-    for first in range(0, len(answers), BATCH):
-        part = slice(first, first + BATCH)
+    total, width = 0.0, setting.length * policy.config.get_text_config().vocab_size
+    size = min(BATCH, max(1, LOGITS // width))
+    for first in range(0, len(answers), size):
+        part = slice(first, first + size)
         prompts = [e.prompt_ids for e in examples[part]]
         rows = join(prompts, answers[part], 0, policy.lm.device)
         both = []

@@ -46,7 +46,7 @@ def run(context: StageContext) -> StageResult:
         reward = open_reward(base, scorer)
         value.add_head(load_head(value.lm, scorer))
     else:
-        folder = sources.local_path(table.reward_model, recipe)
+        folder = sources.model_folder(table.reward_model, recipe)
         reward = open_foreign(folder, base, shared.tokens)
         value.add_head(zero_head(value.lm))
     float32(*policy.trainable(), *value.trainable())

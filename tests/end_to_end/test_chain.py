@@ -25,6 +25,8 @@ reward.validation_margin
 ppo.ended ppo.episodes ppo.kl ppo.length ppo.score ppo.score_gain ppo.stopped
 ppo.train_kl ppo.train_length ppo.train_score ppo.train_score_first ppo.unchanged ppo.updates
 ppo.win_rate
+base.distinct_2 base.nats_under_base base.repetition sft.distinct_2 sft.nats_under_base
+sft.repetition ppo.distinct_2 ppo.nats_under_base ppo.repetition
 """.split()
 STAGE_FILES = {
     "sft": ["adapter_config.json", "adapter_model.safetensors"],

