@@ -108,8 +108,10 @@ def _without_none(value: Any) -> Any:
 
 def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
-    path = Path(path)
-    text = _read(path)
+    return _load(_read(Path(path)), Path(path), set, unset)
+
+
+def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Recipe:
     edited = edit(text, set, unset)
     parts, checker = check(tomllib.loads(edited.text), path)
     lines = key_lines(text) if checker.problems else {}
@@ -206,14 +208,16 @@ def fork_recipe(
 ) -> Path:
     """Write a copy to change: comments kept, relative paths re-based, what it came from on line 1.
 
+    Relative paths in `set` start from where the copy will lie.
     Raises RecipeError if the copy would not be valid, UsageError if `new` is there already.
     """
     new = new if new.suffix == ".toml" else new.with_name(new.name + ".toml")
     if new.exists():
         raise UsageError(f"{new} is there already", "choose another name")
-    recipe = load_recipe(source, set=set, unset=unset)
-    changes = ", ".join(edit(_read(source), set, unset).changes) or "nothing changed yet"
-    text = rebase(recipe.text, source.parent, new.parent)
+    load_recipe(source)
     new.parent.mkdir(parents=True, exist_ok=True)
-    new.write_text(f"# Forked from {source}: {changes}\n{text}", encoding="utf-8")
+    moved = rebase(_read(source), source.parent, new.parent)
+    recipe = _load(moved, new, set, unset)
+    changes = ", ".join(edit(moved, set, unset).changes) or "nothing changed yet"
+    new.write_text(f"# Forked from {source}: {changes}\n{recipe.text}", encoding="utf-8")
     return new

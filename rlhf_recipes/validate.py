@@ -99,8 +99,11 @@ class Checker:
         if "model" not in self.data:
             self.problem(at, 'is missing: [model] with name = "…" names the base model')
             return {}
-        model = self.table(self.data["model"], top_keys()["model"], at)
-        if "name" not in self.data["model"]:
+        written = self.data["model"]
+        model = self.table(written, top_keys()["model"], at)
+        if not isinstance(written, dict):
+            return {}
+        if "name" not in written:
             self.problem(at, 'needs name = "…": a hub id, or a folder (./…)')
         if name := model.get("name"):
             self.model_name(name, (*at, "name"))
@@ -108,8 +111,8 @@ class Checker:
                 self.problem((*at, "revision"), "is for models on the hub; a folder has none")
             if is_path(name) and "mirror" in model:
                 self.problem((*at, "mirror"), "is for models on the hub; a folder needs none")
-        if isinstance(self.data["model"].get("mirror"), dict):
-            self.mirror(self.data["model"]["mirror"], model["mirror"], (*at, "mirror"))
+        if isinstance(written.get("mirror"), dict):
+            self.mirror(written["mirror"], model["mirror"], (*at, "mirror"))
         return model
 
     def mirror(self, written: Any, mirror: dict[str, Any], at: Key) -> None:
@@ -184,6 +187,9 @@ class Checker:
             self.problem(key, f"no such file or folder: {table.file}")
         elif table.file.is_file() and table.file.suffix not in DATA_SUFFIXES:
             self.problem(key, f"must end in {', '.join(DATA_SUFFIXES)}, or be a folder")
+        split = values.get("split", "train")
+        if table.file.is_file() and re.split(r"[\[+]", split)[0] != "train":
+            self.problem((*at, "split"), 'of a file is "train", or a part of it: leave it out')
         idle = ["revision"]
         if table.file.suffix in DATA_SUFFIXES:
             idle += ["name", "data_dir", "data_files"]

@@ -193,6 +193,14 @@ def test_fork_rebases_every_dataset(tmp_path: Path) -> None:
     assert [table.file for table in (fork, *fork.more)] == [tmp_path / "pairs.jsonl"] * 2
 
 
+def test_a_path_that_a_fork_is_given_starts_from_where_the_fork_lies(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "own.jsonl").write_text("")
+    words = ["dataset.path=./own.jsonl"]
+    new = fork_recipe(write(tmp_path, MINIMAL), tmp_path / "sub" / "new.toml", set=words)
+    assert load_recipe(new).dataset.file == tmp_path / "sub" / "own.jsonl"
+
+
 def test_fork_rebases_the_judge(tmp_path: Path) -> None:
     (tmp_path / "rule.py").write_text("")
     for written in ("./rule.py", "rule.py", f"{tmp_path}/rule.py"):
