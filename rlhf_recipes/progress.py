@@ -59,6 +59,7 @@ class Screen:
         self._log = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._log.write(f"==== {now()} {' '.join(sys.argv)}\n")
         self._stream = _own_way_to(sys.stderr)
+        self.out = _own_way_to(sys.stdout)  # for results that come while all is quiet
         self.console = Console(file=self._stream, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
@@ -66,8 +67,9 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         self._log.close()
-        if self._stream is not sys.stderr:
-            self._stream.close()
+        for own, stream in ((self._stream, sys.stderr), (self.out, sys.stdout)):
+            if own is not stream:
+                own.close()
 
     def line(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style))

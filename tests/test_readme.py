@@ -31,7 +31,7 @@ def test_the_commands_help_stands_in_the_readme() -> None:
 
 def test_every_make_target_and_file_that_it_names_is_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z]+)\b", README):
+    for target in re.findall(r"(?:^    |`)make ([a-z]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"`([a-z_]+\.(?:py|json))`", README):
         assert list((ROOT / "rlhf_recipes").rglob(name)) or name.endswith("results.json"), name
