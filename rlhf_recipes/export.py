@@ -81,15 +81,13 @@ def write_model(shared: Shared, output: Path, folder: Path, *, form: str = "merg
     lm.save_pretrained(folder)
 
 
-def load_policy(shared: Shared, output: Path | None) -> PreTrainedModel:
-    """The causal model of a stage's output, merged, unquantized; the base where it is None."""
+def load_policy(shared: Shared, output: Path) -> PreTrainedModel:
+    """The causal model of a stage's output, merged, unquantized."""
     recipe = shared.recipe
     dtype = compute_dtype(recipe.model.dtype)
     if recipe.lora is None:
-        return load_causal_lm(output or shared.model_folder, dtype=dtype)
+        return load_causal_lm(output, dtype=dtype)
     lm = load_causal_lm(shared.model_folder, dtype=dtype)
-    if output is None:
-        return lm
     return PeftModel.from_pretrained(lm, output).merge_and_unload()
 
 
