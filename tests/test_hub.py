@@ -79,14 +79,15 @@ def trouble(fake: FakeHub, kind: str, what: str = "") -> None:
 LOAD = """\
 import sys
 from pathlib import Path
-from rlhf_recipes.export import load_policy
+import torch
+from rlhf_recipes.models import load_causal_lm
 from rlhf_recipes.plan import make_plan
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.shared import Shared
 recipe = load_recipe(sys.argv[1])
 plan = make_plan(recipe, Path("runs"))
 shared = Shared(recipe, plan.model)
-lm = load_policy(shared, None)
+lm = load_causal_lm(shared.model_folder, dtype=torch.float32)
 data = shared.data(recipe.dataset)
 print(plan.model["revision"], data.rows, shared.tokens.eos_id, lm.num_parameters())
 """
