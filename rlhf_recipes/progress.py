@@ -190,7 +190,7 @@ class StageProgress:
             kept = [line for line in lines if json.loads(line)["step"] <= done]
             write_text(file, "".join(line + "\n" for line in kept))
         if done:
-            self.note(f"goes on from its checkpoint after update {done}")
+            self.note(f"goes on from its checkpoint after step {done}")
 
     def note(self, text: str) -> None:
         self._screen.line(f"  {plain(text)}", "dim")
