@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,16 +34,17 @@ def written(work: Path, step: int, start: str, keep: int | None) -> Iterator[Pat
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         yield aside
-        for led_to_it in work.parent.glob("*.jsonl"):
-            _digest(led_to_it)
+        for file in (*work.parent.glob("*.jsonl"), *aside.iterdir()):  # what led to it is kept too
+            rundir._sync(file)
         files = {file.name: _digest(file) for file in sorted(aside.iterdir())}
         rundir.write_json(aside / RECORD, {"start": start, "step": step, "files": files})
         aside.rename(work / f"checkpoint-{step:06d}")
         rundir._sync(work)
     except Exception as error:
+        why = str(error).partition("\n")[0]
         raise StageError(
-            f"the checkpoint of step {step} could not be written: {error}",
-            "those before it are whole; the same command goes on from the last",
+            f"the checkpoint of step {step} could not be written: {why}",
+            "the same command goes on from the one before it",
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -81,7 +81,8 @@ def _wrong(folder: Path, start: str) -> str:
     record = rundir.read_json(folder / RECORD)
     if record is None:
         return f"{RECORD} is missing or damaged"
-    if (record.get("start"), record.get("step")) != (start, step_of(folder)):
+    name = f"checkpoint-{str(record.get('step')).zfill(6)}"
+    if (record.get("start"), name) != (start, folder.name):
         return "it is another run's"
     files = record.get("files") or {}
     there = {file.name for file in folder.iterdir()} - {RECORD}
@@ -97,9 +98,7 @@ def _wrong(folder: Path, start: str) -> str:
 
 
 def _digest(file: Path) -> str:
-    """The SHA-256 of a file, which is on disk once this returns."""
     with file.open("rb") as stream:
-        os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -32,6 +32,7 @@ class Silent:
 
     samples: list[tuple[str, str]] = field(default_factory=list)
     updates: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def update(self, done: int, total: int, **numbers: float) -> None:
         if numbers:
@@ -43,7 +44,8 @@ class Silent:
     def sample(self, prompt: str, answer: str, **numbers: float) -> None:
         self.samples.append((prompt, answer))
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @dataclass
