@@ -83,6 +83,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+def test_out_of_memory_a_smaller_micro_batch_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    whole = build(tiny_model, tmp_path / "whole")
+    whole.train()
+    with pytest.raises(Killed):
+        build(tiny_model, tmp_path / "cut", killed_after=2).train()
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    again = build(tiny_model, tmp_path / "cut", **smaller)
+    again.train()
+    assert len(again.seen) == 3
+    for mine, other in zip(again.seen, whole.seen[2:], strict=True):
+        assert mine == pytest.approx(other, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "kept"),
     [
