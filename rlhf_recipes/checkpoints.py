@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes import rundir
@@ -105,23 +104,13 @@ def _digest(file: Path) -> str:
 class Resumable:
     """Mixed in before a trainer of transformers: its checkpoints are those above.
 
-    transformers' own code writes and reads optimizer, scheduler, random numbers and counters; the
-    weights, and the folder that all of it lies in, are ours.
+    transformers' own code writes and reads optimizer, scheduler, random numbers and counters. Its
+    heirs say what is trained (`tensors()`, saved from and loaded into), and what else the rest
+    depends on (`carried()`, fit for JSON, which `carry` takes back).
     """
 
     key: str  # the stage's
     progress: Progress
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All that is trained, by name, to be saved and to be loaded into."""
-        raise NotImplementedError
-
-    def carried(self) -> dict[str, Any]:
-        """What else the rest of the training depends on, for `carry`; fit for JSON."""
-        raise NotImplementedError
-
-    def carry(self, kept: dict[str, Any]) -> None:
-        raise NotImplementedError
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from. Call it before anything is trained."""
