@@ -119,7 +119,6 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             self.carry(self.state.stateful_callbacks["carried"])
             self._load_from_checkpoint(folder)
             self._load_optimizer_and_scheduler(folder)
-            self._load_rng_state(folder)
         args, state = self.args, self.state
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len

@@ -280,6 +280,23 @@ def test_what_a_kill_left_of_a_write_is_in_nobodys_way(tmp_path: Path) -> None:
     assert there(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
 
 
+def test_a_kill_while_an_old_one_is_deleted_leaves_none_by_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(folder: Path, **_) -> None:
+        if folder.exists():
+            (folder / "weights").unlink()
+            raise KeyboardInterrupt
+
+    write(tmp_path, 1, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half)
+        write(tmp_path, 3)
+    assert there(tmp_path) == ["checkpoint-000002", "checkpoint-000003", "partial"]
+    write(tmp_path, 4)
+    assert there(tmp_path) == ["checkpoint-000003", "checkpoint-000004"]
+
+
 def test_all_is_on_disk_before_a_checkpoint_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
