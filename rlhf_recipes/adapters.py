@@ -131,6 +131,7 @@ class Base:
             # PEFT writes this set in hash order, so two equal runs would give two files.
             config["target_modules"] = sorted(config["target_modules"])
             config["inference_mode"] = True
+            config["base_model_name_or_path"] = None  # PEFT tells a base's first adapter alone
             text = json.dumps(config, indent=2, sort_keys=True, default=sorted)
             (folder / "adapter_config.json").write_text(text)
         if role.score is not None:

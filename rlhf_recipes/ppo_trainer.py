@@ -19,30 +19,28 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from trl.experimental.ppo import PPOTrainer as StockPPOTrainer
 from trl.experimental.ppo.ppo_trainer import masked_mean
 
-from rlhf_recipes import checkpoints
+from rlhf_recipes import stopping
+from rlhf_recipes.checkpoints import STATE, Resumable
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.passes import logprobs, logprobs_and_values, score, values
 from rlhf_recipes.ppo_losses import Rollout, Rows, advantages, policy_loss, value_loss
 from rlhf_recipes.sequences import Sequences, join, sample
+from rlhf_recipes.stages import Progress
 
-# What a checkpoint holds of the trainer's state and of the guard.
-COUNTS = ("global_step", "episode", "epoch", "log_history")
-GUARD = ("first", "scores", "broken")
+GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Best:
     policy: list[torch.Tensor]  # a copy of its trainable weights
 
 
-class PPOTrainer(StockPPOTrainer):
+class PPOTrainer(Resumable, StockPPOTrainer):
     """`model`, `ref_model`, `reward_model` and `value_model` are `adapters.Role`s.
 
     `train_dataset` is a list of {"input_ids": prompt}. `on_update(trainer, rollout, metrics)` is
@@ -66,6 +64,8 @@ class PPOTrainer(StockPPOTrainer):
     def __init__(
         self,
         *args: Any,
+        key: str,
+        progress: Progress,
         value_learning_rate: float | None = None,
         value_warmup_epochs: int = 0,
         other_reference: bool = False,
@@ -73,9 +73,10 @@ class PPOTrainer(StockPPOTrainer):
         keep: str = "last",
         validation_prompts: Sequence[list[int]] = (),
         on_update: Callable[[PPOTrainer, Rollout, dict[str, float]], None] = lambda *_: None,
-        on_resume: Callable[[int], None] = lambda _: None,
         **kwargs: Any,
     ):
+        self.key = key
+        self.progress = progress
         self.value_learning_rate = value_learning_rate
         self.value_warmup_epochs = value_warmup_epochs
         self.other_reference = other_reference
@@ -86,12 +87,10 @@ class PPOTrainer(StockPPOTrainer):
         self.stopped = ""  # why it ended before its last update
         self.metrics: dict[str, float] = {}  # the last update's
         self.on_update = on_update
-        self.on_resume = on_resume
         super().__init__(*args, **kwargs)
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
-        # A checkpoint of a run from other weights, made under the same key, is not gone on from.
-        self.start = _digest(*self.policy_model.trainable(), *self.value_model.trainable())
+        self.is_fsdp_xla_v1_enabled = False  # loading an optimizer asks; PPO's constructor forgot
         self.together = self._device.type == "cpu" and self.policy_model.pairs_with(
             self.value_model
         )
@@ -113,14 +112,14 @@ class PPOTrainer(StockPPOTrainer):
         """Run the updates that `total_episodes` asks for, or fewer where a guard stops.
 
         It goes on from the newest checkpoint in `output_dir`, if there is one, and ends with the
-        weights and metrics of a run in one piece. `on_resume` is told the update, or 0.
+        weights and metrics of a run in one piece.
         """
-        args, state, folder = self.args, self.state, Path(self.args.output_dir)
-        kept = checkpoints.newest(folder, self.start, self._device)
-        if kept is not None:
-            self.load_state_dict(kept)
-        del kept  # else a second copy of all weights
-        self.on_resume(state.global_step)
+        if folder := self.newest():
+            self.state = type(self.state).load_from_json(folder / STATE)
+            self.carry(self.state.stateful_callbacks["carried"])
+            self._load_from_checkpoint(folder)
+            self._load_optimizer_and_scheduler(folder)
+        args, state = self.args, self.state
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
@@ -146,12 +145,14 @@ class PPOTrainer(StockPPOTrainer):
             if update % self._every(args.logging_steps) == 0 or update == args.num_total_batches:
                 self.log(dict(self.metrics))
             self.control = self.callback_handler.on_step_end(args, state, self.control)
-            if args.save_strategy == "steps" and update % self._every(args.save_steps) == 0:
-                checkpoints.save(folder, update, self.state_dict(), keep=args.save_total_limit)
-            if self.control.should_training_stop:
+            due = update % self._every(args.save_steps) == 0
+            if args.save_strategy == "steps" and (due or stopping.requested()):
+                self._save_checkpoint()
+            if self.control.should_training_stop or stopping.requested():
                 break
         if self.keep == "best" and self.best is not None:
-            _copy(self.best.policy, self.policy_model.trainable())
+            for mine, best in zip(self.policy_model.trainable(), self.best.policy, strict=True):
+                mine.data.copy_(best)
         self.control = self.callback_handler.on_train_end(args, state, self.control)
 
     def validate(self, update: int) -> dict[str, float]:
@@ -166,34 +167,26 @@ class PPOTrainer(StockPPOTrainer):
         score = seen.scores.mean().item()
         within = math.isfinite(score) and kl <= self.guard.limits.max_kl
         if within and (self.best is None or score > self.best.score):
-            policy = [p.detach().clone() for p in self.policy_model.trainable()]
-            self.best = Best(update, score, policy)
+            self.best = Best(update, score, _copies(self.policy_model.trainable()))
         return {"eval/score": score, "eval/kl": kl}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the updates to come depend on."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        policy, value = self.policy_model.trainable(), self.value_model.trainable()
+        parts = {"policy": policy, "value": value, "best": self.best.policy if self.best else []}
+        return {f"{part}.{i}": t for part, tensors in parts.items() for i, t in enumerate(tensors)}
+
+    def carried(self) -> dict[str, Any]:
         return {
-            "start": self.start,
-            "policy": [p.detach() for p in self.policy_model.trainable()],
-            "value": [p.detach() for p in self.value_model.trainable()],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.lr_scheduler.state_dict(),
-            "state": {name: getattr(self.state, name) for name in COUNTS},
             "guard": {name: getattr(self.guard, name) for name in GUARD},
-            "best": None if self.best is None else vars(self.best),
+            "best": self.best and [self.best.update, self.best.score],
             "stopped": self.stopped,
             "metrics": self.metrics,
         }
 
-    def load_state_dict(self, kept: dict[str, Any]) -> None:
-        _copy(kept["policy"], self.policy_model.trainable())
-        _copy(kept["value"], self.value_model.trainable())
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.lr_scheduler.load_state_dict(kept["scheduler"])
-        for thing, name in ((self.state, "state"), (self.guard, "guard")):
-            for key, value in kept[name].items():
-                setattr(thing, key, value)
-        self.best = None if kept["best"] is None else Best(**kept["best"])
+    def carry(self, kept: dict[str, Any]) -> None:
+        vars(self.guard).update(kept["guard"])
+        if kept["best"]:
+            self.best = Best(*kept["best"], _copies(self.policy_model.trainable()))
         self.stopped, self.metrics = kept["stopped"], kept["metrics"]
 
     def _every(self, steps: float) -> int:
@@ -391,16 +384,8 @@ class PPOTrainer(StockPPOTrainer):
             )
 
 
-def _copy(kept: list[torch.Tensor], parameters: list[torch.nn.Parameter]) -> None:
-    for parameter, tensor in zip(parameters, kept, strict=True):
-        parameter.data.copy_(tensor)
-
-
-def _digest(*parameters: torch.nn.Parameter) -> str:
-    sha = hashlib.sha256()
-    for parameter in parameters:
-        sha.update(parameter.detach().float().cpu().numpy().tobytes())
-    return sha.hexdigest()
+def _copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
 
 
 def _averages(stats: dict[str, list[float]]) -> dict[str, float]:

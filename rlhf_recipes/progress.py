@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -186,11 +187,11 @@ class StageProgress:
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self._folder / name
             # A kill may have cut the last line; and a text may hold what `splitlines` splits at.
-            lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= done]
+            text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+            kept = [line for line in text.split("\n")[:-1] if _step(line) <= done]
             write_text(file, "".join(line + "\n" for line in kept))
         if done:
-            self.note(f"goes on from its checkpoint after update {done}")
+            self.note(f"goes on from its checkpoint after step {done}")
 
     def note(self, text: str) -> None:
         self._screen.line(f"  {plain(text)}", "dim")
@@ -212,6 +213,14 @@ class StageProgress:
     def _append(self, name: str, entry: dict[str, Any]) -> None:
         with (self._folder / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(to_json(entry) + "\n")
+
+
+def _step(line: str) -> float:
+    """What step a line is of; none that was reached where a power cut left something else."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _cut(text: str, width: int) -> str:

@@ -31,7 +31,7 @@ from rlhf_recipes.errors import BusyError, UsageError
 FORMAT = 1  # of every JSON file here
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoint-*.pt"  # in a stage's work/
+CHECKPOINTS = "checkpoint-*"  # folders in a stage's work/
 LIBRARIES = "rlhf-recipes trl transformers torch peft accelerate datasets bitsandbytes".split()
 
 
@@ -121,8 +121,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
         if not path.is_symlink():
             _sync(path)
     write_json(folder / RECORD, record)
-    for checkpoint in (folder / "work").glob(CHECKPOINTS):
-        checkpoint.unlink()  # there is nothing left to go on with
+    shutil.rmtree(folder / "work", ignore_errors=True)  # there is nothing left to go on with
 
 
 def clear_stage(folder: Path, *, fresh: bool = False) -> None:

@@ -160,6 +160,7 @@ class _Run:
                     inputs={role: outputs[source] for role, source in stage.inputs.items()},
                     progress=progress,
                     shared=self.shared,
+                    key=stage.key,
                 )
                 result = stages.load(stage.kind)(context)
         evaluation = stage.kind == EVALUATION

@@ -16,6 +16,7 @@ import pytest
 
 from rlhf_recipes.fields import Field, fields_of, trl_fields
 from rlhf_recipes.recipe import load_recipe, shipped_recipes
+from rlhf_recipes.tables import KINDS
 
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 ROOT = Path(__file__).parent.parent
@@ -77,8 +78,7 @@ def test_a_row_that_names_no_field_stops_the_generator(
     ("tables", "names", "standing"),
     [
         ("sft reward ppo", "output_dir seed bf16 fp16 use_cpu hub_token", "closed"),
-        ("sft reward dpo", "save_strategy save_steps save_total_limit", "closed"),
-        ("ppo", "save_strategy save_steps save_total_limit", "neutral"),
+        ("sft reward ppo dpo", "save_strategy save_steps save_total_limit", "neutral"),
         ("sft reward ppo", "learning_rate weight_decay optim max_grad_norm", "identity"),
         ("sft reward ppo", "gradient_checkpointing per_device_train_batch_size", "layout"),
         ("sft reward ppo", "logging_steps report_to run_name", "neutral"),
@@ -126,8 +126,8 @@ def test_our_defaults() -> None:
         "ppo.missing_eos_penalty": (None, 1.0, 1.0),
         "ppo.eval_strategy": ("no", "steps", "steps"),
         "ppo.eval_steps": (None, 0.2, 0.2),
-        "ppo.save_steps": (500, 0.1, 0.1),
-        "ppo.save_total_limit": (None, 2, 2),
+        **{f"{kind}.save_steps": (500, 0.1, 0.1) for kind in KINDS},
+        **{f"{kind}.save_total_limit": (None, 2, 2) for kind in KINDS},
         "lora.r": (8, 16, 16),
         "lora.lora_alpha": (8, 32, 32),
         "lora.target_modules": (None, "all-linear", "all-linear"),

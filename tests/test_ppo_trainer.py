@@ -17,6 +17,7 @@ from rlhf_recipes.ppo_losses import Rollout, advantages
 from rlhf_recipes.ppo_trainer import PPOTrainer
 from rlhf_recipes.tokens import settle
 from tests.test_adapters import make_base, trained
+from tests.test_stages import Silent
 
 PROMPTS = [{"input_ids": [1, 4, *words, 5]} for words in ([7], [8, 9], [10], [11, 12, 13], [14])]
 
@@ -69,7 +70,7 @@ def make_trainer(
         reward_model=reward,
         value_model=value,
         train_dataset=prompts,
-        **(words or {}),
+        **{"key": "the stage's", "progress": Silent(), **(words or {})},
     )
 
 

@@ -106,13 +106,13 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
         "output_dir do_train do_eval do_predict",
         owned("the runner", "a stage's folder and work are planned"),
     ),
-    ("ppo", "save_strategy save_steps save_total_limit", NEUTRAL),
+    (STAGES, "save_strategy save_steps save_total_limit", NEUTRAL),
     (
         STAGES,
         "resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip "
         "enable_jit_checkpoint save_* load_best_model_at_end metric_for_best_model "
         "greater_is_better",
-        owned("the runner", "of PPO it keeps checkpoints to go on from, as save_steps says there"),
+        owned("the runner", "it keeps checkpoints to go on from, as save_steps says"),
     ),
     (
         STAGES,
@@ -337,8 +337,14 @@ OURS: dict[tuple[str, str], tuple[Any, str, bool]] = {
     ("ppo", "missing_eos_penalty"): (1.0, "else the policy learns to talk until cut off", False),
     ("ppo", "eval_strategy"): ("steps", VALIDATED, False),
     ("ppo", "eval_steps"): (0.2, VALIDATED, False),
-    ("ppo", "save_steps"): (0.1, "the stage goes on from the last one when it is killed", False),
-    ("ppo", "save_total_limit"): (2, "one more than is needed, should the last be damaged", False),
+    **{
+        (kind, name): ours
+        for kind in STAGES.split()
+        for name, ours in {
+            "save_steps": (0.1, "a stage that is killed goes on from the last one", False),
+            "save_total_limit": (2, "one more than is needed, should the last be damaged", False),
+        }.items()
+    },
     ("lora", "r"): (16, "8 is small for three stages on one shape", False),
     ("lora", "lora_alpha"): (32, "twice the rank, so that r alone leaves the step size", False),
     ("lora", "target_modules"): ("all-linear", "PEFT's choice depends on the architecture", False),
@@ -376,6 +382,7 @@ CHOICES = {
     ),
     ("ppo", "eval_strategy"): ("no", "steps"),
     ("ppo", "save_strategy"): ("no", "steps"),
+    **{(kind, "save_strategy"): ("no", "steps", "epoch") for kind in STOCK.split()},
     ("sft", "train_sampling_strategy"): (
         *("random", "sequential", "group_by_length", "batch_rebalance"),
     ),

@@ -48,6 +48,7 @@ class StageContext:
     inputs: Mapping[str, Path]  # role ("policy", "reward_model", …) -> that stage's output/
     progress: Progress
     shared: Any  # shared.Shared: tokenizer, rows and the one base model, loaded once a run
+    key: str = ""  # the stage's
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
-from rlhf_recipes import models
+from rlhf_recipes import models, stopping
+from rlhf_recipes.adapters import Role
+from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.data import Data
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.stages import Progress, StageContext
+from rlhf_recipes.stages import StageContext
 
 Config = TypeVar("Config")
 
@@ -34,8 +39,6 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
         "use_cpu": models.device().type == "cpu",
         "disable_tqdm": True,
     }
-    if context.kind != "ppo":  # the one loop here that can go on from what it saves
-        owned["save_strategy"] = "no"
     return kind(**{**recipe.table(context.name).given, **owned, **ours})
 
 
@@ -76,20 +79,90 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True))
 
 
-class Report(TrainerCallback):
-    """Hands a stock trainer's steps and logged numbers to the progress display.
+class Stock(Resumable):
+    """Mixed in before a stock trainer: it shows what it does, and goes on from its checkpoints.
 
-    `shown` maps a logged name to the name that a person reads.
+    `role` is what it trains; `shown` maps a logged name to the name that a person reads.
     """
 
-    def __init__(self, progress: Progress, shown: dict[str, str]):
-        self.progress = progress
+    # What the loop, or TRL, counts beside transformers' state, and starts anew in each `train()`.
+    COUNTS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+
+    def __init__(self, context: StageContext, role: Role, shown: dict[str, str], **words: Any):
+        self.key, self.progress, self.role = context.key, context.progress, role
+        self.first: Any = None  # what was measured before the first step
+        self.rng = torch.zeros_like(torch.get_rng_state())  # as the epoch began: it orders the rows
+        super().__init__(callbacks=[Report(self, shown)], **words)
+
+    def train(self, first: Callable[[], Any] = lambda: None) -> TrainOutput:
+        """`first` is measured where the training begins, and kept where it goes on."""
+        folder = self.newest()
+        if folder is None:
+            self.first = first()
+        else:
+            self.args.eval_on_start = False  # it was
+        with stopping.deferred():
+            return super().train(resume_from_checkpoint=folder and str(folder))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**{str(i): p for i, p in enumerate(self.role.trainable())}, "rng": self.rng}
+
+    def carried(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in self.COUNTS}
+        window = {"loss": self._tr_loss.item(), "metrics": dict(self._metrics["train"])}
+        return {"first": self.first, "counts": counts, **window}
+
+    def carry(self, kept: dict[str, Any]) -> None:
+        self.first = kept["first"]
+        vars(self).update(kept["counts"], _initial_global_step=0)
+        self._tr_loss += kept["loss"]
+        self._metrics["train"].update(kept["metrics"])
+        self.state.compute_steps(self.args, self.state.max_steps)
+        torch.set_rng_state(self.rng)
+
+    def _save_checkpoint(self, *_: Any) -> None:
+        if self.state.epoch % 1 == 0:
+            self.rng = torch.get_rng_state()
+        super()._save_checkpoint()
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        epochs, steps = super()._init_training_state(max_steps, *rest)
+        # Stock would take one step more where a checkpoint is of the last.
+        return (sys.maxsize if self.state.global_step >= max_steps else epochs), steps
+
+
+class Report(TrainerCallback):
+    """Hands a stock trainer's steps and logged numbers to the progress display, and stops it."""
+
+    def __init__(self, trainer: Stock, shown: dict[str, str]):
+        self.trainer = trainer
+        self.progress = trainer.progress
         self.shown = shown
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:
+            self.trainer.carry(state.stateful_callbacks["carried"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.rng = torch.get_rng_state()
+        self.ends = self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.update(state.global_step, state.max_steps)
+        if stopping.requested():
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+        # The checkpoint of an epoch's last step comes after what is logged and evaluated there.
+        self.ends = state.epoch % 1 == 0 or state.global_step >= state.max_steps
+        self.due = control.should_save and self.ends
+        control.should_save &= not self.ends
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save |= self.due
+        if not self.ends:  # the epoch was left on request, and its checkpoint is written
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        numbers = {name: logs[key] for key, name in self.shown.items() if key in logs}
-        if numbers and state.global_step:
+        if "loss" in logs:
+            numbers = {name: logs[key] for key, name in self.shown.items() if key in logs}
             self.progress.update(state.global_step, state.max_steps, **numbers)

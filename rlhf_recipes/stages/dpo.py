@@ -22,7 +22,7 @@ from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Example, pairs
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Report, load_rows, need, trainer_config
+from rlhf_recipes.stages.common import Stock, load_rows, need, trainer_config
 
 
 def run(context: StageContext) -> StageResult:
@@ -41,13 +41,15 @@ def run(context: StageContext) -> StageResult:
     # ---- training
     shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     trainer = Trainer(
+        context,
+        policy,
+        shown,
         model=policy.lm if recipe.lora is None else base.peft,
         ref_model=Reference(reference),
         args=trainer_config(DPOConfig, context, max_length=None),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation) if validation else None,
         processing_class=shared.tokens.tokenizer,
-        callbacks=[Report(context.progress, shown)],
     )
     for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
         parameter.data = unrounded
@@ -69,7 +71,7 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics, summary)
 
 
-class Trainer(DPOTrainer):
+class Trainer(Stock, DPOTrainer):
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 

@@ -13,7 +13,7 @@ import math
 
 from trl.experimental.ppo import PPOConfig
 
-from rlhf_recipes import sources
+from rlhf_recipes import sources, stopping
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.identity import derive_seed
@@ -70,9 +70,11 @@ def run(context: StageContext) -> StageResult:
         keep=table.extras["keep"],
         validation_prompts=validation[:VALIDATION_PROMPTS],
         on_update=report,
-        on_resume=context.progress.resume,
+        key=context.key,
+        progress=context.progress,
     )
-    trainer.train()
+    with stopping.deferred():
+        trainer.train()
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
 

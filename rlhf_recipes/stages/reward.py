@@ -23,7 +23,7 @@ from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.models import new_head
 from rlhf_recipes.sequences import score_ids
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Report, float32, load_rows, need, trainer_config, write_json
+from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config, write_json
 
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
 
@@ -45,13 +45,15 @@ def run(context: StageContext) -> StageResult:
 
     # ---- training
     args = trainer_config(RewardConfig, context, max_length=None)
-    trainer = RewardTrainer(
+    trainer = Trainer(
+        context,
+        reward,
+        {"loss": "loss", "accuracy": "accuracy"},
         model=reward,
         args=args,
         train_dataset=_rows(train),
         eval_dataset=_rows(validation) if validation else None,
         processing_class=shared.tokens.tokenizer,
-        callbacks=[Report(context.progress, {"loss": "loss", "accuracy": "accuracy"})],
         optimizers=(_optimizer(reward, args, table.extras["head_learning_rate"]), None),
     )
     float32(*reward.trainable())
@@ -83,6 +85,10 @@ def run(context: StageContext) -> StageResult:
     write_json(output / UNIT, {"format": 1, "mean": mean, "std": std})
     base.close(reward)
     return StageResult(metrics, summary)
+
+
+class Trainer(Stock, RewardTrainer):
+    pass
 
 
 def preference(reward: Role, rows: list[Example], pad: int, batch: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf_recipes.data import Example, answered
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Report, float32, load_rows, need, trainer_config
+from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config
 
 
 def run(context: StageContext) -> StageResult:
@@ -33,19 +33,20 @@ def run(context: StageContext) -> StageResult:
     )
 
     # ---- training
-    trainer = SFTTrainer(
+    trainer = Trainer(
+        context,
+        policy,
+        {"loss": "loss", "mean_token_accuracy": "accuracy"},
         model=policy.lm if recipe.lora is None else base.peft,
         args=trainer_config(SFTConfig, context, max_length=None, completion_only_loss=True),
         train_dataset=_rows(train),
         eval_dataset=_rows(validation) if validation else None,
         processing_class=shared.tokens.tokenizer,
-        callbacks=[Report(context.progress, {"loss": "loss", "mean_token_accuracy": "accuracy"})],
     )
     float32(*policy.trainable())
     with policy.active(autocast=False):
-        before = _validation_loss(trainer)
-        trained = trainer.train()
-        after = _validation_loss(trainer)
+        trained = trainer.train(first=trainer.validation_loss)
+        before, after = trainer.first, trainer.validation_loss()
 
     # ---- output
     base.save(policy, context.folder / "output")
@@ -62,6 +63,11 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics, f"validation loss {before:.3f} → {after:.3f}")
 
 
+class Trainer(Stock, SFTTrainer):
+    def validation_loss(self) -> float | None:
+        return self.evaluate()["eval_loss"] if self.eval_dataset is not None else None
+
+
 def _rows(examples: list[Example]) -> Dataset:
     return Dataset.from_list(
         [
@@ -72,7 +78,3 @@ def _rows(examples: list[Example]) -> Dataset:
             for e in examples
         ]
     )
-
-
-def _validation_loss(trainer: SFTTrainer) -> float | None:
-    return trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
