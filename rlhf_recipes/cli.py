@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rlhf_recipes.errors import Problem, RecipeError, RlhfRecipesError, UsageError
+from rlhf_recipes.errors import (
+    Problem,
+    RecipeError,
+    RlhfRecipesError,
+    UsageError,
+    machine_error,
+)
 
 if TYPE_CHECKING:
     from rlhf_recipes.runner import RunOutcome
@@ -63,6 +69,7 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after it.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Take no stage as done.")] = False,
     name: Annotated[str | None, typer.Option(help="The run's name. [the recipe's]")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for another process's run.")] = False,
     runs: Runs = None,
 ) -> None:
     """Run what is not yet done of a recipe."""
@@ -73,7 +80,7 @@ def run(
     loaded = load_recipe(file, set=set_, unset=unset)
     for note in loaded.notes:
         print(f"{file}: {note}", file=sys.stderr)
-    outcome = run_recipe(loaded, runs=runs, until=until, fresh=fresh, name=name)
+    outcome = run_recipe(loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait)
     _print_outcome(outcome, recipe)
 
 
@@ -241,7 +248,8 @@ def main() -> NoReturn:
         code = _say(f"{error.format_message()}\nfor help: {command} --help", 2)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        code = _say(f"{type(error).__name__}: {reason} (--debug shows where)", 1)
+        said = machine_error(error) or f"{type(error).__name__}: {reason} (--debug shows where)"
+        code = _say(str(said), 1)
     sys.exit(code or 0)
 
 

@@ -13,8 +13,21 @@
 command line prints it without a traceback.
 """
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+FREE = "free some space there, and the same command goes on"
+ELSEWHERE = "see who may read and write it; --runs DIR keeps runs elsewhere"
+FAULTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FREE),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), ELSEWHERE),
+    errno.EIO: "the disk may be failing; the same command goes on from what is whole",
+}
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries say it
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
 class RlhfRecipesError(Exception):
@@ -66,6 +79,10 @@ class StageError(RlhfRecipesError):
     pass
 
 
+class MachineError(RlhfRecipesError):
+    pass
+
+
 class BusyError(RlhfRecipesError):
     exit_code = 75
 
@@ -76,3 +93,27 @@ class Interrupted(RlhfRecipesError):
     def __init__(self, message: str, hint: str = "", *, exit_code: int = 130) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
+
+
+def machine_error(error: BaseException, what: str = "", smaller: str = "") -> MachineError | None:
+    """What the machine lacked, where that is what an exception is about, or one that led to it.
+
+    `what` is where it happened; `smaller` is what to do where memory ran out.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number, words, hint = getattr(cause, "errno", None), "", smaller
+        if found := OS_ERROR.search(str(cause)):
+            number = int(found[1])
+        if number in FAULTS:
+            place = getattr(cause, "filename", None)
+            words = os.strerror(number) + (f": {str(place)!r}" if place else "")
+            hint = FAULTS[number]
+        elif isinstance(cause, MemoryError):
+            words = "out of memory"
+        elif isinstance(cause, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(str(cause)):
+            words = "out of memory"
+        if words:
+            return MachineError(f"{what}: {words}" if what else words, hint)
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -67,7 +67,8 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._log.close()
+        with contextlib.suppress(OSError):  # a full disk is told of by what it stopped
+            self._log.close()
         for own, stream in ((self._stream, sys.stderr), (self.out, sys.stdout)):
             if own is not stream:
                 own.close()
@@ -98,7 +99,13 @@ class Screen:
             ours.removeHandler(handler)
             ours.setLevel(level)
             gc.collect()  # an abandoned tqdm bar prints its last line when it is collected
-            _flush()
+            try:
+                _flush()
+            except OSError:  # the log's disk is full: what is left of the noise goes nowhere
+                with open(os.devnull, "wb") as nowhere:
+                    for descriptor in saved:
+                        os.dup2(nowhere.fileno(), descriptor)
+                    _flush()
             for descriptor, copy in saved.items():
                 os.dup2(copy, descriptor)
                 os.close(copy)

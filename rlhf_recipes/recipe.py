@@ -177,6 +177,24 @@ def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     return _of_effect(recipe.table(stage), "layout")
 
 
+def smaller_layout(recipe: Recipe, stage: str) -> str:
+    """What to type where a stage's memory runs out: layout settings that ask for less."""
+    options = recipe.tables[stage].options if stage in recipe.tables else {}
+    rows, words = options.get("per_device_train_batch_size", 1), {}
+    if rows > 1:
+        part = next(n for n in range(2, rows + 1) if rows % n == 0)
+        words["per_device_train_batch_size"] = rows // part
+        words["gradient_accumulation_steps"] = options["gradient_accumulation_steps"] * part
+    if options.get("gradient_checkpointing") is False:
+        words["gradient_checkpointing"] = "true"
+    if (rollout := options.get("local_rollout_forward_batch_size", 1)) > 1:
+        words["local_rollout_forward_batch_size"] = rollout // 2
+    if not words:
+        return "end what else holds memory, and the same command goes on"
+    changes = " ".join(f"--set {stage}.{key}={value}" for key, value in words.items())
+    return f"the same command with {changes} needs less, and goes on from the last checkpoint"
+
+
 def _of_effect(table: StageTable, effect: str) -> dict[str, Any]:
     fields = trl_fields()[table.kind]
     return {key: v for key, v in table.options.items() if fields[key].effect == effect}

@@ -6,6 +6,9 @@ process, so nobody ever clears one by hand.
 
     <runs>/<name>/                    one run: recipe, manifest, results, log, model/
     <runs>/.stages/<kind>-<key12>/    one stage, shared by all runs: stage.json, work/, output/, …
+
+Beside each lies its lock, `.<name>.lock`, and while it is replaced what is to take its place and
+what had it: `.<name>.fresh`, `.<name>.old`.
 """
 
 from __future__ import annotations
@@ -21,17 +24,19 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf_recipes.errors import BusyError, UsageError
 
 FORMAT = 1  # of every JSON file here
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
-CHECKPOINTS = "checkpoint-*"  # folders in a stage's work/
+FRESH = ".fresh"  # in a run's folder: when its pass of `--fresh` began that is not finished
+CHECKPOINTS = "checkpoint-*"  # in a stage's work/
+BEGUN = "begun"  # there, too: when the pass of `--fresh` began that the stage is computed in
 LIBRARIES = "rlhf-recipes trl transformers torch peft accelerate datasets bitsandbytes".split()
 
 
@@ -82,11 +87,16 @@ def write_text(path: Path, text: str) -> None:
     """Whole or not at all, also when the power fails: temporary name, sync, rename, sync."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 
@@ -94,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON file of ours; None where it is missing, damaged or of another format."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) and value.get("format") == FORMAT else None
 
@@ -117,48 +127,122 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Complete the stage. What it made is synced first: the record must not outlive it."""
+    sync_all(folder)
+    write_json(folder / RECORD, record)
+
+
+def clear_stage(folder: Path, *, begun: str = "") -> None:
+    """Make the stage folder ready to run in; only for who holds its lock, and where no record is.
+
+    A stage's checkpoints stay, and the numbers and samples that led to them; of those that were
+    made when nothing was to be taken as done, only those of the pass that `begun` names.
+    """
+    work, folder = folder / "work", folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    goes_on = any(work.glob(CHECKPOINTS)) and begun in ("", _read(work / BEGUN))
+    for path in folder.iterdir():
+        if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl")):
+            remove(path)
+    work.mkdir(exist_ok=True)
+    (folder / "output").mkdir()
+    if begun:
+        write_text(work / BEGUN, begun)
+
+
+def tidy(folder: Path) -> None:
+    """Let go of what a complete folder has no use for: its checkpoints, and what it replaced."""
+    for path in (folder / "work", beside(folder, "old")):
+        with contextlib.suppress(OSError):
+            remove(path)
+
+
+def beside(folder: Path, what: str) -> Path:
+    """Where a run's or a stage's `what` lies: beside the folder itself, wherever a link is."""
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def swap(new: Path, folder: Path) -> None:
+    """`new`, on the same disk, takes the place of `folder`."""
+    old, folder = beside(folder, "old"), folder.resolve()
+    remove(old)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    remove(old)
+
+
+def settle(folder: Path) -> None:
+    """End a swap that was cut off; only for who holds the stage's lock."""
+    if read_record(beside(folder, "fresh")) is not None:
+        swap(beside(folder, "fresh"), folder)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all that is in it, or a link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_all(folder: Path) -> None:
+    """What was written below `folder` outlives a power failure from here on."""
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink():
             _sync(path)
-    write_json(folder / RECORD, record)
-    shutil.rmtree(folder / "work", ignore_errors=True)  # there is nothing left to go on with
 
 
-def clear_stage(folder: Path, *, fresh: bool = False) -> None:
-    """Make the stage folder ready to run in; only for who holds its lock. The record goes first.
+def begun(run_folder: Path) -> str:
+    """When the pass of `--fresh` began that is under way; now, where none is."""
+    if _read(run_folder / FRESH) is None:
+        write_text(run_folder / FRESH, now())
+    return (run_folder / FRESH).read_text(encoding="utf-8")
 
-    Unless `fresh`, a stage's checkpoints stay, and the numbers and samples that led to them.
-    """
-    (folder / RECORD).unlink(missing_ok=True)
-    _sync(folder)
-    goes_on = not fresh and any((folder / "work").glob(CHECKPOINTS))
-    for path in folder.iterdir():
-        if goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl"):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
-    (folder / "work").mkdir(exist_ok=True)
-    (folder / "output").mkdir()
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+# ---- locks --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder` for this process alone. Raises BusyError, with the holder, where it is held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            holder = stream.read().strip() or "another process"
-            hint = "wait for it, or stop it; nothing needs to be cleared by hand"
-            raise BusyError(f"{what} is held by {holder}", hint) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {platform.node()} since {now()}\n")
-        stream.flush()
-        yield
+def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold `folder` for this process alone, by a file beside it.
+
+    Where another process holds it: raises BusyError, which names that process; or tells `waiting`
+    the same, and waits.
+    """
+    file = beside(folder, "lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with file.open("a+", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                held = f"{what} is held by {stream.read().strip() or 'another process'}"
+                if waiting is None:
+                    hint = "--wait waits for it; nothing needs to be cleared by hand"
+                    raise BusyError(held, hint) from None
+                waiting(f"{held}: waiting for it")
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if not _is_still(file, stream):
+                continue  # who had it removed the file, and a third may hold a new one
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {platform.node()} since {now()}\n")
+            stream.flush()
+            yield
+            return
+
+
+def _is_still(file: Path, stream: IO[str]) -> bool:
+    """Whether an open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    return False
 
 
 # ---- provenance ---------------------------------------------------------------------------------

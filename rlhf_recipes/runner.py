@@ -2,17 +2,19 @@
 
 The runner knows no stage's work: it hands each a `StageContext` and keeps what comes back. A stage
 that was killed has no record: its folder is cleared but for its checkpoints, and it runs again.
+
+`fresh` takes no stage as done that was begun before. What is complete stays so until another is
+that takes its place. A pass that was cut off goes on when `fresh` is asked for again, with the
+stages and checkpoints that it made; once any run of that name has finished, the next pass is new.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
-import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +23,20 @@ from typing import Any
 
 import tomlkit
 
-from rlhf_recipes import rundir, stages
-from rlhf_recipes.errors import DataError, Interrupted, ModelError, StageError, UsageError
+from rlhf_recipes import rundir, stages, stopping
+from rlhf_recipes.errors import (
+    DataError,
+    Interrupted,
+    ModelError,
+    StageError,
+    UsageError,
+    machine_error,
+)
 from rlhf_recipes.fetch import bring
 from rlhf_recipes.identity import difference
 from rlhf_recipes.plan import Plan, PlannedStage, make_plan, run_name
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
-from rlhf_recipes.recipe import Recipe, layout_settings
+from rlhf_recipes.recipe import Recipe, layout_settings, smaller_layout
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.tables import EVALUATION, POLICY_KINDS
 
@@ -51,10 +60,6 @@ class RunOutcome:
     model: Path | None  # None where no policy was trained
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program was, so that it ends in order as on Ctrl-C."""
-
-
 def run(
     recipe: Recipe,
     *,
@@ -62,44 +67,52 @@ def run(
     until: str | None = None,
     fresh: bool = False,
     name: str | None = None,
+    wait: bool = False,
 ) -> RunOutcome:
     """Run what is not done yet of a recipe, and write the run's folder.
 
-    Raises BusyError where another process holds the run or a stage of it, Interrupted on Ctrl-C
-    and SIGTERM, and StageError (or the stage's own DataError, ModelError) where one
-    fails.
+    Raises BusyError where another process holds the run or a stage of it, unless it is to `wait`;
+    Interrupted on Ctrl-C and SIGTERM; MachineError where disk or memory give out; StageError (or
+    the stage's own DataError, ModelError) where a stage fails.
     """
     runs, name = rundir.runs_folder(runs), run_name(recipe, name)
     folder, wanted = runs / name, _names_until(until, recipe)
+    waiting = functools.partial(print, file=sys.stderr) if wait else None
     try:
-        with _nothing_for_others_to_write(), _terminable(), rundir.lock(folder, f"run {name}"):
+        with (
+            _nothing_for_others_to_write(),
+            stopping.at_once(),
+            rundir.lock(folder, f"run {name}", waiting),
+        ):
+            folder.mkdir(exist_ok=True)
             with Screen(folder / "log.txt") as screen:
-                screen.line(f"{plain(recipe.title)} · {folder}", "bold")
+                screen.line(f"{plain(recipe.title)} · {plain(str(folder))}", "bold")
                 plan = make_plan(recipe, runs, name=name, fresh=fresh)
                 rundir.write_text(folder / "recipe.toml", recipe.text)
                 rundir.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
                 if plan.mirrored:
                     screen.line(f"  the model: {plan.mirrored}")
-                if not all(stage.done for stage in plan.stages):
-                    # What the hub sends, it shows itself; converting a mirror only makes noise.
-                    with screen.quiet() if plan.mirrored else contextlib.nullcontext():
-                        bring(recipe, plan.model)
-                return _Run(plan, screen, fresh).go(wanted)
+                return _Run(plan, screen, fresh, wait).go(wanted)
     except KeyboardInterrupt as signalled:
         raise Interrupted(
             f"run {name} was interrupted",
-            "finished stages are kept, and the same command goes on from there",
-            exit_code=143 if isinstance(signalled, Terminated) else 130,
+            "the same command goes on from what is finished and saved",
+            exit_code=143 if isinstance(signalled, stopping.Terminated) else 130,
         ) from None
+    except OSError as error:
+        if found := machine_error(error):
+            raise found from error
+        raise
 
 
 class _Run:
     """One pass over the planned stages."""
 
-    def __init__(self, plan: Plan, screen: Screen, fresh: bool) -> None:
+    def __init__(self, plan: Plan, screen: Screen, fresh: bool, wait: bool) -> None:
         self.plan = plan
         self.screen = screen
-        self.fresh = fresh
+        self.waiting = screen.line if wait else None
+        self.since = rundir.begun(plan.run_folder) if fresh else ""
         self.shared = self._new_shared()
         self.done: dict[str, StageOutcome] = {}
         self.started = rundir.now()
@@ -108,7 +121,6 @@ class _Run:
         return Shared(self.plan.recipe, self.plan.model)
 
     def go(self, wanted: list[str]) -> RunOutcome:
-        outcome = "failed"
         try:
             for stage in self.plan.stages:
                 if stage.name not in wanted and not stage.done:
@@ -117,46 +129,64 @@ class _Run:
                 if self.done[stage.name].did == "ran":
                     self._write("unfinished")
             model = self._write_model()
-            outcome = "finished"
-        except KeyboardInterrupt:
-            outcome = "interrupted"
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # it would hide what came first
+                self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
-        finally:
-            results = self._write(outcome)
+        results = self._write("finished")
+        rundir.remove(self.plan.run_folder / rundir.FRESH)
         return RunOutcome(self.plan.run_folder, tuple(self.done.values()), results, model)
 
     # ---- one stage ------------------------------------------------------------------------------
 
     def _stage(self, stage: PlannedStage) -> StageOutcome:
-        record = rundir.read_record(stage.folder) if stage.done else None
+        record = self._record(stage) if stage.done else None
         if record is None:
-            self._heading(stage, stage.reason)
-            with rundir.lock(stage.folder, f"stage {stage.name}"):
-                # Another process may have finished it since it was planned.
-                record = None if self.fresh else rundir.read_record(stage.folder)
+            with rundir.lock(stage.folder, f"stage {stage.name}", self.waiting):
+                rundir.settle(stage.folder)
+                record = self._record(stage)  # another process may have finished it meanwhile
                 if record is None:
+                    self._heading(stage, stage.reason)
                     return StageOutcome(stage, "ran", self._compute(stage))
+        rundir.tidy(stage.folder)  # a kill may have come before it
         self._heading(stage, f"cached ({duration(record['seconds'])} when it ran)")
         changed = difference(record["versions"], rundir.versions())
         if changed:
             self.screen.line(f"  computed with other versions: {', '.join(changed)}", "yellow")
         return StageOutcome(stage, "cached", record)
 
+    def _record(self, stage: PlannedStage) -> dict[str, Any] | None:
+        """The stage's record, where it is complete: of this very key, and of this pass."""
+        record = rundir.read_record(stage.folder)
+        if record is None or record["key"] != stage.key:
+            return None
+        return record if not self.since or record["started"] >= self.since else None
+
     def _heading(self, stage: PlannedStage, reason: str) -> None:
         place = f"Stage {stage.index + 1} of {len(self.plan.stages)}"
         self.screen.line(f"{place} · {stage.name} — {reason}", "bold")
 
     def _compute(self, stage: PlannedStage) -> dict[str, Any]:
-        rundir.clear_stage(stage.folder, fresh=self.fresh)
+        """Run the stage in its folder; beside it, where a complete one must stay until then."""
+        if all(done.did == "cached" for done in self.done.values()):  # the first that has to run
+            # What the hub sends, it shows itself; converting a mirror only makes noise.
+            with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
+                bring(self.plan.recipe, self.plan.model)
+        folder = stage.folder
+        if (folder / rundir.RECORD).exists():
+            folder = rundir.beside(folder, "fresh")
+        rundir.clear_stage(folder, begun=self.since)
         started, clock = rundir.now(), time.monotonic()
         outputs = {other.name: other.folder / "output" for other in self.plan.stages}
-        with self._failing_as(f"stage {stage.name}"), self.screen.quiet():
-            with StageProgress(self.screen, stage.folder) as progress:
+        smaller = smaller_layout(self.plan.recipe, stage.name)
+        with self._failing_as(f"stage {stage.name}", smaller), self.screen.quiet():
+            with StageProgress(self.screen, folder) as progress:
+                stopping.tell = progress.note
                 context = stages.StageContext(
                     name=stage.name,
                     kind=stage.kind,
                     recipe=self.plan.recipe,
-                    folder=stage.folder,
+                    folder=folder,
                     inputs={role: outputs[source] for role, source in stage.inputs.items()},
                     progress=progress,
                     shared=self.shared,
@@ -177,23 +207,30 @@ class _Run:
             "layout": {} if evaluation else layout_settings(self.plan.recipe, stage.name),
             "versions": rundir.versions(),
         }
-        rundir.write_record(stage.folder, record)
+        rundir.write_record(folder, record)
+        if folder != stage.folder:
+            rundir.swap(folder, stage.folder)
+        rundir.tidy(stage.folder)
         return record
 
     @contextlib.contextmanager
-    def _failing_as(self, what: str) -> Iterator[None]:
+    def _failing_as(self, what: str, smaller: str = "") -> Iterator[None]:
         """Name the place and the log in whatever fails; the traceback goes to the log alone."""
-        where = f"log: {self.screen.log_path}"
+        where = f"log: {plain(str(self.screen.log_path))}"
         try:
             yield
-        except (DataError, ModelError, StageError) as error:
-            self.screen.log_traceback()
-            hint = f"{error.hint}; {where}" if error.hint else where
-            raise type(error)(f"{what}: {error.message}", hint) from error
         except Exception as error:
-            self.screen.log_traceback()
-            reason = plain(str(error).strip().partition("\n")[0])
-            raise StageError(f"{what} failed: {type(error).__name__}: {reason}", where) from error
+            with contextlib.suppress(OSError):
+                self.screen.log_traceback()
+            if isinstance(error, (DataError, ModelError, StageError)):
+                failed = type(error)(f"{what}: {error.message}", error.hint)
+            else:
+                reason = plain(str(error).strip().partition("\n")[0])
+                failed = StageError(f"{what} failed: {type(error).__name__}: {reason}")
+            if isinstance(failed, StageError):
+                failed = machine_error(error, what, smaller) or failed
+            hint = f"{failed.hint}; {where}" if failed.hint else where
+            raise type(failed)(failed.message, hint) from error
 
     # ---- the run's own files --------------------------------------------------------------------
 
@@ -210,17 +247,18 @@ class _Run:
             "started": last.record["started"],  # `--fresh` makes another of the same key
         }
         if rundir.read_json(folder / MODEL_SOURCE) == {"format": rundir.FORMAT, **source}:
+            rundir.tidy(folder)
             return folder
-        aside = self.plan.run_folder / ".model"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = rundir.beside(folder, "fresh")
+        rundir.remove(aside)
         self.shared = self._new_shared()  # lets go of the base: merging loads it whole
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.export import write_model
 
             write_model(self.shared, last.stage.folder / "output", aside, form="merged")
+        rundir.sync_all(aside)
         rundir.write_json(aside / MODEL_SOURCE, source)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        rundir.swap(aside, folder)
         return folder
 
     def _write(self, outcome: str) -> dict[str, float | int | str]:
@@ -284,20 +322,3 @@ def _nothing_for_others_to_write() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the run in order. Only the main thread can be told so."""
-
-    def terminate(signum: int, frame: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -140,3 +140,14 @@ def tiny_recipe(tiny_model: Path, tiny_pairs: Path, tmp_path: Path) -> Path:
     file = tmp_path / "tiny.toml"
     file.write_text(RECIPE.format(model=tiny_model, data=tiny_pairs))
     return file
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The cases that `make torture` tried, and those that passed: what tests record as "cases"."""
+    if terminalreporter.config.option.markexpr != "torture":
+        return
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == "cases" and report.when == "call":
+                    terminalreporter.write_line(f"{value:>14}  {report.nodeid}")

@@ -1,7 +1,7 @@
 """Stages that only count, on a model and data of a few bytes: what the runner is tested with.
 
 In process: `Counting(monkeypatch)`. As a command of its own: `python counting.py run toy.toml`,
-where COUNTING says what goes wrong ("fail:reward", "hang:ppo", "noise:sft").
+where COUNTING says what goes wrong ("fail:reward", "hang:ppo", "noise:sft"), or "steady".
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import stages
+from rlhf_recipes import identity, stages, stopping
 from rlhf_recipes.errors import DataError
+
+STEPS = 3
 
 RECIPE = """\
 # a toy
@@ -89,6 +91,38 @@ class Counting:
         (folder / "model.safetensors").write_text((output / "weights").read_text())
 
 
+def steady(context: stages.StageContext) -> stages.StageResult:
+    """A stage whose output follows from its inputs alone: STEPS steps, each of which it saves.
+
+    Beside the recipe, each step is a line in `steps`, and none ends while there is a file `hold`.
+    """
+    import torch
+
+    from rlhf_recipes import checkpoints
+
+    work, output = context.folder / "work", context.folder / "output"
+    read = [(source / "weights").read_text() for source in context.inputs.values()]
+    start = identity.digest([context.name, *read])
+    kept = checkpoints.newest(work, start, torch.device("cpu")) or {"step": 0, "weights": start}
+    step, weights = kept["step"], kept["weights"]
+    context.progress.resume(step)
+    beside = context.recipe.path.parent
+    with stopping.deferred():
+        while step < STEPS and not stopping.requested():
+            step, weights = step + 1, identity.digest([weights])
+            with (beside / "steps").open("a") as counted:
+                counted.write(f"{context.name} {step}\n")
+            while (beside / "hold").exists():
+                time.sleep(0.01)
+            context.progress.update(step, STEPS, loss=1 / step)
+            checkpoints.save(work, step, {"start": start, "step": step, "weights": weights}, keep=2)
+    (output / "weights").write_text(weights)
+    (output / "more").mkdir()
+    (output / "more" / "weights").write_text(weights[::-1])
+    metrics = {"loss": 1 / STEPS, "sum": int(weights[:8], 16)}
+    return stages.StageResult(metrics, f"{STEPS} steps")
+
+
 class _Patch:
     """What of pytest's monkeypatch is used above, for a process of its own."""
 
@@ -124,7 +158,9 @@ def refuse(context: stages.StageContext) -> None:
 def main() -> None:
     counting = Counting(_Patch())
     fault, _, stage = os.environ.get("COUNTING", "").partition(":")
-    if fault:
+    if fault == "steady":
+        stages.load = lambda kind: steady
+    elif fault:
         counting.fault[stage] = {"noise": noise, "hang": hang, "fail": fail, "refuse": refuse}[
             fault
         ]

@@ -148,8 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int
     stderr = running.communicate(timeout=10)[1]
     assert running.returncode == code
     assert stderr.splitlines()[-1] == (
-        "run toy was interrupted "
-        "(finished stages are kept, and the same command goes on from there)"
+        "run toy was interrupted (the same command goes on from what is finished and saved)"
     )
     assert json.loads((here / "runs/toy/manifest.json").read_text())["outcome"] == "interrupted"
     after = command("run", "toy.toml", cwd=here)

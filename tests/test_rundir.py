@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,22 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert json.loads(file.read_text()) == {"format": 1, "a": 1}
 
 
+def test_a_write_that_is_cut_off_leaves_nothing_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        rundir.write_json(tmp_path / "x.json", {"a": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_that_cannot_be_read_is_not_taken_as_missing(tmp_path: Path) -> None:
+    """Else an error of the disk would have a whole stage computed again."""
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        rundir.read_json(tmp_path / "x.json")
+
+
 def test_the_record_is_synced_after_what_it_speaks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,52 +92,129 @@ def test_the_record_is_synced_after_what_it_speaks_for(
 
 def test_a_cleared_stage_is_as_new(tmp_path: Path) -> None:
     (tmp_path / "output" / "deep").mkdir(parents=True)
-    (tmp_path / "stage.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("{}")
     outside = tmp_path.parent / "outside"
     outside.mkdir()
     (outside / "kept").write_text("")
     (tmp_path / "link").symlink_to(outside)
-    with rundir.lock(tmp_path, "stage"):
-        rundir.clear_stage(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "output", "work"]
+    rundir.clear_stage(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "work"]
     assert list((tmp_path / "output").iterdir()) == []
     assert (outside / "kept").exists()
 
 
-def test_checkpoints_stay_with_what_led_to_them_unless_fresh(tmp_path: Path) -> None:
-    for name in ("work/checkpoint-000002.pt", "metrics.jsonl", "output/half"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
-    with rundir.lock(tmp_path, "stage"):
-        rundir.clear_stage(tmp_path)
-        assert (tmp_path / "work/checkpoint-000002.pt").exists()
-        assert (tmp_path / "metrics.jsonl").exists()
-        assert not (tmp_path / "output/half").exists()
-        (tmp_path / "work/checkpoint-000002.pt").rename(tmp_path / "work/partial")
-        rundir.clear_stage(tmp_path)  # a first one half written is none
-        assert not (tmp_path / "metrics.jsonl").exists()
-        (tmp_path / "work/checkpoint-000002.pt").write_text("")
-        rundir.clear_stage(tmp_path, fresh=True)
-    assert not list((tmp_path / "work").iterdir())
-    assert not (tmp_path / "metrics.jsonl").exists()
+def test_checkpoints_stay_with_what_led_to_them_unless_begun_before(tmp_path: Path) -> None:
+    def made() -> None:
+        for name in ("work/checkpoint-000002/weights", "metrics.jsonl", "output/half"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("")
+
+    def kept(**words: str) -> list[bool]:
+        rundir.clear_stage(tmp_path, **words)
+        names = ("work/checkpoint-000002", "metrics.jsonl", "output/half")
+        return [(tmp_path / name).exists() for name in names]
+
+    made()
+    assert kept() == [True, True, False]
+    (tmp_path / "work/checkpoint-000002").rename(tmp_path / "work/partial")
+    assert kept() == [False, False, False]  # a first one half written is none
+    made()
+    assert kept(begun="today") == [False, False, False]
+    made()
+    assert kept(begun="today") == [True, True, False]
+    assert kept() == [True, True, False]
+    assert kept(begun="tomorrow") == [False, False, False]
 
 
-def test_a_lock_says_who_holds_it_and_dies_with_its_process(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
-    try:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(BusyError) as caught, rundir.lock(tmp_path, "run x"):
-            pass
-        assert caught.value.exit_code == 75
-        assert str(caught.value).startswith(f"run x is held by process {other.pid} on ")
-        assert str(caught.value).endswith("nothing needs to be cleared by hand)")
-    finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-        other.stdout.close()
+def test_a_folder_is_swapped_for_another_also_through_a_link(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "stages" / "sft-1"
+    folder.parent.mkdir()
+    folder.symlink_to(elsewhere)
+    for number, left in enumerate([[], [".sft-1.old"], ["sft-1"]]):
+        fresh = rundir.beside(folder, "fresh")
+        assert fresh.parent == tmp_path
+        for name in left:
+            (tmp_path / name.replace("sft-1", "elsewhere")).mkdir(exist_ok=True)
+        rundir.clear_stage(fresh)
+        rundir.settle(folder)  # not whole: it stays where it is
+        assert fresh.exists()
+        (fresh / "output" / "weights").write_text(str(number))
+        rundir.write_record(fresh, {"key": str(number)})
+        rundir.settle(folder)
+        assert rundir.read_record(folder)["key"] == str(number)
+        assert (folder / "output" / "weights").read_text() == str(number)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "stages"]
+    assert folder.is_symlink()
+    (elsewhere / "work" / "checkpoint-000002").mkdir()
+    rundir.tidy(folder)
+    assert not (elsewhere / "work").exists()
+
+
+def lock_of(folder: Path) -> str:
+    return folder.with_name(f".{folder.name}.lock").read_text()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds `tmp_path`, until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_lock_says_who_holds_it_and_dies_with_its_process(
+    tmp_path: Path, other: subprocess.Popen
+) -> None:
+    with pytest.raises(BusyError) as caught, rundir.lock(tmp_path, "run x"):
+        pass
+    assert caught.value.exit_code == 75
+    assert str(caught.value).startswith(f"run x is held by process {other.pid} on ")
+    assert str(caught.value).endswith(" (--wait waits for it; nothing needs to be cleared by hand)")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
     with rundir.lock(tmp_path, "run x"):
-        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+        assert lock_of(tmp_path).startswith(f"process {os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []  # it lies beside what it locks
+
+
+def test_who_waits_says_for_whom_and_holds_the_lock_then(
+    tmp_path: Path, other: subprocess.Popen
+) -> None:
+    said = []
+
+    def waiting(line: str) -> None:
+        said.append(line)
+        other.kill()
+
+    with rundir.lock(tmp_path, "run x", waiting):
+        assert lock_of(tmp_path).startswith(f"process {os.getpid()} on ")
+        with pytest.raises(BusyError), rundir.lock(tmp_path, "run x"):
+            pass
+    assert len(said) == 1 and said[0].startswith(f"run x is held by process {other.pid} on ")
+    assert said[0].endswith(": waiting for it")
+
+
+def test_waiting_is_ended_by_a_signal(tmp_path: Path, other: subprocess.Popen) -> None:
+    def waiting(line: str) -> None:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt), rundir.lock(tmp_path, "run x", waiting):
+        pass
+
+
+def test_a_lock_that_was_removed_while_one_waited_is_none(
+    tmp_path: Path, other: subprocess.Popen
+) -> None:
+    def waiting(line: str) -> None:
+        tmp_path.with_name(f".{tmp_path.name}.lock").unlink()
+        other.kill()
+
+    with rundir.lock(tmp_path, "run x", waiting):
+        with pytest.raises(BusyError), rundir.lock(tmp_path, "run x"):
+            pass
 
 
 def test_runs_are_found_by_name_and_by_folder(tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import stat
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_recipes import rundir
-from rlhf_recipes.errors import BusyError, DataError, StageError, UsageError
+from rlhf_recipes import rundir, runner
+from rlhf_recipes.errors import BusyError, DataError, MachineError, StageError, UsageError
 from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import fork_recipe, load_recipe
+from rlhf_recipes.recipe import fork_recipe, load_recipe, smaller_layout
 from rlhf_recipes.runner import RunOutcome, run
 from tests import counting
 from tests.counting import Counting, toy
@@ -30,7 +33,8 @@ def go(recipe: Path, *changes: str, **options: Any) -> RunOutcome:
 
 
 def headings(capfd: pytest.CaptureFixture[str]) -> list[str]:
-    lines = capfd.readouterr().err.splitlines()
+    """The stages' headings, as of stages that take no time."""
+    lines = re.sub(r"\(\d+ s when", "(0 s when", capfd.readouterr().err).splitlines()
     return [line for line in lines if line.startswith("Stage ")]
 
 
@@ -63,7 +67,7 @@ def test_the_run_s_folder(tmp_path: Path, count: Counting) -> None:
     folder = tmp_path / "runs" / "toy"
     assert (outcome.run_folder, outcome.model) == (folder, folder / "model")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "lock", "log.txt", "manifest.json", "model", "recipe.toml", "resolved.toml", "results.json"
+        "log.txt", "manifest.json", "model", "recipe.toml", "resolved.toml", "results.json"
     ]  # fmt: skip
     assert (folder / "recipe.toml").read_text() == recipe.read_text()
     assert load_recipe(folder / "resolved.toml").model.folder == tmp_path / "model"
@@ -126,24 +130,92 @@ def test_until_stops_after_a_stage_and_the_next_run_goes_on(
     assert str(caught.value) == "the recipe has no stage 'rewrd' (did you mean reward?)"
 
 
+def weights(recipe: Path) -> dict[str, str]:
+    """What each stage's output holds, by its kind."""
+    folders = (recipe.parent / "runs" / ".stages").glob("[!.]*/output/weights")
+    return {file.parts[-3].partition("-")[0]: file.read_text() for file in folders}
+
+
 def test_fresh_computes_all_again(tmp_path: Path, count: Counting) -> None:
     recipe = toy(tmp_path)
     go(recipe)
     outcome = go(recipe, fresh=True)
     assert count.ran == STAGES * 2
     assert (outcome.model / "model.safetensors").read_text() == "ppo 7"
+    go(recipe, fresh=True)
+    assert count.ran == STAGES * 3
+    left = [path.name for path in (tmp_path / "runs" / ".stages").iterdir()]
+    assert not [name for name in left if name.endswith((".fresh", ".old"))]
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_stage_that_fails_leaves_no_record_and_starts_afresh(
-    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str], fresh: bool
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pass_of_fresh_that_fails_keeps_what_was_whole_and_goes_on(
+    tmp_path: Path, count: Counting, again: bool
 ) -> None:
     recipe = toy(tmp_path)
-    if fresh:
-        go(recipe)
+    go(recipe)
+    count.fault["reward"] = counting.fail
+    with pytest.raises(StageError):
+        go(recipe, fresh=True)
+    assert count.ran == [*STAGES, "sft", "reward"]
+    made = {"sft": "sft 5", "reward": "reward 2", "ppo": "ppo 3", "evaluation": "evaluation 4"}
+    assert weights(recipe) == made
+    go(recipe, name="other")  # another run finds all of it done
+    assert len(count.ran) == 6
+    count.fault.clear()
+    outcome = go(recipe, fresh=again)
+    if again:
+        assert count.ran[6:] == ["reward", "ppo", "evaluation"]
+        assert [done.did for done in outcome.stages] == ["cached", "ran", "ran", "ran"]
+    else:
+        assert weights(recipe) == made
+    count.ran.clear()
+    go(recipe, fresh=True)  # that pass is over: this is another
+    assert count.ran == STAGES
+
+
+def test_what_another_pass_of_fresh_saved_is_not_gone_on_with(
+    tmp_path: Path, count: Counting
+) -> None:
+    recipe, seen = toy(tmp_path), []
+
+    def fail(context: Any) -> None:
+        seen.append(sorted(path.name for path in (context.folder / "work").glob("checkpoint*")))
+        (context.folder / "work" / f"checkpoint-{len(seen):06d}").mkdir()
+        raise ValueError
+
+    go(recipe)
+    count.fault["sft"] = fail
+    for _ in range(2):
+        with pytest.raises(StageError):
+            go(recipe, fresh=True)
+    go(recipe)
+    with pytest.raises(StageError):
+        go(recipe, fresh=True)
+    assert seen == [[], ["checkpoint-000001"], []]
+
+
+def test_two_keys_that_begin_alike_are_two_stages(
+    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "stage_folder", lambda runs, kind, key: runs / ".stages" / kind)
+    recipe = toy(tmp_path)
+    go(recipe, until="sft")
+    go(recipe, "sft.learning_rate=2e-3", until="sft")
+    assert count.ran == ["sft", "sft"]
+    count.fault["sft"] = counting.fail
+    with pytest.raises(StageError):
+        go(recipe, until="sft")
+    assert weights(recipe) == {"sft": "sft 2"}  # the other's is whole
+
+
+def test_a_stage_that_fails_leaves_no_record_and_starts_afresh(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy(tmp_path)
     count.fault["reward"] = counting.fail
     with pytest.raises(StageError) as caught:
-        go(recipe, fresh=fresh)
+        go(recipe)
     log = tmp_path / "runs" / "toy" / "log.txt"
     assert str(caught.value) == (f"stage reward failed: ValueError: the loss is NaN (log: {log})")
     assert "Traceback" in log.read_text()
@@ -161,7 +233,7 @@ def test_a_stage_that_fails_leaves_no_record_and_starts_afresh(
     count.ran.clear()
     go(recipe)
     assert count.ran[0] == "reward"
-    assert sorted(seen) == ["lock", "output", "work"]
+    assert sorted(seen) == ["output", "work"]
     assert headings(capfd)[1] == "Stage 2 of 4 · reward — was not finished"
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -174,6 +246,130 @@ def test_a_stage_s_own_error_keeps_its_kind(tmp_path: Path, count: Counting) -> 
         "stage sft: no rows on the train side (lower test_fraction; "
         f"log: {tmp_path}/runs/toy/log.txt)"
     )
+
+
+RAISED = {
+    "full": OSError(errno.ENOSPC, "No space left on device", "/d/weights"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded", "/d/weights"),
+    "in Rust": RuntimeError("I/O error: No space left on device (os error 28)"),
+    "read-only": OSError(errno.EROFS, "Read-only file system", "/d/weights"),
+    "memory": MemoryError(),
+    "on a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"
+    " memory: you tried to allocate 40000000000000 bytes."),
+    "on a GPU": RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+}  # fmt: skip
+FREE = "free some space there, and the same command goes on"
+LESS = (
+    "the same command with --set ppo.per_device_train_batch_size=4 --set "
+    "ppo.gradient_accumulation_steps=2 --set ppo.gradient_checkpointing=true --set "
+    "ppo.local_rollout_forward_batch_size=32 needs less, and goes on from the last checkpoint"
+)
+SAID = {
+    "full": f"No space left on device: '/d/weights' ({FREE}",
+    "quota": f"Disk quota exceeded: '/d/weights' ({FREE}",
+    "in Rust": f"No space left on device ({FREE}",
+    "read-only": "Read-only file system: '/d/weights' (see who may read and write it; --runs DIR "
+    "keeps runs elsewhere",
+    "memory": f"out of memory ({LESS}",
+    "on a CPU": f"out of memory ({LESS}",
+    "on a GPU": f"out of memory ({LESS}",
+}
+
+
+@pytest.mark.parametrize("what", RAISED)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_machine_lacks_is_one_line_that_says_what_to_do(
+    tmp_path: Path, count: Counting, what: str, wrapped: bool
+) -> None:
+    def lack(_: Any) -> None:
+        try:
+            raise RAISED[what]
+        except Exception as error:
+            if wrapped:
+                raise StageError("the checkpoint could not be written") from error
+            raise
+
+    recipe = toy(tmp_path)
+    go(recipe, until="reward")
+    count.fault["ppo"] = lack
+    with pytest.raises(MachineError) as caught:
+        go(recipe, "ppo.gradient_checkpointing=false", name="toy")
+    assert caught.value.exit_code == 1
+    log = tmp_path / "runs" / "toy" / "log.txt"
+    assert str(caught.value) == f"stage ppo: {SAID[what]}; log: {log})"
+    assert "Traceback" in log.read_text()
+
+
+def test_what_can_be_made_smaller_is_what_is_there(tmp_path: Path) -> None:
+    def advice(stage: str, *changes: str) -> str:
+        return smaller_layout(load_recipe(toy(tmp_path), set=changes), stage)
+
+    nine = ["sft.per_device_train_batch_size=9", "sft.gradient_accumulation_steps=2"]
+    assert "size=3 --set sft.gradient_accumulation_steps=6 " in advice("sft", *nine)
+    least = ["sft.per_device_train_batch_size=1", "sft.gradient_checkpointing=true"]
+    nothing = "end what else holds memory, and the same command goes on"
+    assert advice("sft", *least) == advice("evaluation") == nothing
+
+
+def test_what_fails_first_is_told(
+    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(_: Any) -> None:
+        monkeypatch.setattr(rundir, "write_json", full)
+        raise ValueError("the loss is NaN")
+
+    count.fault["sft"] = fail
+    with pytest.raises(StageError, match="the loss is NaN"):
+        go(toy(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the log
+def test_a_log_that_cannot_be_written_is_one_line_on_the_screen(
+    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a library's noise is what does not go into it; the screen is given back."""
+    recipe, log = toy(tmp_path), tmp_path / "runs" / "toy" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    with pytest.raises(MachineError, match="^No space left on device"):
+        go(recipe)
+    log.unlink()
+
+    def fill(_: Any) -> None:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        sys.stdout.write("noise")
+        raise ValueError("the loss is NaN")
+
+    count.fault["sft"] = fill
+    with pytest.raises(StageError, match="the loss is NaN"):
+        go(recipe)
+    print("to the person")
+    assert capfd.readouterr().out == "to the person\n"
+
+
+def test_the_lock_is_asked_for_before_anything_slow(
+    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that of a stage before anything is brought from a hub."""
+    recipe, slow = toy(tmp_path), []
+    monkeypatch.setattr(runner, "make_plan", lambda *_, **__: slow.append("plan"))
+    with rundir.lock(tmp_path / "runs" / "toy", "run toy"):
+        with pytest.raises(BusyError):
+            go(recipe)
+    monkeypatch.undo()
+    count = Counting(monkeypatch)
+    monkeypatch.setattr(runner, "bring", lambda *_: slow.append("bring"))
+    sft = make_plan(load_recipe(recipe), tmp_path / "runs").stages[0]
+    with rundir.lock(sft.folder, "stage sft"):
+        with pytest.raises(BusyError):
+            go(recipe)
+    assert slow == count.ran == []
+    go(recipe)
+    go(recipe)
+    assert slow == ["bring"]
 
 
 def test_noise_goes_to_the_log_alone(

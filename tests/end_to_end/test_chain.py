@@ -65,7 +65,6 @@ def done(tiny_recipe: Path, tmp_path: Path) -> Path:
 def test_a_run_leaves_what_it_promises(done: Path) -> None:
     run = done / "runs" / "tiny"
     assert sorted(p.name for p in run.iterdir() if not p.name.startswith(".")) == [
-        "lock",
         "log.txt",
         "manifest.json",
         "model",
