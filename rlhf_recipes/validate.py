@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class Checker:
                 self.problem((*at, key), f"must be {what}")
 
     def model_name(self, name: str, key: Key) -> None:
-        folder = self.base / Path(name).expanduser()
+        folder = self.base / os.path.expanduser(name)
         if not is_path(name):
             if not HUB_ID.fullmatch(name):
                 self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")

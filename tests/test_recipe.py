@@ -382,6 +382,14 @@ def test_one_problem(tmp_path: Path, old: str, new: str, problem: str) -> None:
     assert problems(tmp_path, MINIMAL.replace(old, new)) == [problem]
 
 
+def test_a_home_that_nobody_has(tmp_path: Path) -> None:
+    text = MINIMAL.replace("org/base", "~no-such-user/base").replace("./pairs", "~no-such-user/p")
+    assert problems(tmp_path, text) == [
+        "my.toml:4: model.name: no such folder: ~no-such-user/base",
+        "my.toml:7: dataset.path: no such file or folder: ~no-such-user/p.jsonl",
+    ]
+
+
 def test_all_weights_do_not_train_in_4_bit(tmp_path: Path) -> None:
     text = "lora = false\n" + MINIMAL.replace(MODEL, MODEL + '\nquantization = "4bit"')
     found = problems(tmp_path, text)
