@@ -150,11 +150,13 @@ class Checker:
             self.problem(("dataset",), what)
             return [{}]
         many = isinstance(written, list)
-        for place, one in enumerate(written if many else [written]):
+        listed = written if many else [written]
+        tested = any(isinstance(one, dict) and "test_split" in one for one in listed)
+        for place, one in enumerate(listed):
             at = ("dataset", place) if many else ("dataset",)
             values = self.table(one, top_keys()["dataset"], at)
             self.data_source(one, values, at)
-            if "test_split" in values and "test_fraction" in values:
+            if tested and "test_fraction" in values:
                 what = "leave it out: test_split says what the test is"
                 self.problem((*at, "test_fraction"), what)
             for key in SHARED_DATA_KEYS:

@@ -437,6 +437,10 @@ def test_problems_of_several_datasets(tmp_path: Path) -> None:
         "my.toml:18: dataset.path: no such file or folder: gone.jsonl",
         "my.toml:19: dataset.test_fraction: leave it out: test_split says what the test is",
     ]
+    both = TWO.replace("judge_fraction = 0.5", "test_fraction = 0.2")
+    assert problems(tmp_path, both) == [
+        "my.toml:9: dataset.test_fraction: leave it out: test_split says what the test is"
+    ]
     for words in ({"set": ["dataset.weight=0.5"]}, {"unset": ["dataset.weight"]}):
         assert len(problems(tmp_path, TWO, **words)) == 1
     assert load(tmp_path, TWO.replace("judge_fraction = 0.5", "validation_fraction = 0.95"))
