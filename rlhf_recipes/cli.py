@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ from rlhf_recipes.errors import (
 )
 
 if TYPE_CHECKING:
+    from rlhf_recipes.history import Spare
     from rlhf_recipes.runner import RunOutcome
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ Runs = Annotated[
     typer.Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or its name.")]
+Name = Annotated[str | None, typer.Option(help="The run's name. [the recipe's]")]
 Json = Annotated[bool, typer.Option("--json", help="For a program to read.")]
 
 
@@ -68,7 +70,7 @@ def run(
     unset: Unset = (),
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after it.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Take no stage as done.")] = False,
-    name: Annotated[str | None, typer.Option(help="The run's name. [the recipe's]")] = None,
+    name: Name = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another process's run.")] = False,
     runs: Runs = None,
 ) -> None:
@@ -86,21 +88,52 @@ def run(
 
 def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
     """A row a stage; where the model is; what to type next."""
-    from rlhf_recipes.progress import duration, plain
+    from rlhf_recipes.progress import duration
+    from rlhf_recipes.show import table
 
-    rows = [("stage", "", "time", "result")]
+    rows = [["stage", "", "time", "result"]]
     for done in outcome.stages:
-        time, summary = duration(done.record["seconds"]), plain(done.record["summary"])
-        rows.append((done.stage.name, done.did, time, summary))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    print()
-    for name, did, time, summary in rows:
-        print(f"{name:<{widths[0]}}  {did:<{widths[1]}}  {time:>{widths[2]}}  {summary}")
+        record = done.record
+        rows.append([done.stage.name, done.did, duration(record["seconds"]), record["summary"]])
+    print(f"\n{table(rows, right=(2,))}")
     print(f"\nresults  {outcome.run_folder / 'results.json'}")
     if outcome.model:
         print(f"model    {outcome.model}")
         print(f"next     rlhf-recipes chat {outcome.run_folder}")
     print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    from rlhf_recipes.rundir import FORMAT, to_json
+
+    print(to_json({"format": FORMAT, **value}, indent=2))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    set_: Set = (),
+    unset: Unset = (),
+    name: Name = None,
+    runs: Runs = None,
+    json: Json = False,
+) -> None:
+    """Say of each stage whether it would run, and why."""
+    from dataclasses import asdict
+
+    from rlhf_recipes import show
+    from rlhf_recipes.plan import make_plan
+    from rlhf_recipes.recipe import find_recipe, load_recipe
+    from rlhf_recipes.rundir import runs_folder
+
+    loaded = load_recipe(find_recipe(recipe), set=set_, unset=unset)
+    made = make_plan(loaded, runs_folder(runs), name=name)
+    if json:
+        stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
+        return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
+    print(show.plan(made))
+    if made.mirrored:
+        print(f"\nthe model: {made.mirrored}")
 
 
 @app.command()
@@ -141,9 +174,7 @@ def check(
         if not json:
             print(*said, sep="\n")
     if json:
-        from rlhf_recipes.rundir import FORMAT, to_json
-
-        print(to_json({"format": FORMAT, "recipes": found}, indent=2))
+        _print_json({"recipes": found})
     if any(entry["problems"] for entry in found):
         raise typer.Exit(2)
 
@@ -176,17 +207,82 @@ def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
 def recipes(json: Json = False) -> None:
     """List the recipes that ship with this project."""
     from rlhf_recipes.recipe import load_recipe, shipped_recipes
-    from rlhf_recipes.rundir import FORMAT, to_json
 
     found = [
         {"name": file.stem, "title": load_recipe(file).title, "file": str(file)}
         for file in shipped_recipes()
     ]
     if json:
-        print(to_json({"format": FORMAT, "recipes": found}, indent=2))
-        return
+        return _print_json({"recipes": found})
     for entry in found:
         print(f"{entry['name']:<15} {entry['title']}")
+
+
+@app.command("runs")
+def runs_(runs: Runs = None, json: Json = False) -> None:
+    """List what was run, the newest last."""
+    from rlhf_recipes import show
+    from rlhf_recipes.history import list_runs
+    from rlhf_recipes.rundir import runs_folder
+
+    found = list_runs(folder := runs_folder(runs))
+    _print_json(found) if json else print(show.runs(found, folder))
+
+
+@app.command()
+def compare(
+    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or names.")],
+    runs: Runs = None,
+    json: Json = False,
+) -> None:
+    """Say what differs between runs, in their recipes and in their results."""
+    from rlhf_recipes import history, show
+    from rlhf_recipes.rundir import find_run, runs_folder
+
+    if len(run) < 2:
+        raise UsageError("one run differs from nothing", "name another")
+    folders = [find_run(word, runs_folder(runs)) for word in run]
+    parts = history.compare(folders)
+    if json:
+        return _print_json({"runs": [str(folder) for folder in folders], **parts})
+    print(show.comparison([folder.name for folder in folders], parts))
+
+
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Remove stages that no run refers to, and what killed processes left."""
+    from rlhf_recipes.history import unused
+    from rlhf_recipes.rundir import runs_folder
+
+    folder = runs_folder(runs)
+    found, doubts = unused(folder)
+    for doubt in doubts:
+        print(f"no stage is removed: {doubt}", file=sys.stderr)
+    _remove(found, folder, yes)
+    if doubts:
+        raise typer.Exit(1)
+
+
+def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
+    """Shows what can go and, once that is agreed to, removes it."""
+    from rlhf_recipes import history, show
+
+    if not found:
+        return print(f"nothing to remove in {runs}")
+    sizes = [history.size(path) for path, _, _ in found]
+    rows = [[show.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)]
+    rows = [["size", "what", "why"], *rows, [show.size(sum(sizes)), "in all", ""]]
+    print(show.table(rows, right=(0,)))
+    if not yes and not sys.stdin.isatty():
+        return print("nothing was removed: there is no terminal to ask at; --yes removes")
+    if not yes and not typer.confirm("Remove all of it?"):
+        return print("nothing was removed")
+    for spare in found:
+        done = history.remove(spare, runs)
+        print(f"{'removed' if done else 'in use by now, kept:'} {spare[0]}")
 
 
 @app.command()

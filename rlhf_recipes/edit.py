@@ -75,7 +75,8 @@ def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
 
     kinds = kinds_of(document.unwrap())
     stages = document.get("stages")
-    tables = {*top_keys(), *document, *(stages if isinstance(stages, list) else ())}
+    named = [s for s in stages if isinstance(s, str)] if isinstance(stages, list) else []
+    tables = {*top_keys(), *document, *named}
     if len(path) > 1 and path[0] not in tables:
         return f"the recipe has no table [{path[0]}]{suggest(path[0], [*tables, *kinds])}"
     node = document

@@ -11,6 +11,8 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 
@@ -49,23 +51,35 @@ def derive_seed(seed: int, *place: str | int) -> int:
     return int(digest([seed, *place])[:8], 16) & 0x7FFFFFFF
 
 
-def difference(old: Any, new: Any, where: str = "") -> list[str]:
+def difference(
+    old: Any, new: Any, where: str = "", contents: Mapping[str, dict[str, str]] | None = None
+) -> list[str]:
     """What changed from one payload to another, a phrase each: `learning_rate 1e-05 → 2e-05`.
 
-    Digests are told as "changed"; a key that only one side has reads "unset" on the other.
+    Digests are told as "changed", or file by file where `contents` knows the files of both; a key
+    that only one side has reads "unset" on the other.
     """
     if isinstance(old, dict) and isinstance(new, dict):
-        phrases = []
-        for key in dict.fromkeys([*old, *new]):
-            place = f"{where}.{key}" if where else key
-            phrases += difference(old.get(key), new.get(key), place)
-        return phrases
+        places = [(f"{where}.{key}" if where else key, key) for key in dict.fromkeys([*old, *new])]
+        pairs = [(place, old.get(key), new.get(key)) for place, key in places]
+    elif _is_list(old) and _is_list(new) and any(isinstance(one, dict) for one in (*old, *new)):
+        numbered = enumerate(zip_longest(old, new), 1)
+        pairs = [(f"{where}[{number}]", *pair) for number, pair in numbered]
     # Compared as encoded: a payload read back from JSON has lists for tuples.
-    if canonical(old) == canonical(new):
+    elif canonical(old) == canonical(new):
         return []
-    if _is_digest(old) and _is_digest(new):
-        return [f"{where} changed"]
-    return [f"{where} {_words(old)} → {_words(new)}"]
+    elif _is_digest(old) and _is_digest(new):
+        files = [(contents or {}).get(one) for one in (old, new)]
+        return (all(files) and difference(*files, where)) or [f"{where} changed"]
+    elif _is_digest(old or new) and None in (old, new):
+        return [f"{where} {'added' if old is None else 'removed'}"]
+    else:
+        return [f"{where} {_words(old)} → {_words(new)}"]
+    return [said for place, a, b in pairs for said in difference(a, b, place, contents)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _is_digest(value: Any) -> bool:

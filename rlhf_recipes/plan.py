@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import rundir, sources
 from rlhf_recipes.errors import UsageError
+from rlhf_recipes.history import read_manifest
 from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
 from rlhf_recipes.stages import KINDS
-from rlhf_recipes.tables import EVALUATION, POLICY_KINDS, ROLES, DatasetTable, located, python_judge
+from rlhf_recipes.tables import (
+    EVALUATION,
+    POLICY_KINDS,
+    ROLES,
+    SHARED_DATA_KEYS,
+    DatasetTable,
+    located,
+    python_judge,
+)
 
 # Stages of one name in two recipes need not be akin: past so many differences, it is just new.
 MOST_DIFFERENCES = 4
@@ -28,8 +38,15 @@ class PlannedStage:
     folder: Path  # <runs>/.stages/<kind>-<key12>
     payload: dict[str, Any]  # what determines the result
     inputs: dict[str, str]  # role -> the stage that serves it
-    reason: str  # "cached", "new", "learning_rate 1e-05 → 2e-05", "input sft changed", …
+    reasons: tuple[str, ...]  # "learning_rate 1e-05 → 2e-05", "input sft changed", "new", …
     done: bool
+
+    @property
+    def reason(self) -> str:
+        """The first reasons, for a line."""
+        more = len(self.reasons) - SHOWN_DIFFERENCES
+        shown = self.reasons[:SHOWN_DIFFERENCES] + ((f"{more} more",) if more > 0 else ())
+        return ", ".join(shown)
 
 
 @dataclass(frozen=True)
@@ -84,10 +101,12 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
         folder = rundir.stage_folder(runs, kind, key)
         done = not fresh and (rundir.read_record(folder) or {}).get("key") == key
         if done or fresh:
-            reason = "cached" if done else "computed afresh"
+            reasons = ["cached" if done else "computed afresh"]
         else:
-            reason = _reason(stage, folder, payload, inputs, run_folder)
-        stages[stage] = PlannedStage(stage, kind, index, key, folder, payload, inputs, reason, done)
+            reasons = _reasons(stage, folder, payload, inputs, run_folder)
+        stages[stage] = PlannedStage(
+            stage, kind, index, key, folder, payload, inputs, tuple(reasons), done
+        )
     return Plan(recipe, model, runs, run_folder, tuple(stages.values()))
 
 
@@ -132,9 +151,19 @@ def _wiring(recipe: Recipe, runs: Path) -> Iterator[Wired]:
 def _stage_data(table: DatasetTable, whole: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
     """A stage's rows; of its own dataset, less the prompts of the recipe's test splits."""
     found = _data(table, kind, runs)
-    if table != whole and any(one.test_split for one in (whole, *whole.more)):
-        found["held_out"] = _data(whole, kind, runs)
+    if table != whole:
+        tests = [_test_of(one) for one in (whole, *whole.more) if one.test_split]
+        if tests:
+            found["held_out"] = [_data(test, kind, runs) for test in tests]
     return found
+
+
+def _test_of(table: DatasetTable) -> DatasetTable:
+    """What has a say in the prompts of a table's test split."""
+    files, idle = table.data_files, dict.fromkeys(SHARED_DATA_KEYS, 0.0)
+    if isinstance(files, dict) and table.test_split in files:
+        files = {table.test_split: files[table.test_split]}
+    return replace(table, data_files=files, split=None, max_rows=None, more=(), **idle)
 
 
 def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
@@ -153,43 +182,58 @@ def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
 # ---- why ----------------------------------------------------------------------------------------
 
 
-def _reason(
+def _reasons(
     stage: str, folder: Path, payload: dict[str, Any], inputs: dict[str, str], run_folder: Path
-) -> str:
+) -> list[str]:
     """What differs from this stage of this run before, else from its nearest kin in any run."""
-    if (folder / "work").exists():
-        return "was not finished"
+    work = folder / "work"
+    if work.exists():
+        found = [re.fullmatch(r"checkpoint-(\d{6,})", path.name) for path in work.iterdir()]
+        steps = [int(name[1]) for name in found if name]
+        goes_on = f": goes on from its checkpoint after step {max(steps)}" if steps else ""
+        return [f"was not finished{goes_on}"]
     before = _last_of_run(stage, run_folder)
-    if before is not None:
-        phrases = _differences(before, payload, inputs)
-    else:
+    if before is None:
         kin = [
-            _differences(record["payload"], payload, inputs)
+            record["payload"]
             for path in folder.parent.glob(f"{payload['kind']}-*")
             if (record := rundir.read_record(path)) is not None and record["name"] == stage
         ]
-        phrases = min(kin, key=len, default=[])
-        phrases = phrases if len(phrases) <= MOST_DIFFERENCES else []
-    more = len(phrases) - SHOWN_DIFFERENCES
-    shown = phrases[:SHOWN_DIFFERENCES] + ([f"{more} more"] if more > 0 else [])
-    return ", ".join(shown) or "new"
+        before = min(kin, key=lambda one: len(_differences(one, payload, inputs)), default=None)
+        if before is None or len(_differences(before, payload, inputs)) > MOST_DIFFERENCES:
+            return ["new"]
+    contents = sources.remembered(run_folder.parent)["contents"]
+    return _differences(before, payload, inputs, contents) or ["new"]
 
 
 def _last_of_run(stage: str, run_folder: Path) -> dict[str, Any] | None:
     """The payload that this stage of this run finished with last."""
-    manifest = rundir.read_json(run_folder / rundir.MANIFEST) or {"stages": []}
-    for entry in manifest["stages"]:
+    for entry in (read_manifest(run_folder) or {"stages": []})["stages"]:
         if entry["name"] == stage:
             record = rundir.read_record(run_folder.parent / entry["folder"])
             return record and record["payload"]
     return None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], inputs: dict[str, str]) -> list[str]:
-    own = difference({**old, "inputs": None}, {**new, "inputs": None})
-    changed = [
-        f"input {inputs.get(role, role)} changed"
-        for role in dict.fromkeys([*new["inputs"], *old["inputs"]])
-        if old["inputs"].get(role) != new["inputs"].get(role)
-    ]
-    return [phrase.removeprefix("settings.") for phrase in own] + list(dict.fromkeys(changed))
+def _differences(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    inputs: dict[str, str],
+    contents: Mapping[str, dict[str, str]] | None = None,
+) -> list[str]:
+    own = difference({**old, "inputs": None}, {**new, "inputs": None}, contents=contents)
+    changed = []
+    for role in dict.fromkeys([*new["inputs"], *old["inputs"]]):
+        was, now = old["inputs"].get(role), new["inputs"].get(role)
+        if was != now:
+            did = "changed" if was and now else "added" if now else "taken out"
+            changed.append(f"input {inputs.get(role, role.removeprefix('policy:'))} {did}")
+    return [_said(phrase) for phrase in own] + list(dict.fromkeys(changed))
+
+
+def _said(phrase: str) -> str:
+    """A difference as a person says it: `train.jsonl changed`, `model config.json changed`."""
+    place, of_files, file = phrase.removeprefix("settings.").partition(".content.")
+    if of_files:
+        return file if re.fullmatch(r"dataset(\.held_out.*)?", place) else f"{place} {file}"
+    return place.replace(".content ", " ")

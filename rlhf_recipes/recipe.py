@@ -55,7 +55,9 @@ class Recipe:
         model = asdict(self.model) | {"base": None}
         if self.model.is_local:
             model["name"] = str(self.model.folder)
-        resolved = [_resolved_dataset(table) for table in (self.dataset, *self.dataset.more)]
+        tables = (self.dataset, *self.dataset.more)
+        tested = any(table.test_split for table in tables)
+        resolved = [_resolved_dataset(table, tested) for table in tables]
         stages = {table.name: self._resolved_stage(table) for table in self.tables.values()}
         return _without_none(
             {
@@ -82,17 +84,17 @@ class Recipe:
         roles = {role: getattr(table, role) for role in ROLES}
         if is_path(roles["reward_model"] or ""):
             roles["reward_model"] = str(located(roles["reward_model"], self.model.base))
-        own = _resolved_dataset(table.dataset) if table.dataset else {}
+        own = _resolved_dataset(table.dataset, False) if table.dataset else {}
         own = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
         dataset = {"dataset": own} if own else {}
         return {"kind": table.kind, **roles, **table.options, **table.extras, **dataset}
 
 
-def _resolved_dataset(table: DatasetTable) -> dict[str, Any]:
+def _resolved_dataset(table: DatasetTable, tested: bool) -> dict[str, Any]:
     out = asdict(table) | {"base": None, "more": None}
     if table.is_local:
         out["path"] = str(table.file)
-    if table.test_split:
+    if tested:
         out["test_fraction"] = None
     return out
 

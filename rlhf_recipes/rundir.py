@@ -62,6 +62,20 @@ def find_run(word: str, runs: Path) -> Path:
     raise UsageError(f"no run {word!r} in {runs}", hint)
 
 
+def held(folder: Path) -> bool:
+    """Whether a live process holds `folder`; nothing is made or written to find out."""
+    with contextlib.suppress(FileNotFoundError), lock_file(folder).open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def lock_file(folder: Path) -> Path:
+    return folder / "lock"
+
+
 # ---- JSON ---------------------------------------------------------------------------------------
 
 
@@ -259,6 +273,11 @@ def versions() -> dict[str, str]:
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    # A wheel from PyPI says which CUDA it was built for in here alone.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
+        file = importlib.metadata.distribution("torch").locate_file("torch/version.py")
+        if build := re.search(r"^__version__ = '(.+)'", Path(file).read_text(), re.MULTILINE):
+            found["torch"] = build[1]
     return found
 
 
@@ -269,6 +288,7 @@ def hardware() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),  # None: as many as torch finds right
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [model[1] if model else "unknown" for model in models],
     }

@@ -122,6 +122,8 @@ class _Run:
 
     def go(self, wanted: list[str]) -> RunOutcome:
         try:
+            if not all(stage.done for stage in self.plan.stages):
+                self._write("unfinished")  # from here on, the run refers to its stages
             for stage in self.plan.stages:
                 if stage.name not in wanted and not stage.done:
                     break  # what is done after `until` is no less done
@@ -273,6 +275,7 @@ class _Run:
         manifest = {
             "title": recipe.title,
             "recipe": str(recipe.path.resolve()),
+            "overrides": recipe.overrides,
             "command": sys.argv,
             "started": self.started,
             "ended": rundir.now(),
@@ -298,6 +301,8 @@ class _Run:
             "outcome": done.did if done else "not run",
             "reason": stage.reason,
             "seconds": done.record["seconds"] if done else None,
+            "versions": done.record["versions"] if done else None,
+            "payload": stage.payload,  # all that determines its result, digests of what it reads
         }
 
 

@@ -6,8 +6,10 @@ are the same run; only where nothing is cached is the hub asked.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,7 @@ def identify_model(name: str, recipe: Recipe, runs: Path) -> dict[str, str]:
 def identify_dataset(table: DatasetTable, runs: Path) -> dict[str, Any]:
     """The identity of a dataset's files, before any of our settings chooses among its rows."""
     if table.is_local:
-        return {"content": content_digest(table.file, runs)}
+        return {"content": content_digest(table.file, runs, _row_files(table))}
     return {"repo": table.path, "revision": dataset_repo(table).commit()}
 
 
@@ -103,31 +105,71 @@ def dataset_place(table: DatasetTable) -> Path:
     return repo.snapshot(repo.commit())
 
 
-def content_digest(path: Path, runs: Path) -> str:
-    """SHA-256 over a file's suffix and bytes, or over a folder's file names and bytes.
+def _row_files(table: DatasetTable) -> Callable[[Path], bool]:
+    """Whether a file, by its place in the dataset's folder, has a say in what its rows are."""
+    given = table.data_files or []
+    groups = given.values() if isinstance(given, dict) else [given]
+    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
+    places = {PurePosixPath(table.data_dir or ".") / str(name) for name in names}
+    patterns = [name for name in names if re.search(r"[*?\[{]", str(name))]
 
-    Where it lies does not count, nor do hidden files and Markdown: a moved folder and an edited
-    README rerun nothing.
+    def has_a_say(file: Path) -> bool:
+        if file == Path("README.md"):  # its front matter may say which files are of which split
+            with (table.file / file).open(encoding="utf-8", errors="replace") as stream:
+                return stream.read(99).lstrip().startswith("---")
+        return file in places if names and not patterns else file.suffix not in (".md", ".py")
+
+    return has_a_say
+
+
+def content_digest(
+    path: Path, runs: Path, counts: Callable[[Path], bool] = lambda file: file.suffix != ".md"
+) -> str:
+    """SHA-256 over a file's suffix and bytes, or over the names and bytes of a folder's files.
+
+    Where it lies does not count, nor do hidden files and, as far as `counts` has it, Markdown: a
+    moved folder and an edited README rerun nothing.
     """
     if path.is_file():
-        return digest([path.suffix, _file_digest(path, runs)])
-    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
-    shown = [f for f in files if not any(part.startswith(".") for part in f.parts)]
-    counted = [f for f in shown if f.suffix != ".md"]
-    return digest({f.as_posix(): _file_digest(path / f, runs) for f in counted})
+        files = {path.name: _file_digest(path, runs)}
+        found = digest([path.suffix, *files.values()])
+    else:
+        there = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        shown = [f for f in there if not any(part.startswith(".") for part in f.parts)]
+        files = {f.as_posix(): _file_digest(path / f, runs) for f in shown if counts(f)}
+        found = digest(files)
+    _remember(runs, "contents", found, files)
+    return found
 
 
 def _file_digest(path: Path, runs: Path) -> str:
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    store = runs / ".stages" / "digests.json"
-    known = rundir.read_json(store) or {"files": {}}
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    entry = known["files"].get(str(path.resolve()))
-    if entry is None or entry[:2] != stamp:
+    place, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    entry = remembered(runs)["files"].get(place)
+    if entry is None or entry[:-1] != stamp:
         with path.open("rb") as stream:
             entry = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
-        known["files"][str(path.resolve())] = entry
-        rundir.write_json(store, known)
-    return entry[2]
+        _remember(runs, "files", place, entry)
+    return entry[-1]
+
+
+# ---- what is kept beside the stages: no result depends on it ------------------------------------
+
+
+def remembered(runs: Path) -> dict[str, dict[str, Any]]:
+    """The digests of large files, by place; and those of all files of a content, by its digest."""
+    return {"files": {}, "contents": {}, **(rundir.read_json(_store(runs)) or {})}
+
+
+def _remember(runs: Path, what: str, key: str, value: Any) -> None:
+    known = remembered(runs)
+    if runs.is_dir() and known[what].get(key) != value:
+        known[what][key] = value
+        with contextlib.suppress(OSError):
+            rundir.write_json(_store(runs), known)
+
+
+def _store(runs: Path) -> Path:
+    return runs / ".stages" / "digests.json"

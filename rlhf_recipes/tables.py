@@ -1,5 +1,6 @@
 """The recipe's own tables, and the map of every key that a recipe may hold."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ def is_path(text: str) -> bool:
 
 def located(name: str, base: Path) -> Path:
     """The file or folder that a local path names, where relative ones start from `base`."""
-    return (base / Path(name).expanduser()).resolve()
+    return (base / os.path.expanduser(name)).resolve()  # Path's own raises for an unknown ~user
 
 
 def python_judge(text: str) -> tuple[str, str] | None:

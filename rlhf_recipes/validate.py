@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class Checker:
                 self.problem((*at, key), f"must be {what}")
 
     def model_name(self, name: str, key: Key) -> None:
-        folder = self.base / Path(name).expanduser()
+        folder = self.base / os.path.expanduser(name)
         if not is_path(name):
             if not HUB_ID.fullmatch(name):
                 self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")
@@ -149,11 +150,13 @@ class Checker:
             self.problem(("dataset",), what)
             return [{}]
         many = isinstance(written, list)
-        for place, one in enumerate(written if many else [written]):
+        listed = written if many else [written]
+        tested = any(isinstance(one, dict) and "test_split" in one for one in listed)
+        for place, one in enumerate(listed):
             at = ("dataset", place) if many else ("dataset",)
             values = self.table(one, top_keys()["dataset"], at)
             self.data_source(one, values, at)
-            if "test_split" in values and "test_fraction" in values:
+            if tested and "test_fraction" in values:
                 what = "leave it out: test_split says what the test is"
                 self.problem((*at, "test_fraction"), what)
             for key in SHARED_DATA_KEYS:

@@ -159,6 +159,14 @@ def test_problems_of_file_and_words_come_together(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("stage", ["3", '["reward"]', "{ a = 1 }"])
+def test_stages_that_are_no_texts_come_with_the_words_problems(tmp_path: Path, stage: str) -> None:
+    text = MINIMAL.replace('["sft", "reward", "ppo"]', f'["sft", {stage}]')
+    first, second = problems(tmp_path, text, set=["pop.x=1"])
+    assert first.startswith("my.toml:1: stages: must be a list of texts, not [")
+    assert second == "--set pop.x=1: pop.x: the recipe has no table [pop]"
+
+
 def test_a_word_without_a_value(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--set seed: no key=value"):
         load_recipe(write(tmp_path, MINIMAL), set=["seed"])

@@ -55,3 +55,19 @@ def test_differences_are_phrases() -> None:
         "new unset → true",
     ]
     assert difference(old, old) == []
+
+
+def test_differences_of_lists_of_tables_and_of_files() -> None:
+    old = {"more": [{"path": "a", "weight": 0.5}], "betas": [0.9, 0.99], "model": "a" * 64}
+    new = {"more": [{"path": "a", "weight": 1.0}, {"path": "b"}], "betas": [0.9, 0.95]}
+    new |= {"model": "b" * 64, "judge": "c" * 64}
+    assert difference(old, new) == [
+        "more[1].weight 0.5 → 1.0",
+        'more[2] unset → {"path": "b"}',
+        "betas [0.9, 0.99] → [0.9, 0.95]",
+        "model changed",
+        "judge added",
+    ]
+    files = {"a" * 64: {"x": "1" * 64, "y": "2" * 64}, "b" * 64: {"x": "3" * 64, "z": "2" * 64}}
+    told = difference({"model": "a" * 64}, {"model": "b" * 64}, contents=files)
+    assert told == ["model.x changed", "model.y removed", "model.z added"]

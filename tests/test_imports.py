@@ -19,10 +19,10 @@ mirror sources fetch judge
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
 stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
-plan export chat runner cli __main__
+history plan show export chat runner cli __main__
 """.split()
 
-LIGHT = [*ORDER[: ORDER.index("tokens")], "stages", "shared", "plan", "runner", "cli"]
+LIGHT = [*ORDER[: ORDER.index("tokens")], *"stages shared history plan show runner cli".split()]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 

@@ -86,10 +86,21 @@ def test_a_rerun_says_why(tmp_path: Path) -> None:
     )
     assert reasons(many)["ppo"].count("→") == 3
     assert reasons(many)["ppo"].endswith(", 1 more")
+    assert len(many.stages[2].reasons) == 4
 
+
+def test_a_rerun_says_which_files_changed(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    (tmp_path / "runs").mkdir()  # a run makes it first of all
+    finish(plan(recipe))
     (tmp_path / "pairs.jsonl").write_text("{}\n")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
-    assert reasons(plan(recipe))["sft"] == "model.content changed, dataset.content changed"
+    (tmp_path / "model" / "extra.json").write_text("{}")
+    assert plan(recipe).stages[0].reasons == (
+        "model model.safetensors changed", "model extra.json added", "pairs.jsonl changed"
+    )  # fmt: skip
+    (tmp_path / "runs" / ".stages" / "digests.json").unlink()
+    assert plan(recipe).stages[0].reasons == ("model changed", "dataset changed")
 
 
 def test_columns_and_a_test_file_are_in_the_key(tmp_path: Path) -> None:
@@ -100,13 +111,14 @@ def test_columns_and_a_test_file_are_in_the_key(tmp_path: Path) -> None:
     files = '{ train = "train.jsonl", test = "test.jsonl" }'
     text = RECIPE.replace('"./pairs.jsonl"', f'"./data"\ndata_files = {files}\ntest_split = "test"')
     recipe = toy(tmp_path, text=text)
+    (tmp_path / "runs").mkdir()
     first = plan(recipe)
     later = {"columns", "weight", "more"}  # keys of before there were any hold
     assert not later & first.stages[0].payload["dataset"].keys()
     finish(first)
     assert reasons(plan(recipe, "dataset.columns.prompt=a"))["sft"].startswith("dataset.columns")
     (folder / "test.jsonl").write_text('{"prompt": "b"}\n')
-    assert reasons(plan(recipe))["sft"] == "dataset.content changed"
+    assert reasons(plan(recipe))["sft"] == "test.jsonl changed"
 
 
 def test_the_prompts_kept_out_of_a_stages_own_data_are_in_its_key(tmp_path: Path) -> None:
@@ -116,9 +128,31 @@ def test_the_prompts_kept_out_of_a_stages_own_data_are_in_its_key(tmp_path: Path
     (tmp_path / "own.jsonl").write_text('{"prompt": "a"}\n')
     text = RECIPE.replace('"./pairs.jsonl"', '"./data"\ntest_split = "test"')
     recipe = toy(tmp_path, text=text.replace("[sft]", '[sft]\ndataset.path = "./own.jsonl"'))
+    (tmp_path / "runs").mkdir()
     finish(plan(recipe))
     (tmp_path / "data" / "test.jsonl").write_text('{"prompt": "b"}\n')
-    assert reasons(plan(recipe))["sft"] == "dataset.held_out.content changed"
+    assert reasons(plan(recipe))["sft"] == "test.jsonl changed"
+
+
+def test_of_files_that_are_named_the_others_do_not_count(tmp_path: Path) -> None:
+    """Rows to train on are not in the key of who only keeps off the rows to test on."""
+    (tmp_path / "data").mkdir()
+    for name in ("train.jsonl", "test.jsonl", "own.jsonl", "rule.py", "other.jsonl"):
+        (tmp_path / "data" / name).write_text("def score(prompt, answer): ...\n")
+    files = '{ train = "train.jsonl", test = "test.jsonl" }'
+    text = RECIPE.replace('"./pairs.jsonl"', f'"./data"\ndata_files = {files}\ntest_split = "test"')
+    text = text.replace("[sft]", '[sft]\ndataset.path = "./data/own.jsonl"')
+    recipe = toy(tmp_path, text=text + 'judge = "python:./data/rule.py:score"\n')
+    for name, again in [
+        ("train.jsonl", ["reward", "ppo", "evaluation"]),
+        ("test.jsonl", STAGES),
+        ("own.jsonl", STAGES),
+        ("rule.py", ["evaluation"]),
+        ("other.jsonl", []),
+    ]:
+        finish(plan(recipe))
+        (tmp_path / "data" / name).write_text("def score(prompt, answer): return 1.0\n")
+        assert list(reasons(plan(recipe))) == again
 
 
 def test_every_dataset_is_in_the_key(tmp_path: Path) -> None:
@@ -160,6 +194,10 @@ def test_an_unfinished_stage_and_a_fresh_run_say_so(tmp_path: Path) -> None:
     planned = plan(recipe)
     (planned.stages[0].folder / "work").mkdir(parents=True)
     assert reasons(plan(recipe))["sft"] == "was not finished"
+    for name in ("checkpoint-000004", "checkpoint-000012", "damaged-000016", "partial"):
+        (planned.stages[0].folder / "work" / name).mkdir()
+    goes_on = "was not finished: goes on from its checkpoint after step 12"
+    assert reasons(plan(recipe))["sft"] == goes_on
     finish(planned)
     assert reasons(plan(recipe)) == {}
     assert set(reasons(plan(recipe, fresh=True)).values()) == {"computed afresh"}
@@ -174,14 +212,15 @@ def test_a_foreign_reward_model_is_known_by_content(tmp_path: Path) -> None:
     (tmp_path / "judge" / "config.json").write_text("{}")
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"one")
     recipe = toy(tmp_path, text=text)
+    (tmp_path / "runs").mkdir()
     first = plan(recipe)
     finish(first)
     assert first.stages[1].inputs == {"policy": "sft"}
     assert first.stages[2].inputs == {"policy:sft": "sft", "policy:ppo": "ppo"}
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"two")
     assert reasons(plan(recipe)) == {
-        "ppo": "reward_model.content changed",
-        "evaluation": "reward_model.content changed, input ppo changed",
+        "ppo": "reward_model model.safetensors changed",
+        "evaluation": "reward_model model.safetensors changed, input ppo changed",
     }
 
 

@@ -382,6 +382,14 @@ def test_one_problem(tmp_path: Path, old: str, new: str, problem: str) -> None:
     assert problems(tmp_path, MINIMAL.replace(old, new)) == [problem]
 
 
+def test_a_home_that_nobody_has(tmp_path: Path) -> None:
+    text = MINIMAL.replace("org/base", "~no-such-user/base").replace("./pairs", "~no-such-user/p")
+    assert problems(tmp_path, text) == [
+        "my.toml:4: model.name: no such folder: ~no-such-user/base",
+        "my.toml:7: dataset.path: no such file or folder: ~no-such-user/p.jsonl",
+    ]
+
+
 def test_all_weights_do_not_train_in_4_bit(tmp_path: Path) -> None:
     text = "lora = false\n" + MINIMAL.replace(MODEL, MODEL + '\nquantization = "4bit"')
     found = problems(tmp_path, text)
@@ -428,6 +436,10 @@ def test_problems_of_several_datasets(tmp_path: Path) -> None:
         'my.toml:15: dataset.paht: unknown key (did you mean "path"?)',
         "my.toml:18: dataset.path: no such file or folder: gone.jsonl",
         "my.toml:19: dataset.test_fraction: leave it out: test_split says what the test is",
+    ]
+    both = TWO.replace("judge_fraction = 0.5", "test_fraction = 0.2")
+    assert problems(tmp_path, both) == [
+        "my.toml:9: dataset.test_fraction: leave it out: test_split says what the test is"
     ]
     for words in ({"set": ["dataset.weight=0.5"]}, {"unset": ["dataset.weight"]}):
         assert len(problems(tmp_path, TWO, **words)) == 1

@@ -243,6 +243,9 @@ def test_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_provenance() -> None:
+    import torch
+
     assert rundir.versions()["trl"] == "1.12.0"
-    assert set(rundir.hardware()) == {"system", "cores", "memory_bytes", "gpus"}
+    assert rundir.versions()["torch"] == torch.__version__  # with its build: +cpu, +cu130
+    assert set(rundir.hardware()) == {"system", "cores", "threads", "memory_bytes", "gpus"}
     assert rundir.hardware()["memory_bytes"] > 2**30

@@ -54,6 +54,7 @@ def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     file = tmp_path / "big.jsonl"
     file.write_bytes(b"large enough")
+    (tmp_path / "runs").mkdir()
     first = sources.content_digest(file, tmp_path / "runs")
     assert sources.content_digest(file, tmp_path / "runs") == first
     assert len(read) == 1
@@ -64,6 +65,41 @@ def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "runs" / ".stages" / "digests.json").write_text("{damaged")
     assert sources.content_digest(file, tmp_path / "runs") == first
     assert len(read) == 3
+
+    file.write_bytes(b"large again!")  # as large, and as old: what a copy that keeps times leaves
+    os.utime(file, ns=(1, 1))
+    assert sources.content_digest(file, tmp_path / "runs") != first
+
+
+@pytest.mark.parametrize(
+    ("words", "counted"),
+    [
+        ({}, "a.jsonl b.jsonl deep/a.jsonl"),
+        ({"data_files": "a.jsonl"}, "a.jsonl"),
+        ({"data_files": ["./a.jsonl", "deep/a.jsonl"]}, "a.jsonl deep/a.jsonl"),
+        ({"data_files": {"train": "a.jsonl", "test": ["b.jsonl"]}}, "a.jsonl b.jsonl"),
+        ({"data_files": "a.jsonl", "data_dir": "deep"}, "deep/a.jsonl"),
+        ({"data_files": {"train": "a.*", "x": "b.jsonl"}}, "a.jsonl b.jsonl deep/a.jsonl"),
+    ],
+)
+def test_the_files_that_a_dataset_of_a_folder_is_of(
+    tmp_path: Path, words: dict, counted: str
+) -> None:
+    names = {"a.jsonl", "b.jsonl", "deep/a.jsonl", "rule.py", "NOTES.md", ".hidden", "README.md"}
+    (tmp_path / "deep").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("---\nconfigs: none\n---\n")
+    table = DatasetTable(".", base=tmp_path, **words)
+    before = sources.identify_dataset(table, tmp_path / "runs")
+    for name in names:
+        (tmp_path / name).write_text("---\nconfigs: some\n---\n")
+        changed = sources.identify_dataset(table, tmp_path / "runs")
+        assert (changed != before) == (name in [*counted.split(), "README.md"]), name
+        before = changed
+    (tmp_path / "README.md").write_text("no front matter")
+    before = sources.identify_dataset(table, tmp_path / "runs")
+    (tmp_path / "README.md").write_text("edited")
+    assert sources.identify_dataset(table, tmp_path / "runs") == before
 
 
 @pytest.fixture

@@ -1,0 +1,231 @@
+"""What was run, what differs between runs, and what no run refers to. No torch in here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes import rundir
+from rlhf_recipes.errors import BusyError, UsageError
+from rlhf_recipes.tables import POLICY_KINDS
+
+STAGE = re.compile(r"[a-z]+-[0-9a-f]{12}")
+ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
+HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml)\.\d+"
+ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference, what it holds is
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A run's manifest; None where it is missing or damaged."""
+    manifest = rundir.read_json(folder / rundir.MANIFEST)
+    with contextlib.suppress(KeyError, TypeError):
+        for entry in (manifest or {})["stages"]:
+            Path(entry["name"], entry["folder"])
+        return manifest
+    return None
+
+
+def run_folders(runs: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """Every folder that a run of ours made or may have made, with its manifest."""
+    for folder in sorted(runs.iterdir()) if runs.is_dir() else ():
+        if folder.is_dir() and not folder.name.startswith("."):
+            yield folder, read_manifest(folder)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; links count for themselves."""
+    files = [Path(at, name) for at, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in [path] if path.is_file() else files:
+        with contextlib.suppress(OSError):  # a live run's files come and go
+            total += file.lstat().st_size
+    return total
+
+
+# ---- what was run -------------------------------------------------------------------------------
+
+
+def list_runs(runs: Path) -> dict[str, Any]:
+    """Every run, the newest last; what is none; and the size of all stages, each once."""
+    found, others, known = [], [], {}
+    for folder, manifest in run_folders(runs):
+        if manifest is None:
+            why = "is running" if rundir.held(folder) else "has no manifest.json that can be read"
+            others.append({"name": folder.name, "why": why})
+            continue
+        stages = _stages(runs, manifest)
+        known |= {stage: size(stage) for stage in stages if stage not in known}
+        done = sum(rundir.read_record(stage) is not None for stage in stages)
+        found.append(
+            {
+                "name": folder.name,
+                "title": manifest.get("title"),
+                "ended": str(manifest.get("ended", "")),
+                "outcome": "running" if rundir.held(folder) else manifest.get("outcome"),
+                "stages_done": done,
+                "stages": len(manifest["stages"]),
+                "numbers": _headline(manifest, rundir.read_json(folder / "results.json") or {}),
+                "bytes": size(folder),
+                "stages_bytes": sum(known[stage] for stage in stages),
+            }
+        )
+    found.sort(key=lambda row: row["ended"])
+    return {"runs": found, "others": others, "stages_bytes": sum(known.values())}
+
+
+def _stages(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
+    """The folders of a run's stages."""
+    entries = manifest["stages"] if manifest else []
+    return {runs / ".stages" / Path(entry["folder"]).name for entry in entries}
+
+
+def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:
+    """The numbers that an evaluation's summary is made of, as far as there are any."""
+    accuracy = [key for key in results if key.endswith(".accuracy")][-1:]
+    made = [entry["name"] for entry in manifest["stages"] if entry.get("kind") in POLICY_KINDS]
+    keys = [*accuracy, *(f"{name}.{what}" for name in made[-1:] for what in ("win_rate", "kl"))]
+    return {key: results[key] for key in keys if isinstance(results.get(key), int | float)}
+
+
+# ---- what differs -------------------------------------------------------------------------------
+
+
+def compare(folders: Sequence[Path]) -> dict[str, dict[str, list[Any]]]:
+    """By part ("recipe", "results", "versions", "hardware"): each key whose values differ.
+
+    A value for each run, None where it has none. Raises UsageError where a run cannot be read.
+    """
+    told = [_told(folder) for folder in folders]
+    parts: dict[str, dict[str, list[Any]]] = {}
+    for part in told[0]:
+        keys = dict.fromkeys(key for one in told for key in one[part])
+        rows = {key: [one[part].get(key) for one in told] for key in keys}
+        parts[part] = {
+            key: row for key, row in rows.items() if any(value != row[0] for value in row)
+        }
+    return parts
+
+
+def _told(folder: Path) -> dict[str, dict[str, Any]]:
+    manifest, recipe = read_manifest(folder), None
+    with contextlib.suppress(OSError, ValueError):
+        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+    if manifest is None or recipe is None:
+        file = "resolved.toml" if manifest else "manifest.json"
+        raise UsageError(f"{folder} has no {file} that can be read", "run it again")
+    results = rundir.read_json(folder / "results.json") or {}
+    return {
+        "recipe": _flat(recipe) | _contents(manifest),
+        "results": {key: value for key, value in results.items() if key != "format"},
+        "versions": _flat(manifest.get("versions", {})),
+        "hardware": _flat(manifest.get("hardware", {})),
+    }
+
+
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        value = {f"[{number}]": one for number, one in enumerate(value, 1)}
+    if not isinstance(value, dict):
+        return {where: ELSEWHERE.sub(r"\1", value) if isinstance(value, str) else value}
+    flat: dict[str, Any] = {}
+    for key, one in value.items():
+        flat |= _flat(one, where + key if key[0] == "[" else f"{where}.{key}".lstrip("."))
+    return flat
+
+
+def _contents(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The digests and commits of what was read; a stage's own where they are not the recipe's."""
+    found = _flat({key: manifest.get(key, {}) for key in ("model", "dataset")})
+    for entry in manifest["stages"]:
+        for key, value in _flat(entry.get("payload", {})).items():
+            if found.get(key) != value:
+                found[f"{entry['name']}.{key}"] = value
+    return {
+        key: value
+        for key, value in found.items()
+        if key.rpartition(".")[2] in ("content", "revision", "mirror")
+    }
+
+
+# ---- what no run refers to ----------------------------------------------------------------------
+
+Spare = tuple[Path, str, Path]  # what can go, why, and the run or stage whose lock it takes
+
+
+def unused(runs: Path) -> tuple[list[Spare], list[str]]:
+    """What can go, less what a live process holds; and what speaks against letting any stage go."""
+    found, doubts = _unused(runs)
+    return [spare for spare in found if not rundir.held(spare[2])], doubts
+
+
+def remove(spare: Spare, runs: Path) -> bool:
+    """Remove what `unused` found, unless it is held or referred to by now."""
+    path, _, owner = spare
+    try:
+        with rundir.lock(owner, owner.name):
+            if spare not in _unused(runs)[0]:
+                return False
+            if path.parent == runs / ".stages":  # cut off half-way, it must not look whole
+                gone = path.with_name(f".{owner.name}.gone")
+                if path != gone:
+                    shutil.rmtree(gone, ignore_errors=True)
+                path = path.rename(gone)
+                rundir.lock_file(owner).unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except BusyError:
+        return False
+    return True
+
+
+def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
+    found, doubts, used, stages = [], [], set(), runs / ".stages"
+    goes_on = set()  # what a `--fresh` that was cut off goes on with
+    for folder, manifest in run_folders(runs):
+        names = {stage.name for stage in _stages(runs, manifest)}
+        used |= names
+        goes_on |= names if (folder / ".fresh").exists() else set()
+        live = rundir.held(folder)
+        ours = live or any((folder / name).exists() for name in (rundir.MANIFEST, "recipe.toml"))
+        if ours:
+            found += _left(folder, rf"\.model(\.fresh|\.old)?|{HALF_A_FILE}", folder)
+        if ours and manifest is None:
+            doubts.append(f"{folder} has no manifest that can be read: any stage may be its own")
+        elif live and not _says_what_it_runs(folder):
+            doubts.append(f"{folder} is only just beginning: any stage may be its own")
+    if stages.is_symlink():
+        return found, [*doubts, f"{stages} is a link: what it leads to is left alone"]
+    for path in sorted(stages.glob("*")):
+        aside = ASIDE.fullmatch(path.name)
+        stage = stages / aside[1] if aside else path
+        if path.is_symlink() or not STAGE.fullmatch(stage.name):
+            continue
+        whole = rundir.read_record(path) is not None
+        if stage.name not in used and not doubts:
+            found.append((path, f"no run refers to it{'' if whole else ', unfinished'}", stage))
+        elif not aside:
+            found += _left(path, HALF_A_FILE, path)
+            found += _left(path / "work", ".*" if whole else r"partial|damaged-.*", path)
+        else:
+            idle = not whole and stage.name not in goes_on
+            if {"fresh": idle, "old": stage.is_dir(), "gone": True}[aside[2]]:
+                found.append((path, "left over", stage))
+    return found, doubts
+
+
+def _left(folder: Path, names: str, owner: Path) -> list[Spare]:
+    """What a process that was killed left in a folder of its own; links are left alone."""
+    there = [] if folder.is_symlink() else sorted(folder.glob("*"))
+    found = [path for path in there if re.fullmatch(names, path.name) and not path.is_symlink()]
+    return [(path, "left over", owner) for path in found]
+
+
+def _says_what_it_runs(folder: Path) -> bool:
+    """Whether a live run has written its manifest since it began."""
+    began, wrote = rundir.lock_file(folder).stat(), (folder / rundir.MANIFEST).stat()
+    return wrote.st_mtime_ns >= began.st_mtime_ns
