@@ -62,20 +62,6 @@ def find_run(word: str, runs: Path) -> Path:
     raise UsageError(f"no run {word!r} in {runs}", hint)
 
 
-def held(folder: Path) -> bool:
-    """Whether a live process holds `folder`; nothing is made or written to find out."""
-    with contextlib.suppress(FileNotFoundError), lock_file(folder).open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def lock_file(folder: Path) -> Path:
-    return folder / "lock"
-
-
 # ---- JSON ---------------------------------------------------------------------------------------
 
 
@@ -229,7 +215,7 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
     Where another process holds it: raises BusyError, which names that process; or tells `waiting`
     the same, and waits.
     """
-    file = beside(folder, "lock")
+    file = lock_file(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with file.open("a+", encoding="utf-8") as stream:
@@ -250,6 +236,20 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
             stream.flush()
             yield
             return
+
+
+def held(folder: Path) -> bool:
+    """Whether a live process holds `folder`; nothing is made or written to find out."""
+    with contextlib.suppress(FileNotFoundError), lock_file(folder).open() as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def lock_file(folder: Path) -> Path:
+    return beside(folder, "lock")
 
 
 def _is_still(file: Path, stream: IO[str]) -> bool:
