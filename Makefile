@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke chat test lint ci bench
+.PHONY: setup smoke chat test torture lint ci bench
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ chat: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
+
+# Every fault, everywhere: a quarter of an hour, and a table of the cases tried and passed.
+torture: setup
+	$(BIN)/python -m pytest -q -n 2 -m torture
 
 lint: setup
 	$(BIN)/ruff check .
