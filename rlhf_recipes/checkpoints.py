@@ -17,7 +17,6 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes import rundir
-from rlhf_recipes.errors import StageError
 from rlhf_recipes.stages import Progress
 
 RECORD = "checkpoint.json"
@@ -39,12 +38,6 @@ def written(work: Path, step: int, start: str, keep: int | None) -> Iterator[Pat
         rundir.write_json(aside / RECORD, {"start": start, "step": step, "files": files})
         aside.rename(work / f"checkpoint-{step:06d}")
         rundir._sync(work)
-    except Exception as error:
-        why = str(error).partition("\n")[0]
-        raise StageError(
-            f"the checkpoint of step {step} could not be written: {why}",
-            "the same command goes on from the one before it",
-        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in _folders(work)[:-keep] if keep else ():

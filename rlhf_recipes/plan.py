@@ -190,8 +190,8 @@ def _reasons(
     if work.exists():
         found = [re.fullmatch(r"checkpoint-(\d{6,})", path.name) for path in work.iterdir()]
         steps = [int(name[1]) for name in found if name]
-        goes_on = f": goes on from its checkpoint after step {max(steps)}" if steps else ""
-        return [f"was not finished{goes_on}"]
+        kept = f", has a checkpoint of step {max(steps)}" if steps else ""
+        return [f"was not finished{kept}"]
     before = _last_of_run(stage, run_folder)
     if before is None:
         kin = [

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rlhf_recipes import checkpoints
-from rlhf_recipes.errors import StageError
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.ppo_trainer import PPOTrainer
 from rlhf_recipes.recipe import load_recipe
@@ -262,10 +261,9 @@ def test_a_write_that_fails_leaves_those_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {"write": (Path, "write_text"), "fsync": (os, "fsync"), "rename": (Path, "rename")}
-    with monkeypatch.context() as patch, pytest.raises(StageError, match="No space left") as error:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(*target[call], full)
         write(tmp_path, 3)
-    assert "checkpoint of step 3 could not be written" in error.value.message
     assert there(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
     assert checkpoints.newest(tmp_path, "start", print).name == "checkpoint-000002"
 

@@ -390,9 +390,7 @@ def test_plan_says_all_reasons_and_where_a_stage_goes_on(
     for name in ("checkpoint-000012", "checkpoint-000009", "damaged-000015", "partial"):
         (Path(ppo["folder"]) / "work" / name).mkdir(parents=True)
     out, _ = call(monkeypatch, capfd, *words)
-    assert out[3] == (
-        "ppo         runs    was not finished: goes on from its checkpoint after step 12"
-    )
+    assert out[3] == ("ppo         runs    was not finished, has a checkpoint of step 12")
 
 
 def test_a_run_refers_to_its_stages_from_the_start(

@@ -16,7 +16,7 @@ import pytest
 
 from rlhf_recipes import checkpoints, runner, stopping
 from rlhf_recipes.adapters import Base
-from rlhf_recipes.errors import Interrupted, StageError
+from rlhf_recipes.errors import Interrupted, MachineError
 from rlhf_recipes.progress import StageProgress
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.stages.sft import Trainer
@@ -72,7 +72,7 @@ def train(recipe: str, folder: Path, sets: dict[str, Any]) -> dict[str, Any]:
     told = [f"{key}={json.dumps(value)}" for key, value in sets.items()]
     runner.run(load_recipe(folder / "tiny.toml", set=told), runs=folder)
     found: dict[str, Any] = {}
-    for stage in sorted((folder / ".stages").iterdir()):
+    for stage in sorted((folder / ".stages").glob("[!.]*-*")):
         for file in sorted((stage / "output").rglob("*.*")):
             name = str(file.relative_to(stage.parent))
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -215,8 +215,7 @@ def test_a_full_disk_stops_the_stage_and_loses_nothing(
         save(tensors, file)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    said = "stage sft: the checkpoint of step 4 could not be written: .*No space left on device"
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(MachineError, match="stage sft: No space left on device"):
         go(SFT)
     assert [folder.name for folder in left(tmp_path, "sft")] == ["checkpoint-000002"]
     with cut("sft", 6):
