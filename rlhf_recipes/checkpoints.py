@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes import rundir
+from rlhf_recipes.errors import StageError
 from rlhf_recipes.stages import Progress
 
 RECORD = "checkpoint.json"
@@ -94,6 +95,14 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def lost(step: int, what: str) -> StageError:
+    """For a training that came to what is no number; no checkpoint is made of it."""
+    return StageError(
+        f"after step {step}: {what} that are no numbers",
+        'lower learning_rate, or set dtype = "float32" in [model]',
+    )
+
+
 class Resumable:
     """Mixed in before a trainer of transformers: its checkpoints are those above.
 
@@ -117,6 +126,8 @@ class Resumable:
 
     def _save_checkpoint(self, *_: Any) -> None:
         folder, state, args = Path(self.args.output_dir), self.state, self.args
+        if not all(tensor.isfinite().all() for tensor in self.tensors().values()):
+            raise lost(state.global_step, "weights")
         with written(folder, state.global_step, self.start, args.save_total_limit) as aside:
             tensors = self.tensors().items()
             save_file({name: t.detach().contiguous() for name, t in tensors}, aside / WEIGHTS)

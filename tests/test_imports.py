@@ -19,10 +19,10 @@ mirror sources fetch judge stages
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
-history plan show export chat runner cli __main__
+history clean plan show export chat runner cli __main__
 """.split()
 
-LIGHT = [*ORDER[: ORDER.index("tokens")], *"shared history plan show runner cli".split()]
+LIGHT = [*ORDER[: ORDER.index("tokens")], *"shared history clean plan show runner cli".split()]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf_recipes import models, stopping
 from rlhf_recipes.adapters import Role
-from rlhf_recipes.checkpoints import Resumable
+from rlhf_recipes.checkpoints import Resumable, lost
 from rlhf_recipes.data import Data
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.identity import derive_seed
@@ -103,6 +103,12 @@ class Stock(Resumable):
             self.args.eval_on_start = False  # it was
         with stopping.deferred():
             return super().train(resume_from_checkpoint=folder and str(folder))
+
+    def training_step(self, *inputs: Any) -> torch.Tensor:
+        loss = super().training_step(*inputs)
+        if not loss.isfinite():  # transformers would leave it out of what it logs
+            raise lost(self.state.global_step, "losses")
+        return loss
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{str(i): p for i, p in enumerate(self.role.trainable())}, "rng": self.rng}
