@@ -8,8 +8,11 @@ began with the same weights. One that is damaged, or another run's, is named and
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes import rundir
-from rlhf_recipes.errors import StageError
+from rlhf_recipes.errors import lost
 from rlhf_recipes.stages import Progress
 
 RECORD = "checkpoint.json"
@@ -35,6 +38,8 @@ def written(work: Path, step: int, start: str, keep: int | None) -> Iterator[Pat
         yield aside
         for file in (*work.parent.glob("*.jsonl"), *aside.iterdir()):  # what led to it is kept too
             rundir._sync(file)
+            if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))  # torch is silent
         files = {file.name: _digest(file) for file in sorted(aside.iterdir())}
         rundir.write_json(aside / RECORD, {"start": start, "step": step, "files": files})
         aside.rename(work / f"checkpoint-{step:06d}")
@@ -71,36 +76,28 @@ def _folders(work: Path) -> list[Path]:
 
 def _wrong(folder: Path, start: str) -> str:
     """What is wrong with a checkpoint, as a phrase; nothing where it is whole."""
-    record = rundir.read_json(folder / RECORD)
-    if record is None:
-        return f"{RECORD} is missing or damaged"
-    name = f"checkpoint-{str(record.get('step')).zfill(6)}"
-    if (record.get("start"), name) != (start, folder.name):
-        return "it is another run's"
-    files = record.get("files") or {}
-    there = {file.name for file in folder.iterdir()} - {RECORD}
-    for name in sorted(there | set(files)):
-        if name not in there:
-            return f"{name} is missing"
-        try:
+    try:
+        record = rundir.read_json(folder / RECORD)
+        if record is None:
+            return f"{RECORD} is missing or damaged"
+        name = f"checkpoint-{str(record.get('step')).zfill(6)}"
+        if (record.get("start"), name) != (start, folder.name):
+            return "it is another run's"
+        files = record.get("files") or {}
+        there = {file.name for file in folder.iterdir()} - {RECORD}
+        for name in sorted(there | set(files)):
+            if name not in there:
+                return f"{name} is missing"
             if _digest(folder / name) != files.get(name):
                 return f"{name} is not what was written"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     return ""
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def lost(step: int, what: str) -> StageError:
-    """For a training that came to what is no number; no checkpoint is made of it."""
-    return StageError(
-        f"after step {step}: {what} that are no numbers",
-        'lower learning_rate, or set dtype = "float32" in [model]',
-    )
 
 
 class Resumable:
@@ -127,7 +124,7 @@ class Resumable:
     def _save_checkpoint(self, *_: Any) -> None:
         folder, state, args = Path(self.args.output_dir), self.state, self.args
         if not all(tensor.isfinite().all() for tensor in self.tensors().values()):
-            raise lost(state.global_step, "weights")
+            raise lost("weights")
         with written(folder, state.global_step, self.start, args.save_total_limit) as aside:
             tensors = self.tensors().items()
             save_file({name: t.detach().contiguous() for name, t in tensors}, aside / WEIGHTS)

@@ -58,6 +58,9 @@ def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
             doubts.append(f"{folder} is only just beginning: any stage may be its own")
     if stages.is_symlink():
         return found, [*doubts, f"{stages} is a link: what it leads to is left alone"]
+    for link in runs.glob("[!.]*"):
+        if not link.exists():
+            doubts.append(f"{link} leads to nothing: it may be a run on a disk that is not here")
     for path in sorted(stages.glob("*")):
         aside = ASIDE.fullmatch(path.name)
         stage = stages / aside[1] if aside else path
@@ -70,7 +73,7 @@ def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
             found += _left(path, HALF_A_FILE, path)
             found += _left(path / "work", ".*" if whole else r"partial|damaged-.*", path)
         else:
-            idle = not whole and stage.name not in goes_on
+            idle = not whole and stage.name not in goes_on and rundir.read_record(stage)
             if {"fresh": idle, "old": stage.is_dir(), "gone": True}[aside[2]]:
                 found.append((path, "left over", stage))
     return found, doubts

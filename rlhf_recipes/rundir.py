@@ -140,6 +140,7 @@ def clear_stage(folder: Path, *, begun: str = "") -> None:
     """
     work, folder = folder / "work", folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    _sync(folder.parent)
     goes_on = any(work.glob(CHECKPOINTS)) and begun in ("", _read(work / BEGUN))
     for path in folder.iterdir():
         if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl")):
@@ -171,7 +172,8 @@ def swap(new: Path, folder: Path) -> None:
         folder.rename(old)
     new.rename(folder)
     _sync(folder.parent)
-    remove(old)
+    with contextlib.suppress(OSError):  # another process may be at it; `tidy` comes again
+        remove(old)
 
 
 def settle(folder: Path) -> None:

@@ -173,6 +173,15 @@ def test_a_removal_that_is_cut_off_leaves_nothing_that_looks_whole(
     assert f".stages/.{spare[0].name}.gone" in spares(runs)
 
 
+def test_a_run_on_a_disk_that_is_not_here_may_need_any_stage(runs: Path, tmp_path: Path) -> None:
+    shutil.move(runs / "other", tmp_path / "disk")
+    (runs / "other").symlink_to(tmp_path / "disk")
+    assert clean.unused(runs) == ([], [])
+    (tmp_path / "disk").rename(tmp_path / "unplugged")
+    found, (doubt,) = clean.unused(runs)
+    assert found == [] and doubt.startswith(f"{runs / 'other'} leads to nothing")
+
+
 def test_links_are_not_followed(runs: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     for name in ("sft-0123456789ab", ".model"):

@@ -15,9 +15,9 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf_recipes import models, stopping
 from rlhf_recipes.adapters import Role
-from rlhf_recipes.checkpoints import Resumable, lost
+from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.data import Data
-from rlhf_recipes.errors import StageError
+from rlhf_recipes.errors import StageError, lost
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext
 
@@ -107,7 +107,7 @@ class Stock(Resumable):
     def training_step(self, *inputs: Any) -> torch.Tensor:
         loss = super().training_step(*inputs)
         if not loss.isfinite():  # transformers would leave it out of what it logs
-            raise lost(self.state.global_step, "losses")
+            raise lost("losses")
         return loss
 
     def tensors(self) -> dict[str, torch.Tensor]:
