@@ -47,19 +47,13 @@ def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
     """Every way of counting that there is: by whom, among which answers."""
     rows: list[tuple[str, float, float, float, str]] = []
     among = {"": "all", "_ended": "both ended", "_like_length": "of like length"}
-    counts = {
-        "": "evaluation.prompts",
-        "_ended": "ended_pairs",
-        "_like_length": "like_length_pairs",
-    }
     judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward model", SFT)}
     for by, (whose, colour) in judges.items():
         for which, words in among.items():
-            count = counts[which] if "." in counts[which] else f"{name}.{counts[which]}"
+            count = f"{name}.{which[1:]}_pairs" if which else "evaluation.prompts"
             share = facts.share(f"{name}.{by}win_rate{which}", count)
             if share:
-                label = f"{whose}, {words} ({share.count})"
-                rows.append((label, share.value, share.low, share.high, colour))
+                rows.append(_row(f"{whose}, {words}", share, colour))
     if not rows:
         return None
     label, value, low, high, _ = rows[0]
