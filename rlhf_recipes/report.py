@@ -16,11 +16,10 @@ from rlhf_recipes.facts import Facts, Json, Share, Stage, number, read
 from rlhf_recipes.findings import Finding, interval, percent, title
 from rlhf_recipes.house import page, style
 from rlhf_recipes.progress import duration
-from rlhf_recipes.rundir import to_json, versions, write_text
+from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.show import size
 from rlhf_recipes.verdict import verdict
 
-REPORT = "report.html"
 PAIRS = 8  # that a reward model is most wrong about
 HEADLINES = {
     "fault": "Something is wrong",

@@ -34,6 +34,7 @@ from rlhf_recipes.errors import BusyError, UsageError
 FORMAT = 1  # of every JSON file here
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
+REPORT = "report.html"
 FRESH = ".fresh"  # in a run's folder: when its pass of `--fresh` began that is not finished
 CHECKPOINTS = "checkpoint-*"  # in a stage's work/
 BEGUN = "begun"  # there, too: when the pass of `--fresh` began that the stage is computed in
