@@ -15,7 +15,7 @@ import torch
 
 from rlhf_recipes import sources
 from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example, pairs, unique_prompts
+from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.judge import Judge, load_judge
 from rlhf_recipes.passes import logits, logprobs
@@ -24,7 +24,6 @@ from rlhf_recipes.sequences import join, sample, score_ids
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import load_rows, need
-from rlhf_recipes.stages.reward import preference
 
 BATCH = 16  # sequences a forward
 LOGITS = 2**27  # of two policies at once, in float32 with what is made of them: 24 bytes each
@@ -58,12 +57,10 @@ def run(context: StageContext) -> StageResult:
     setting = _setting(context)
     base, tokens = shared.base, shared.tokens
     metrics: dict[str, float | int] = {}
-    judge = load_judge(recipe.evaluation.judge, recipe.model.base)
+    judge = load_judge(recipe.evaluation.judges.get("judge", "none"), recipe.model.base)
 
     # ---- reward model
-    reward, name = _reward_model(context)
-    if reward is not None:
-        metrics |= _reward_metrics(reward, pairs(test), tokens.pad_id, name)
+    reward = _reward_model(context)
 
     # ---- policies
     policies = {"base": None} | {
@@ -110,18 +107,18 @@ def _setting(context: StageContext) -> Setting:
     )
 
 
-def _reward_model(context: StageContext) -> tuple[Role | None, str]:
-    """What the last PPO stage was scored by, else the first reward stage; and its name."""
+def _reward_model(context: StageContext) -> Role | None:
+    """What the last PPO stage was scored by, else the first reward stage."""
     recipe, shared = context.recipe, context.shared
     tables = [recipe.table(stage) for stage in recipe.stages]
     named = [table.reward_model for table in tables if table.reward_model]
     trained = [table.name for table in tables if table.kind == "reward"]
     name = named[-1] if named else next(iter(trained), "")
     if "reward_model" in context.inputs:
-        return open_reward(shared.base, context.inputs["reward_model"]), name
+        return open_reward(shared.base, context.inputs["reward_model"])
     if not name:
-        return None, name
-    return open_foreign(sources.model_folder(name, recipe), shared.base, shared.tokens), "reward"
+        return None
+    return open_foreign(sources.model_folder(name, recipe), shared.base, shared.tokens)
 
 
 def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | None:
@@ -130,20 +127,6 @@ def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | N
         return None
     order = list(policies)
     return recipe.table(name).policy or order[order.index(name) - 1]
-
-
-def _reward_metrics(reward: Role, rows: list[Example], pad: int, name: str) -> dict[str, float]:
-    if not rows:
-        return {}
-    accuracy, margin = preference(reward, rows, pad, BATCH)
-    shorter = [len(e.chosen_ids) - len(e.rejected_ids) for e in rows]
-    longer_wins = sum((d > 0) + 0.5 * (d == 0) for d in shorter) / len(shorter)
-    return {
-        f"{name}.accuracy": accuracy,
-        f"{name}.margin": margin,  # the head is in units already
-        f"{name}.test_pairs": len(rows),
-        f"{name}.length_accuracy": max(longer_wins, 1 - longer_wins),
-    }
 
 
 def _answer(
