@@ -15,10 +15,11 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
 errors stopping guards fields lines tables validate wiring edit recipe identity rundir progress hub
-mirror sources fetch judge
+mirror sources fetch judge evidence
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
-stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
+stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
+stages.best_of
 history plan show export chat runner cli __main__
 """.split()
 
