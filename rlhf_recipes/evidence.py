@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -20,21 +21,17 @@ def bootstrap(values: Sequence[float], seed: int) -> tuple[float, float]:
     return low, high
 
 
-def best_of_weights(drawn: int, n: int) -> list[float]:
-    """Of `drawn` answers, the worst first: how often each is the best of n chosen among them."""
-    return [math.comb(rank, n - 1) / math.comb(drawn, n) for rank in range(drawn)]
-
-
 def best_of_gain(rewards: Sequence[float], values: Sequence[float], n: int) -> float:
-    """What choosing the best of n by `rewards` adds to the mean of `values`, unbiased.
+    """What the best of n by `rewards` adds to the mean of `values`: unbiased, ties in equal parts.
 
-    Both are of the same answers, drawn alike to one prompt. Equal rewards stay in their order,
-    which says nothing about the values.
+    Both are of the same answers, drawn alike to one prompt; every choice of n of them counts once.
     """
-    order = sorted(range(len(rewards)), key=rewards.__getitem__)
-    weights = best_of_weights(len(rewards), n)
-    best = math.fsum(weight * values[i] for weight, i in zip(weights, order, strict=True))
-    return best - math.fsum(values) / len(values)
+    best, choices = 0.0, math.comb(len(rewards), n)
+    for reward in sorted(set(rewards)):
+        tied = [value for r, value in zip(rewards, values, strict=True) if r == reward]
+        upto = sum(r <= reward for r in rewards)
+        best += (math.comb(upto, n) - math.comb(upto - len(tied), n)) / choices * fmean(tied)
+    return best - fmean(values)
 
 
 def best_of_kl(n: int) -> float:

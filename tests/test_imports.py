@@ -20,10 +20,13 @@ tokens data attention models passes adapters rewards sequences ppo_losses checkp
 shared
 stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-history plan show export chat runner cli __main__
+history plan show export chat runner later cli __main__
 """.split()
 
-LIGHT = [*ORDER[: ORDER.index("tokens")], *"stages shared history plan show runner cli".split()]
+LIGHT = [
+    *ORDER[: ORDER.index("tokens")],
+    *"stages shared history plan show runner later cli".split(),
+]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 
