@@ -22,7 +22,7 @@ from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import read_unit
 from rlhf_recipes.rundir import MANIFEST, read_json
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE, POLICY_KINDS
 
 
 def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> str:
@@ -36,7 +36,7 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
     if form == "adapter" and shared.recipe.lora is None:
         raise UsageError("with lora = false there is no adapter", "leave out --form adapter")
     name, kind, output = finished_stage(run_folder, stage)
-    if kind == "reward":
+    if kind in ("reward", JUDGE):
         write_reward_model(shared, output, folder, form=form)
     else:
         write_model(shared, output, folder, form=form)
@@ -55,7 +55,7 @@ def shared_of(run_folder: Path) -> Shared:
 def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
     entries = [e for e in read_json(run_folder / MANIFEST)["stages"] if e["outcome"] != "not run"]
-    models = [e for e in entries if e["kind"] != "evaluation"]
+    models = [e for e in entries if e["kind"] not in (EVALUATION, BEST_OF)]
     fitting = [e for e in models if e["name"] == stage]
     if stage is None:
         fitting = [e for e in models if e["kind"] in POLICY_KINDS]

@@ -13,9 +13,9 @@ from typing import Any
 
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import BusyError, UsageError
-from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tables import JUDGE, POLICY_KINDS
 
-STAGE = re.compile(r"[a-z]+-[0-9a-f]{12}")
+STAGE = re.compile(r"[a-z_]+-[0-9a-f]{12}")
 ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
 HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml)\.\d+"
 ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference, what it holds is
@@ -87,7 +87,8 @@ def _stages(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
 
 def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:
     """The numbers that an evaluation's summary is made of, as far as there are any."""
-    accuracy = [key for key in results if key.endswith(".accuracy")][-1:]
+    accuracies = [key for key in results if key.endswith(".accuracy")]
+    accuracy = [key for key in accuracies if key != f"{JUDGE}.accuracy"][-1:]
     made = [entry["name"] for entry in manifest["stages"] if entry.get("kind") in POLICY_KINDS]
     keys = [*accuracy, *(f"{name}.{what}" for name in made[-1:] for what in ("win_rate", "kl"))]
     return {key: results[key] for key in keys if isinstance(results.get(key), int | float)}

@@ -38,7 +38,7 @@ from rlhf_recipes.plan import Plan, PlannedStage, make_plan, run_name
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
 from rlhf_recipes.recipe import Recipe, layout_settings, smaller_layout
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import EVALUATION, POLICY_KINDS
+from rlhf_recipes.tables import POLICY_KINDS
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -195,7 +195,6 @@ class _Run:
                     key=stage.key,
                 )
                 result = stages.load(stage.kind)(context)
-        evaluation = stage.kind == EVALUATION
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -206,7 +205,7 @@ class _Run:
             "summary": result.summary,
             "metrics": result.metrics,
             "payload": stage.payload,
-            "layout": {} if evaluation else layout_settings(self.plan.recipe, stage.name),
+            "layout": layout_settings(self.plan.recipe, stage.name),
             "versions": rundir.versions(),
         }
         rundir.write_record(folder, record)
