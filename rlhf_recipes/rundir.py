@@ -141,7 +141,7 @@ def clear_stage(folder: Path, *, begun: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     goes_on = any(work.glob(CHECKPOINTS)) and begun in ("", _read(work / BEGUN))
     for path in folder.iterdir():
-        if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl")):
+        if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl", "tensorboard")):
             remove(path)
     work.mkdir(exist_ok=True)
     (folder / "output").mkdir()

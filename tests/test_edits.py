@@ -135,7 +135,8 @@ def inputs(tables: dict[str, Any]) -> dict[str, dict[str, str]]:
         taken[stage] = {role: one for role, one in roles.items() if one}
         (rewards if kind == "reward" else policies).append(stage)
     scorer = scorer or (rewards[0] if rewards else None)
-    judges = {"scorer": scorer or "", "judge": "judge"}
+    asked = str(tables["evaluation"])
+    judges = {"scorer": scorer or "", "judge": "judge" if "independent" in asked else ""}
     taken["judge"] = {}
     taken["evaluation"] = {policy: policy for policy in policies} | judges
     ppo = [stage for stage in tables["stages"] if kind_of(tables, stage) == "ppo"]

@@ -22,7 +22,7 @@ def test_the_interval_of_wins_is_the_binomials(count: int, won: int) -> None:
             wins += 1
             total += math.comb(count, wins) * share**wins * (1 - share) ** (count - wins)
         passed.append(wins / count)
-    assert [low, high] == pytest.approx(passed, abs=1 / count)
+    assert [low, high] == pytest.approx(passed, abs=2 / count)
 
 
 def test_the_interval_of_gains_is_that_of_a_mean() -> None:

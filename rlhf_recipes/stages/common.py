@@ -39,7 +39,10 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
         "use_cpu": models.device().type == "cpu",
         "disable_tqdm": True,
     }
-    return kind(**{**recipe.table(context.name).given, **owned, **ours})
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()  # it would write on in the run of the stage before
+    named = {"run_name": f"{recipe.path.stem}-{context.name}"}
+    return kind(**{**named, **recipe.table(context.name).given, **owned, **ours})
 
 
 def float32(*parameters: torch.nn.Parameter) -> None:
