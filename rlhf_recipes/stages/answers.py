@@ -23,7 +23,6 @@ from rlhf_recipes.sequences import sample, score_ids
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages import StageContext
 from rlhf_recipes.stages.common import load_rows, need
-from rlhf_recipes.tables import python_judge
 
 BATCH = 16  # sequences a forward
 SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
@@ -136,8 +135,7 @@ def _scores(
     context: StageContext, role: str, name: str, rows: Sequence[tuple[Example, list[int]]]
 ) -> list[float]:
     tokens = context.shared.tokens
-    if python_judge(name):
-        judge = load_judge(name, context.recipe.model.base)
+    if judge := load_judge(name, context.recipe.model.base):
         return [judge(example.prompt, tokens.decode(ids)) for example, ids in rows]
     model = open_scorer(context, role, name)
     scores = score_ids(model, [(e.prompt_ids, ids) for e, ids in rows], tokens.pad_id, BATCH)
