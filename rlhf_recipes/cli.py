@@ -273,12 +273,10 @@ def report(
     from rlhf_recipes.rundir import REPORT, find_run, runs_folder
 
     folder = find_run(run, runs_folder(runs))
-    if best_of:
-        from rlhf_recipes.recipe import load_recipe
-        from rlhf_recipes.runner import run as run_recipe
+    if best_of is not None:
+        from rlhf_recipes import later
 
-        wanted = load_recipe(folder / "resolved.toml", set=[f"evaluation.best_of={best_of}"])
-        run_recipe(wanted, runs=folder.parent, name=folder.name)
+        later.best_of(run_folder=folder, count=best_of)
     print(show.verdict(report.write(folder)))
     print(f"\nreport   {folder / REPORT}")
     if open_:

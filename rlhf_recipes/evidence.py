@@ -7,28 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from rlhf_recipes.errors import GateError
+from rlhf_recipes.intervals import wilson
 
 FILE = "evidence.json"  # in the output of a stage that measured a reward model
-Z = 1.959964  # of the normal distribution: 95 % lie within
 DRAWS = 2000  # of a bootstrap; its ends are right to some 3 % of the interval
 BINS = 10
 MARGINS, WORST = 2048, 8  # kept of all, for people to look at
 UNSURE = 0.25  # an interval wider than this, of some 58 pairs or fewer, tells little
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The interval of a share of `count` (Wilson, 1927): sane near 0 and 1, and for few."""
-    if not count:
-        return 0.0, 1.0
-    middle = share + Z * Z / (2 * count)
-    half = Z * math.sqrt((share * (1 - share) + Z * Z / (4 * count)) / count)
-    whole = 1 + Z * Z / count
-    return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
 def bootstrap(values: Sequence[float], seed: int) -> tuple[float, float]:
@@ -99,6 +90,24 @@ def of_pairs(
         numbers["shorter_accuracy"] = float(wins[longer < 0].mean())
     kept = [round(float(margin) / std, 4) for margin in raw[:MARGINS]]
     return numbers, {"pairs": len(raw), "margins": kept, "calibration": bins}
+
+
+def best_of_gain(rewards: Sequence[float], values: Sequence[float], n: int) -> float:
+    """What the best of n by `rewards` adds to the mean of `values`: unbiased, ties in equal parts.
+
+    Both are of the same answers, drawn alike to one prompt; every choice of n of them counts once.
+    """
+    best, choices = 0.0, math.comb(len(rewards), n)
+    for reward in sorted(set(rewards)):
+        tied = [value for r, value in zip(rewards, values, strict=True) if r == reward]
+        upto = sum(r <= reward for r in rewards)
+        best += (math.comb(upto, n) - math.comb(upto - len(tied), n)) / choices * fmean(tied)
+    return best - fmean(values)
+
+
+def best_of_kl(n: int) -> float:
+    """Nats an answer, at most, from a policy to its best of n (arXiv 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 # ---- the gate -----------------------------------------------------------------------------------

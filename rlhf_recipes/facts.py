@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_recipes import rundir
+from rlhf_recipes.intervals import wilson
 from rlhf_recipes.tables import POLICY_KINDS
 
 Json = dict[str, Any]
@@ -91,15 +92,6 @@ def number(values: Json, key: str) -> float | None:
     value = values.get(key)
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if ok else None
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share, 95 %."""
-    z = 1.96
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return (middle - half) / scale, (middle + half) / scale
 
 
 def read(folder: Path) -> Facts:

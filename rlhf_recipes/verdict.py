@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rlhf_recipes import policy_rules
-from rlhf_recipes.facts import Facts, Share, number, wilson
+from rlhf_recipes.facts import Facts, Share, number
 from rlhf_recipes.findings import (
     LEVELS,
     Finding,
@@ -23,6 +23,7 @@ from rlhf_recipes.findings import (
     steps,
     title,
 )
+from rlhf_recipes.intervals import wilson
 
 MINIMUM = 0.55  # of a reward model's accuracy, where the recipe does not say otherwise
 TELLING = 0.65  # an interval from under a half to over this may hold a good reward model
