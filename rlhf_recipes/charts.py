@@ -218,7 +218,7 @@ def _row(label: str, share: Share, colour: str) -> tuple[str, float, float, floa
     return (f"{label} ({share.count})", share.value, share.low, share.high, colour)
 
 
-def margins(stage: Stage) -> Plot | None:
+def margins(name: str, stage: Stage) -> Plot | None:
     values = stage.evidence.get("margins")
     values = [v for v in values or () if isinstance(v, int | float)]
     if len(values) < LEAST:
@@ -230,10 +230,10 @@ def margins(stage: Stage) -> Plot | None:
     alt += f" the middle {middle:.1f}, the most {max(values):.1f}; {wrong} are below 0."
     x = "score of the chosen answer over the rejected, units"
     told, alt = told.replace("-", "−"), alt.replace("-", "−")
-    return plots.histogram(f"{stage.name}-margins", told, alt, values, x)
+    return plots.histogram(f"{name}-margins", told, alt, values, x)
 
 
-def calibration(facts: Facts, stage: Stage) -> Plot | None:
+def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
     bins = []
     for row in stage.evidence.get("calibration") or ():
         said, right, pairs = (number(row, key) for key in ("said", "right", "pairs"))
@@ -244,14 +244,14 @@ def calibration(facts: Facts, stage: Stage) -> Plot | None:
     count = sum(pairs for *_, pairs in bins)
     sure = sum(said * pairs for said, _, pairs in bins) / count
     right = sum(right * pairs for _, right, pairs in bins) / count
-    off = facts.number(f"{stage.name}.calibration_error")
+    off = facts.number(f"{name}.calibration_error")
     told = "It is about as sure as it should be"
     if abs(sure - right) > 0.05:
         told = f"It is {'surer' if sure > right else 'less sure'} than it should be"
     if off is not None:
         told += f": off by {percent(off)} on average"
     alt = "; ".join(f"{percent(s)} sure, {percent(r)} right, {n} pairs" for s, r, n in bins)
-    return plots.calibration(f"{stage.name}-calibration", told, f"{alt}.", bins)
+    return plots.calibration(f"{name}-calibration", told, f"{alt}.", bins)
 
 
 def learning(stage: Stage) -> Plot | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import charts, history, plots
+from rlhf_recipes import card, charts, history, plots
 from rlhf_recipes.facts import Facts, Json, Share, Stage, number, read
 from rlhf_recipes.findings import Finding, interval, percent, title
 from rlhf_recipes.house import page, style
@@ -21,6 +21,7 @@ from rlhf_recipes.show import size
 from rlhf_recipes.verdict import verdict
 
 PAIRS = 8  # that a reward model is most wrong about
+REWARDS = ("reward", "judge")
 HEADLINES = {
     "fault": "Something is wrong",
     "success": "It worked",
@@ -49,7 +50,7 @@ POLICY_ROWS = {
 
 
 def write(folder: Path, *, again: bool = True) -> list[Finding]:
-    """Write a run's report.html and return its verdict.
+    """Write a run's report.html, and its model's card; return its verdict.
 
     Without `again`, a report that was made from the same stays: a run that finds all done is quick.
     """
@@ -57,6 +58,7 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
     found, source = verdict(facts), _made_from(facts)
     if again or source not in _head(folder / REPORT):
         write_text(folder / REPORT, page("report.html", _report(facts, found), source))
+    card.write(facts, found, policies(facts))
     return found
 
 
@@ -110,7 +112,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
         "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
-        "rewards": [_reward(facts, s) for s in facts.of_kind("reward", "judge") if s.curve],
+        "rewards": [_reward(facts, s) for s in facts.stages if s.kind in REWARDS or s.evidence],
         "losses": [plot for s in facts.of_kind("sft", "dpo") if (plot := charts.loss(facts, s))],
         "costs": _costs(facts),
         "data": [stage for stage in facts.stages if stage.data],
@@ -210,15 +212,19 @@ def _cell(facts: Facts, name: str, key: str) -> str:
 
 
 def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
+    """What is known of a reward model; PPO's folder holds the evidence of one from elsewhere."""
+    name = stage.name
+    if stage.kind not in REWARDS:
+        name = "foreign" if "foreign.accuracy" in facts.results else "reward"
     made = [
-        charts.accuracy(facts, stage.name),
-        charts.margins(stage),
-        charts.calibration(facts, stage),
-        charts.learning(stage),
-        charts.loss(facts, stage),
+        charts.accuracy(facts, name),
+        charts.margins(name, stage),
+        charts.calibration(facts, name, stage),
     ]
+    if stage.kind in REWARDS:
+        made += [charts.learning(stage), charts.loss(facts, stage)]
     worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
-    return {"stage": stage, "plots": [plot for plot in made if plot], "worst": worst[:PAIRS]}
+    return {"name": name, "plots": [plot for plot in made if plot], "worst": worst[:PAIRS]}
 
 
 def _costs(facts: Facts) -> list[dict[str, Any]]:

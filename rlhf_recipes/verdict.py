@@ -125,14 +125,18 @@ def untrained(facts: Facts) -> Found:
         seen = [number(row, "accuracy") for row in stage.curve[-3:]] if stage else []
         values = [value for value in seen if value is not None]
         trained = sum(values) / len(values) if values else None
-        change = f"Raise {setting(facts, name, 'learning_rate')} or {steps(facts, name)}, and read "
-        change += "some pairs: is the better answer the chosen one?"
+        # A judge's settings are the last reward stage's.
+        rewards = [other.name for other in facts.of_kind("reward")]
+        table = rewards[-1] if name == "judge" and rewards else name
+        change = f"Raise {setting(facts, table, 'learning_rate')} or {steps(facts, table)}; and "
+        change += "read some pairs: is the better answer the chosen one?"
         if trained is not None and trained > 0.8:
             text += f" Of its training pairs it ranked {percent(trained)} right: by heart."
-            change = f"Give it more pairs, or fewer {steps(facts, name)}."
+            change = f"Give it more pairs, or fewer {steps(facts, table)}."
         elif trained is not None:
             text += f" Nor did it learn its training pairs ({percent(trained)} right)."
-        yield Finding(level, name, text + " What follows it learned from noise.", change)
+        after = "What follows it learned from noise." if level == "fault" else "It is no judge."
+        yield Finding(level, name, f"{text} {after}", change)
 
 
 def too_few_pairs(facts: Facts) -> Found:
@@ -179,13 +183,17 @@ def _by_length(facts: Facts, name: str) -> tuple[Share, str] | None:
 
 
 def gate_lowered(facts: Facts) -> Found:
-    for name, share, _, _ in _measured(facts):
-        least = facts.of(name, "minimum_accuracy")
-        if isinstance(least, int | float) and least < MINIMUM and name != "judge":
-            level = "doubt" if share.value < MINIMUM else "note"
-            text = f"The gate before PPO was lowered to {least:g}, from {MINIMUM:g}: the reward "
-            text += f"model ranks {percent(share.value)} right."
-            yield Finding(level, name, text)
+    for stage in facts.of_kind("ppo"):
+        least = facts.number(f"{stage.name}.minimum_accuracy")
+        if least is None or least >= MINIMUM:
+            continue
+        names = (facts.of(stage.name, "reward_model"), "foreign", "reward")
+        found = [facts.number(f"{name}.accuracy") for name in names]
+        value = next((one for one in found if one is not None), None)
+        text = f"The gate before {title(facts, stage.name)} was lowered to {least:g}, from "
+        text += f"{MINIMUM:g}: its reward model ranks {percent(value or 0)} of test pairs right."
+        low = value is None or value < MINIMUM
+        yield Finding("doubt" if low else "note", stage.name, text)
 
 
 def learned_preferences(facts: Facts) -> Found:

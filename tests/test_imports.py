@@ -20,7 +20,7 @@ tokens data attention models passes adapters rewards sequences ppo_losses checkp
 shared
 stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-history plan facts findings policy_rules verdict show plots charts house report card
+history plan facts findings policy_rules verdict show plots charts house card report
 export chat runner later cli __main__
 """.split()
 
