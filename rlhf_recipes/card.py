@@ -16,7 +16,7 @@ from rlhf_recipes import rundir
 from rlhf_recipes.facts import Facts, number
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.progress import duration, plain
-from rlhf_recipes.tables import DATA_SUFFIXES, is_path
+from rlhf_recipes.tables import DATA_SUFFIXES, KINDS, POLICY_KINDS, is_path
 
 SIGNS = re.compile(r"([\\`*_\[\]|#<>~])")
 
@@ -39,7 +39,8 @@ def _lines(
     tables = facts.recipe.get("dataset")
     tables = tables if isinstance(tables, list) else [tables or {}]
     data = [_named(table.get("path")) for table in tables]
-    kinds = dict.fromkeys(s.kind for s in facts.stages if s.kind in ("sft", "ppo", "dpo"))
+    stages = [one for one in facts.of_kind(*KINDS) if one.record]
+    kinds = dict.fromkeys(one.kind for one in stages if one.kind in POLICY_KINDS)
     yield "---\nlibrary_name: transformers\npipeline_tag: text-generation"
     yield f"tags: {json.dumps(['trl', 'rlhf-recipes', *kinds])}"
     if hub:
@@ -47,7 +48,7 @@ def _lines(
     if names := [name for name, on_hub in data if on_hub]:
         yield f"datasets: {json.dumps(names)}"
     yield f"---\n\n# {_text(facts.manifest.get('title') or facts.folder.resolve().name)}\n"
-    way = " → ".join(s.name for s in facts.stages if s.record)
+    way = " → ".join(one.name for one in stages)
     yield f"{_text(base)}, trained by {_text(way)}; this is the model of `{plain(stage)}`.\n"
     yield from (f"- {_text(one.text)}" for one in found)
     if policies:
@@ -59,10 +60,9 @@ def _lines(
     yield 'print(answer([{"role": "user", "content": "…"}], max_new_tokens=256))\n```'
     yield "\n## How it was made\n"
     made = [["stage", "training rows", "time", "result"]]
-    for one in facts.stages:
+    for one in stages:
         seconds = duration(number(one.record, "seconds") or 0)
-        rows, summary = str(one.data.get("train", "")), str(one.record.get("summary", ""))
-        made += [[one.name, rows, seconds, summary]] if one.record else []
+        made.append([one.name, one.data.get("train", ""), seconds, one.record.get("summary", "")])
     yield from _table(made)
     versions = facts.manifest.get("versions") or {}
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -84,7 +84,7 @@ def _text(value: Any) -> str:
     return SIGNS.sub(r"\\\1", html.escape(plain(str(value)), quote=False))
 
 
-def _table(rows: list[list[str]]) -> Iterator[str]:
+def _table(rows: list[list[Any]]) -> Iterator[str]:
     for at, row in enumerate(rows):
         yield f"| {' | '.join(map(_text, row))} |"
         if not at:

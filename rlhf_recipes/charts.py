@@ -13,13 +13,6 @@ LEAST = 4  # points: a curve of fewer says nothing
 UNITS = "gain, units of the reward"
 
 
-def series(stage: Stage, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a number that a stage told of as it went."""
-    found = [(number(row, "step"), number(row, key)) for row in stage.curve]
-    kept = [(x, y) for x, y in found if x is not None and y is not None]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Where a curve begins and ends: the mean of a tenth."""
     few = max(1, len(values) // 10)
@@ -116,7 +109,7 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
 def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
     """KL and gain over the first update as PPO went."""
     stage = facts.stage(name)
-    (_, kl), (_, scores) = (series(stage, key) for key in ("KL", "score")) if stage else ((), ())
+    (_, kl), (_, scores) = (stage.series(key) for key in ("KL", "score")) if stage else ((), ())
     return [(k, s - scores[0]) for k, s in zip(kl, scores, strict=False)]
 
 
@@ -130,7 +123,7 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
     mark = (kept, "kept") if kept and kept != last else None
 
     def add(key: str, words: str, form: str, told: str, limit=None, percent=False, look="") -> None:
-        xs, ys = series(stage, key)
+        xs, ys = stage.series(key)
         if len(xs) < LEAST:
             return
         first, end = ends(ys)
@@ -144,7 +137,7 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
                 x="update",
                 limit=limit(first) if limit else None,
                 mark=mark,
-                points=series(stage, look) if look else None,
+                points=stage.series(look) if look else None,
                 percent=percent,
             )
         )
@@ -174,7 +167,7 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
 
 def loss(facts: Facts, stage: Stage) -> Plot | None:
     """Of SFT, DPO or a reward model: on the rows it trained on, and on those it did not."""
-    xs, ys = series(stage, "loss")
+    xs, ys = stage.series("loss")
     if len(xs) < LEAST:
         return None
     before = facts.number(f"{stage.name}.validation_loss_before")
@@ -256,7 +249,7 @@ def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
 
 def learning(stage: Stage) -> Plot | None:
     """A reward model's accuracy on the pairs that it trains on."""
-    xs, ys = series(stage, "accuracy")
+    xs, ys = stage.series("accuracy")
     if len(xs) < LEAST:
         return None
     told = f"On the pairs it trains on, accuracy {_went(ys, '.0%')}"

@@ -41,6 +41,12 @@ class Stage:
     curve: tuple[Json, ...]  # metrics.jsonl
     evidence: Json  # of a reward model
 
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a number that it told of as it went."""
+        found = [(number(row, "step"), number(row, key)) for row in self.curve]
+        kept = [(x, y) for x, y in found if x is not None and y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
 
 @dataclass(frozen=True)
 class Facts:

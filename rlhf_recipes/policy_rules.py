@@ -67,10 +67,9 @@ def collapsed(facts: Facts) -> Found:
     for name, before, who, start in _trained(facts):
         now, then = (facts.number(f"{p}.distinct_2") for p in (name, before))
         again, once = (facts.number(f"{p}.repetition") for p in (name, before))
-        stage = facts.stage(name)
-        rows = [number(row, "val/entropy_per_token") for row in stage.curve] if stage else []
-        rows = [row for row in rows if row is not None]
-        text = ""
+        stage, text, fell = facts.stage(name), "", ""
+        if stage and (open_ := stage.series("val/entropy_per_token")[1]):
+            fell = f"; entropy went from {open_[0]:.2f} to {open_[-1]:.2f} nats a token"
         if now is not None and then is not None and now < ALIKE * then:
             text = f"{who}'s answers became alike: of their word pairs {percent(now)} are said for "
             text += f"the first time, of {start}'s {percent(then)}"
@@ -78,9 +77,8 @@ def collapsed(facts: Facts) -> Found:
             text = f"{who}'s answers repeat themselves: {percent(again)} of an answer's 3-grams "
             text += f"were said in it before, {percent(once or 0)} of {start}'s"
         if text:
-            fell = f"; entropy went from {rows[0]:.2f} to {rows[-1]:.2f} nats a token"
             change = f"{slower(facts, name)}, and see what the worst pairs reward."
-            yield Finding("fault", name, text + fell * (len(rows) > 1) + ".", change)
+            yield Finding("fault", name, f"{text}{fell}.", change)
 
 
 def never_ends(facts: Facts) -> Found:

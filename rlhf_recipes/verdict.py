@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rlhf_recipes import policy_rules
-from rlhf_recipes.facts import Facts, Share, number
+from rlhf_recipes.facts import Facts, Share
 from rlhf_recipes.findings import (
     LEVELS,
     Finding,
@@ -66,8 +66,7 @@ def ended(facts: Facts) -> Found:
 
 def sft_loss(facts: Facts) -> Found:
     for stage in facts.of_kind("sft"):
-        name, values = stage.name, [number(row, "loss") for row in stage.curve]
-        trained = [value for value in values if value is not None]
+        name, trained = stage.name, stage.series("loss")[1]
         before = facts.number(f"{name}.validation_loss_before")
         after, whose = facts.number(f"{name}.validation_loss"), "validation"
         if (before is None or after is None) and stage.record and len(trained) > 1:
@@ -122,9 +121,8 @@ def untrained(facts: Facts) -> Found:
             continue
         stage, text = facts.stage(name), f"{_ranks(who, share)}: "
         text += "that is chance." if chance else "hardly better than chance."
-        seen = [number(row, "accuracy") for row in stage.curve[-3:]] if stage else []
-        values = [value for value in seen if value is not None]
-        trained = sum(values) / len(values) if values else None
+        seen = stage.series("accuracy")[1][-3:] if stage else []
+        trained = sum(seen) / len(seen) if seen else None
         # A judge's settings are the last reward stage's.
         rewards = [other.name for other in facts.of_kind("reward")]
         table = rewards[-1] if name == "judge" and rewards else name
