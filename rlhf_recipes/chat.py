@@ -1,6 +1,6 @@
 """Talk to a run's policies: streamed, with the turns kept; to one of them, or to all at once.
 
-All stand on the one base in memory, as in the evaluation. Asked together, each keeps a conversation
+All stand on the one base in memory, as in training. Asked together, each keeps a conversation
 of its own and draws under the same seed, so that what differs between answers is the policies'.
 """
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers.integrations import TensorBoardCallback
 
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import lost
@@ -110,6 +111,13 @@ class Resumable:
 
     key: str  # the stage's
     progress: Progress
+
+    def __init__(self, *args: Any, **words: Any) -> None:
+        super().__init__(*args, **words)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # Not in work/, as it would be: that goes once the stage is complete.
+                callback.logging_dir = str(Path(self.args.output_dir).with_name("tensorboard"))
 
     def newest(self) -> Path | None:
         """The checkpoint to go on from. Call it before anything is trained."""

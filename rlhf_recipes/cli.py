@@ -88,15 +88,19 @@ def run(
 
 def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
     """A row a stage; where the model is; what to type next."""
+    from rlhf_recipes import show
     from rlhf_recipes.progress import duration
-    from rlhf_recipes.show import table
+    from rlhf_recipes.rundir import REPORT
 
     rows = [["stage", "", "time", "result"]]
     for done in outcome.stages:
         record = done.record
         rows.append([done.stage.name, done.did, duration(record["seconds"]), record["summary"]])
-    print(f"\n{table(rows, right=(2,))}")
-    print(f"\nresults  {outcome.run_folder / 'results.json'}")
+    print(f"\n{show.table(rows, right=(2,))}\n")
+    if outcome.verdict:
+        print(show.verdict(outcome.verdict), end="\n\n")
+    print(f"results  {outcome.run_folder / 'results.json'}")
+    print(f"report   {outcome.run_folder / REPORT}")
     if outcome.model:
         print(f"model    {outcome.model}")
         print(f"next     rlhf-recipes chat {outcome.run_folder}")
@@ -232,6 +236,9 @@ def runs_(runs: Runs = None, json: Json = False) -> None:
 @app.command()
 def compare(
     run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or names.")],
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as an HTML page, too.")
+    ] = None,
     runs: Runs = None,
     json: Json = False,
 ) -> None:
@@ -243,9 +250,39 @@ def compare(
         raise UsageError("one run differs from nothing", "name another")
     folders = [find_run(word, runs_folder(runs)) for word in run]
     parts = history.compare(folders)
+    if page:
+        from rlhf_recipes.report import write_comparison
+
+        write_comparison(folders, page)
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
     print(show.comparison([folder.name for folder in folders], parts))
+
+
+@app.command()
+def report(
+    run: Run,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+    best_of: Annotated[
+        int | None, typer.Option(metavar="N", help="Measure the best of N answers first.")
+    ] = None,
+    runs: Runs = None,
+) -> None:
+    """Write a run's report again: the evidence, in one HTML file."""
+    from rlhf_recipes import report, show
+    from rlhf_recipes.rundir import REPORT, find_run, runs_folder
+
+    folder = find_run(run, runs_folder(runs))
+    if best_of is not None:
+        from rlhf_recipes import later
+
+        later.best_of(run_folder=folder, count=best_of)
+    print(show.verdict(report.write(folder)))
+    print(f"\nreport   {folder / REPORT}")
+    if open_:
+        import webbrowser
+
+        webbrowser.open((folder / REPORT).resolve().as_uri())
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_recipes.errors import Problem, UsageError
 from rlhf_recipes.fields import parse_value, show, suggest
-from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, python_judge, top_keys
+from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, move_judge, top_keys
 
 
 @dataclass
@@ -121,7 +121,6 @@ def rebase(text: str, source: Path, target: Path) -> str:
         local = DatasetTable(written).is_local if key == "path" else is_path(written)
         if local:
             table[key] = moved(written)
-    judge = document.get("evaluation") and python_judge(document["evaluation"].get("judge", ""))
-    if judge:
-        document["evaluation"]["judge"] = f"python:{moved(judge[0])}:{judge[1]}"
+    if judge := document.unwrap().get("evaluation") and document["evaluation"].get("judge"):
+        document["evaluation"]["judge"] = move_judge(judge, moved)
     return document.as_string()

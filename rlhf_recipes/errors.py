@@ -6,6 +6,7 @@
     ├── DataError                 1    the data cannot be used
     ├── ModelError                1    the model cannot be used
     ├── StageError                1    a stage failed
+    │   └── GateError             3    a stage saw no sense in going on
     ├── MachineError              1    disk or memory gave out
     ├── BusyError                75    another process holds the run
     └── Interrupted         130/143    stopped by a signal; the same command goes on from there
@@ -79,6 +80,10 @@ class ModelError(RlhfRecipesError):
 
 class StageError(RlhfRecipesError):
     pass
+
+
+class GateError(StageError):
+    exit_code = 3
 
 
 def lost(what: str) -> StageError:

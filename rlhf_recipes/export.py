@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.adapters import ADAPTER, HEAD, UNIT
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.models import compute_dtype, load_causal_lm
+from rlhf_recipes.models import compute_dtype
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import read_unit
 from rlhf_recipes.rundir import MANIFEST, read_json
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE, POLICY_KINDS
 
 
 def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> str:
@@ -37,7 +36,7 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
     if form == "adapter" and shared.recipe.lora is None:
         raise UsageError("with lora = false there is no adapter", "leave out --form adapter")
     name, kind, output = finished_stage(run_folder, stage)
-    if kind == "reward":
+    if kind in ("reward", JUDGE):
         write_reward_model(shared, output, folder, form=form)
     else:
         write_model(shared, output, folder, form=form)
@@ -56,7 +55,7 @@ def shared_of(run_folder: Path) -> Shared:
 def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
     entries = [e for e in read_json(run_folder / MANIFEST)["stages"] if e["outcome"] != "not run"]
-    models = [e for e in entries if e["kind"] != "evaluation"]
+    models = [e for e in entries if e["kind"] not in (EVALUATION, BEST_OF)]
     fitting = [e for e in models if e["name"] == stage]
     if stage is None:
         fitting = [e for e in models if e["kind"] in POLICY_KINDS]
@@ -74,21 +73,11 @@ def write_model(shared: Shared, output: Path, folder: Path, *, form: str = "merg
     if form == "adapter":
         _copy_adapter(shared, output, folder)
         return
-    lm = load_policy(shared, output)
+    lm = shared.exported(output)
     lm.generation_config = lm.shipped_generation_config
     lm.generation_config.eos_token_id = lm.config.eos_token_id = shared.tokens.eos_id
     lm.generation_config.pad_token_id = lm.config.pad_token_id = shared.tokens.pad_id
     lm.save_pretrained(folder)
-
-
-def load_policy(shared: Shared, output: Path) -> PreTrainedModel:
-    """The causal model of a stage's output, merged, unquantized."""
-    recipe = shared.recipe
-    dtype = compute_dtype(recipe.model.dtype)
-    if recipe.lora is None:
-        return load_causal_lm(output, dtype=dtype)
-    lm = load_causal_lm(shared.model_folder, dtype=dtype)
-    return PeftModel.from_pretrained(lm, output).merge_and_unload()
 
 
 def write_reward_model(shared: Shared, output: Path, folder: Path, *, form: str) -> None:

@@ -8,7 +8,7 @@ from rlhf_recipes import mirror, sources
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.hub import Repo, says_no
 from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.tables import is_path
+from rlhf_recipes.tables import INDEPENDENT, is_path, python_judge
 
 
 def bring(recipe: Recipe, model: Mapping[str, str]) -> None:
@@ -57,6 +57,9 @@ def _others(recipe: Recipe) -> Iterator[Repo]:
         name = table.reward_model
         if name and name not in recipe.stages and not is_path(name):
             yield sources.model_repo(name)
+    for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
+        if judge != INDEPENDENT and not is_path(judge) and not python_judge(judge):
+            yield sources.model_repo(judge)
     own = [table.dataset for table in recipe.tables.values() if table.dataset]
     for dataset in (recipe.dataset, *recipe.dataset.more, *own):
         if not dataset.is_local:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.tables import POLICY_KINDS
+from rlhf_recipes.tables import JUDGE, POLICY_KINDS
 
 ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference, what it holds is
 
@@ -83,7 +83,8 @@ def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
 
 def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:
     """The numbers that an evaluation's summary is made of, as far as there are any."""
-    accuracy = [key for key in results if key.endswith(".accuracy")][-1:]
+    accuracies = [key for key in results if key.endswith(".accuracy")]
+    accuracy = [key for key in accuracies if key != f"{JUDGE}.accuracy"][-1:]
     made = [entry["name"] for entry in manifest["stages"] if entry.get("kind") in POLICY_KINDS]
     keys = [*accuracy, *(f"{name}.{what}" for name in made[-1:] for what in ("win_rate", "kl"))]
     return {key: results[key] for key in keys if isinstance(results.get(key), int | float)}

@@ -19,10 +19,10 @@ Judge = Callable[[str, str], float]
 
 
 def load_judge(spec: str, base: Path) -> Judge | None:
-    """The judge that a recipe in folder `base` names; None for "none". Raises StageError."""
-    if spec == "none":
+    """The function that a recipe in folder `base` names; None for a model. Raises StageError."""
+    if not (named := python_judge(spec)):
         return None
-    name, function = python_judge(spec)
+    name, function = named
     file = located(name, base)
     module_spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)

@@ -15,7 +15,10 @@ from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
 from rlhf_recipes.stages import KINDS
 from rlhf_recipes.tables import (
+    BEST_OF,
     EVALUATION,
+    INDEPENDENT,
+    JUDGE,
     POLICY_KINDS,
     ROLES,
     SHARED_DATA_KEYS,
@@ -126,7 +129,7 @@ Wired = tuple[str, str, dict[str, str], dict[str, Any], DatasetTable]
 
 
 def _wiring(recipe: Recipe, runs: Path) -> Iterator[Wired]:
-    """The recipe's stages and, where it is not left out, the evaluation that closes them."""
+    """The recipe's stages, and those that [evaluation] asks for."""
     policies: dict[str, str] = {}
     scorer: dict[str, str] = {}  # the evaluation's reward model: what was optimised last
     for stage in recipe.stages:
@@ -139,13 +142,27 @@ def _wiring(recipe: Recipe, runs: Path) -> Iterator[Wired]:
             scorer = {"reward_model": roles["reward_model"]} if "reward_model" in roles else scorer
         elif not scorer:
             scorer = {"reward_model": stage}
-    if recipe.evaluation is not None:
-        settings = asdict(recipe.evaluation)
-        if judge := python_judge(recipe.evaluation.judge):
-            file = located(judge[0], recipe.model.base)
-            content = sources.content_digest(file, runs)
-            settings["judge"] = {"function": judge[1], "content": content}
-        yield EVALUATION, EVALUATION, policies | scorer, settings, recipe.dataset
+    asked = recipe.evaluation
+    if asked is None:
+        return
+    settings, judges = {"prompts": asked.prompts}, {}
+    for role, judge in asked.judges.items():
+        if function := python_judge(judge):
+            content = sources.content_digest(located(function[0], recipe.model.base), runs)
+            settings[role] = {"function": function[1], "content": content}
+        else:
+            judges[role] = JUDGE if judge == INDEPENDENT else judge
+    if JUDGE in recipe.tables:
+        own = recipe.table(JUDGE).dataset or recipe.dataset
+        yield JUDGE, JUDGE, {}, identity_settings(recipe, JUDGE), own
+    draws = {"response_length": asked.response_length, "temperature": asked.temperature}
+    roles = policies | scorer | judges
+    yield EVALUATION, EVALUATION, roles, settings | draws, recipe.dataset
+    if asked.best_of:
+        ppo = [table for name in recipe.stages if (table := recipe.table(name)).kind == "ppo"][-1]
+        draws = {key: value or ppo.options[key] for key, value in draws.items()}
+        roles = ({"policy": ppo.policy} if ppo.policy else {}) | scorer | judges
+        yield BEST_OF, BEST_OF, roles, settings | draws | {"n": asked.best_of}, recipe.dataset
 
 
 def _stage_data(table: DatasetTable, whole: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
@@ -174,7 +191,7 @@ def _data(table: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:
     for later in ("columns", "weight", "more"):
         if not settings[later]:
             del settings[later]  # unset, it determines nothing
-    if kind not in ("reward", "dpo"):
+    if kind not in ("reward", "dpo", JUDGE):
         del settings["judge_fraction"]  # so that asking for the judge later redoes no SFT
     return sources.identify_dataset(table, runs) | settings
 

@@ -360,6 +360,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             "objective/non_score_reward": penalty,
             "objective/rlhf_reward": penalty + rollout.scores.mean(),
             "val/num_eos_tokens": rollout.ended.sum(),
+            "val/ended": rollout.ended.float().mean(),
             "val/length": rollout.sequences.lengths.float().mean(),
             "val/entropy_per_token": masked_mean(rollout.entropy, rollout.mask),
         }

@@ -13,7 +13,10 @@ from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import key_lines
 from rlhf_recipes.tables import (
+    BEST_OF,
     EVALUATION,
+    EXTRAS,
+    JUDGE,
     ROLES,
     SHARED_DATA_KEYS,
     DatasetTable,
@@ -22,7 +25,7 @@ from rlhf_recipes.tables import (
     StageTable,
     is_path,
     located,
-    python_judge,
+    move_judge,
 )
 from rlhf_recipes.validate import Key, dotted
 from rlhf_recipes.wiring import check
@@ -40,13 +43,17 @@ class Recipe:
     lora: dict[str, Any] | None  # LoraConfig's arguments; None: all weights train
     dataset: DatasetTable
     evaluation: EvaluationTable | None
-    tables: dict[str, StageTable]
+    tables: dict[str, StageTable]  # of its stages, and of an independent judge
     notes: tuple[str, ...]  # what is no mistake, and yet worth a look
 
     @property
     def all_stages(self) -> list[str]:
-        """Its stages and, where it is not left out, the evaluation that closes them."""
-        return [*self.stages, *([EVALUATION] if self.evaluation else [])]
+        """Its stages, and those that [evaluation] asks for."""
+        if self.evaluation is None:
+            return [*self.stages]
+        judge = [JUDGE] if JUDGE in self.tables else []
+        best_of = [BEST_OF] if self.evaluation.best_of else []
+        return [*self.stages, *judge, EVALUATION, *best_of]
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]
@@ -59,7 +66,7 @@ class Recipe:
         tables = (self.dataset, *self.dataset.more)
         tested = any(table.test_split for table in tables)
         resolved = [_resolved_dataset(table, tested) for table in tables]
-        stages = {table.name: self._resolved_stage(table) for table in self.tables.values()}
+        stages = {name: self._resolved_stage(self.tables[name]) for name in self.stages}
         return _without_none(
             {
                 "title": self.title,
@@ -76,10 +83,9 @@ class Recipe:
     def _resolved_evaluation(self) -> dict[str, Any] | bool:
         if self.evaluation is None:
             return False
-        judge, values = python_judge(self.evaluation.judge), asdict(self.evaluation)
-        if judge:
-            values["judge"] = f"python:{located(judge[0], self.model.base)}:{judge[1]}"
-        return values
+        base = self.model.base
+        judge = move_judge(self.evaluation.judge, lambda place: str(located(place, base)))
+        return asdict(self.evaluation) | {"judge": judge}
 
     def _resolved_stage(self, table: StageTable) -> dict[str, Any]:
         roles = {role: getattr(table, role) for role in ROLES}
@@ -172,17 +178,22 @@ def identity_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     table = recipe.table(stage)
     batch = table.options["per_device_train_batch_size"]
     batch *= table.options["gradient_accumulation_steps"]
-    return {**_of_effect(table, "identity"), **table.extras, "batch_size": batch}
+    neutral = {k for k, f in EXTRAS[table.kind].items() if getattr(f, "effect", "") == "neutral"}
+    extras = {key: value for key, value in table.extras.items() if key not in neutral}
+    return {**_of_effect(table, "identity"), **extras, "batch_size": batch}
 
 
 def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that say where and how the stage computes, and move its result by rounding."""
-    return _of_effect(recipe.table(stage), "layout")
+    return _of_effect(recipe.table(stage), "layout") if stage in recipe.tables else {}
 
 
 def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
     """What to type where a stage of a run lacks memory: layout settings that ask for less."""
     options = recipe.tables[stage].options if stage in recipe.tables else {}
+    if stage == JUDGE:  # its settings are the last reward stage's
+        rewards = [name for name in recipe.stages if recipe.table(name).kind == "reward"]
+        stage, options = (rewards[-1], options) if rewards else (stage, {})
     rows, words = options.get("per_device_train_batch_size", 1), {}
     if rows > 1:
         part = next(n for n in range(2, rows + 1) if rows % n == 0)

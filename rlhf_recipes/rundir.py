@@ -35,6 +35,7 @@ from rlhf_recipes.errors import BusyError, UsageError
 FORMAT = 1  # of every JSON file here
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
+REPORT = "report.html"
 FRESH = ".fresh"  # in a run's folder: when its pass of `--fresh` began that is not finished
 CHECKPOINTS = "checkpoint-*"  # in a stage's work/
 BEGUN = "begun"  # there, too: when the pass of `--fresh` began that the stage is computed in
@@ -143,7 +144,7 @@ def clear_stage(folder: Path, *, begun: str = "") -> None:
     _sync(folder.parent)
     goes_on = any(work.glob(CHECKPOINTS)) and begun in ("", _read(work / BEGUN))
     for path in folder.iterdir():
-        if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl")):
+        if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl", "tensorboard")):
             remove(path)
     work.mkdir(exist_ok=True)
     (folder / "output").mkdir()

@@ -23,7 +23,7 @@ from typing import Any
 
 import tomlkit
 
-from rlhf_recipes import rundir, stages, stopping
+from rlhf_recipes import memory, rundir, stages, stopping
 from rlhf_recipes.errors import (
     DataError,
     Interrupted,
@@ -33,12 +33,13 @@ from rlhf_recipes.errors import (
     machine_error,
 )
 from rlhf_recipes.fetch import bring
+from rlhf_recipes.findings import Finding
 from rlhf_recipes.identity import difference
 from rlhf_recipes.plan import Plan, PlannedStage, make_plan, run_name
 from rlhf_recipes.progress import Screen, StageProgress, duration, plain
 from rlhf_recipes.recipe import Recipe, layout_settings, smaller_layout
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import EVALUATION, POLICY_KINDS
+from rlhf_recipes.tables import POLICY_KINDS
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -58,6 +59,7 @@ class RunOutcome:
     stages: tuple[StageOutcome, ...]
     results: dict[str, float | int | str]  # "<stage>.<metric>"
     model: Path | None  # None where no policy was trained
+    verdict: tuple[Finding, ...] = ()
 
 
 def run(
@@ -132,11 +134,17 @@ class _Run:
             model = self._write_model()
         except BaseException as error:
             with contextlib.suppress(OSError):  # it would hide what came first
-                self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                interrupted = isinstance(error, KeyboardInterrupt)
+                self._write("interrupted" if interrupted else "failed", error)
+                if self._report():
+                    self.screen.line(
+                        f"  report: {plain(str(self.plan.run_folder / rundir.REPORT))}"
+                    )
             raise
         results = self._write("finished")
         rundir.remove(self.plan.run_folder / rundir.FRESH)
-        return RunOutcome(self.plan.run_folder, tuple(self.done.values()), results, model)
+        stages, verdict = tuple(self.done.values()), tuple(self._report())
+        return RunOutcome(self.plan.run_folder, stages, results, model, verdict)
 
     # ---- one stage ------------------------------------------------------------------------------
 
@@ -178,6 +186,7 @@ class _Run:
             folder = rundir.beside(folder, "fresh")
         rundir.clear_stage(folder, begun=self.since)
         started, clock = rundir.now(), time.monotonic()
+        memory.begin()
         outputs = {other.name: other.folder / "output" for other in self.plan.stages}
         smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
         with self._failing_as(f"stage {stage.name}", smaller), self.screen.quiet():
@@ -194,7 +203,6 @@ class _Run:
                     key=stage.key,
                 )
                 result = stages.load(stage.kind)(context)
-        evaluation = stage.kind == EVALUATION
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -203,10 +211,11 @@ class _Run:
             "begun": self.since,  # the pass of `--fresh`, if it was made in one
             "started": started,
             "seconds": round(time.monotonic() - clock, 3),
+            "memory": memory.peak(),
             "summary": result.summary,
             "metrics": result.metrics,
             "payload": stage.payload,
-            "layout": {} if evaluation else layout_settings(self.plan.recipe, stage.name),
+            "layout": layout_settings(self.plan.recipe, stage.name),
             "versions": rundir.versions(),
         }
         rundir.write_record(folder, record)
@@ -263,7 +272,23 @@ class _Run:
         rundir.swap(aside, folder)
         return folder
 
-    def _write(self, outcome: str) -> dict[str, float | int | str]:
+    def _report(self) -> list[Finding]:
+        """The report and the model's card, from files alone; where it cannot, a line says so."""
+        try:
+            with self.screen.quiet():
+                from rlhf_recipes import report
+
+                return report.write(self.plan.run_folder, again=False)
+        except Exception as error:
+            with contextlib.suppress(OSError):  # the log's disk may be what is full
+                self.screen.log_traceback()
+                told = plain(f"{type(error).__name__}: {error}")
+                self.screen.line(f"  no report: {told}", "yellow")
+            return []
+
+    def _write(
+        self, outcome: str, error: BaseException | None = None
+    ) -> dict[str, float | int | str]:
         """manifest.json and results.json, as far as the run has come; returns the results."""
         results = {}
         for name, done in self.done.items():
@@ -280,6 +305,7 @@ class _Run:
             "started": self.started,
             "ended": rundir.now(),
             "outcome": outcome,
+            "error": self._error(error),
             "stages": [self._entry(stage) for stage in self.plan.stages],
             "seed": recipe.seed,
             "model": last.payload["model"],
@@ -290,6 +316,16 @@ class _Run:
         }
         rundir.write_json(self.plan.run_folder / rundir.MANIFEST, manifest)
         return results
+
+    def _error(self, error: BaseException | None) -> dict[str, str] | None:
+        """What ended the run early, and in which stage."""
+        if not isinstance(error, Exception):
+            return None
+        names = [stage.name for stage in self.plan.stages if stage.name not in self.done]
+        told = machine_error(error) or error
+        message = getattr(told, "message", "") or f"{type(told).__name__}: {told}"
+        hint = getattr(told, "hint", "")
+        return {"stage": next(iter(names), ""), "message": plain(message), "hint": plain(hint)}
 
     def _entry(self, stage: PlannedStage) -> dict[str, Any]:
         done = self.done.get(stage.name)

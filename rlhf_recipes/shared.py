@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes import sources
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlhf_recipes.adapters import Base
     from rlhf_recipes.data import Data
     from rlhf_recipes.recipe import Recipe
@@ -52,13 +55,36 @@ class Shared:
 
     @cached_property
     def base(self) -> Base:
+        return self.load_base(self.recipe.model.quantization)
+
+    def release(self) -> None:
+        """Let go of the base model and of what is no more in use: who needs it, reads it anew."""
+        import torch
+
+        vars(self).pop("base", None)
+        gc.collect()  # a model's parts refer to one another in circles
+        torch.cuda.empty_cache()
+
+    def exported(self, output: Path | None) -> PreTrainedModel:
+        """The causal model of a stage's output (None: of nothing trained), merged, unquantized."""
+        from peft import PeftModel
+
+        from rlhf_recipes.models import compute_dtype, load_causal_lm
+
+        dtype = compute_dtype(self.recipe.model.dtype)
+        if self.recipe.lora is None or output is None:
+            return load_causal_lm(output or self.model_folder, dtype=dtype)
+        lm = load_causal_lm(self.model_folder, dtype=dtype)
+        return PeftModel.from_pretrained(lm, output).merge_and_unload()
+
+    def load_base(self, quantization: str) -> Base:
+        """The base model with room for adapters, beside the one that is kept, if it is."""
         import torch
 
         from rlhf_recipes.adapters import Base
         from rlhf_recipes.models import compute_dtype, load_causal_lm
 
-        model = self.recipe.model
-        dtype = compute_dtype(model.dtype)
+        dtype = compute_dtype(self.recipe.model.dtype)
         whole = self.recipe.lora is None
 
         def load(source: Path | None) -> Any:
@@ -67,7 +93,7 @@ class Shared:
                 # Weights that are trained whole are float32 under autocast: a step of 1e-6
                 # vanishes in bfloat16's 8 bits.
                 dtype=torch.float32 if whole else dtype,
-                quantization=model.quantization,
+                quantization=quantization,
             )
             lm.generation_config.eos_token_id = self.tokens.eos_id
             lm.generation_config.pad_token_id = self.tokens.pad_id

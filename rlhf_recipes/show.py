@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.findings import Finding
 from rlhf_recipes.plan import Plan
 from rlhf_recipes.progress import plain
 
 WIDEST = 40  # of a value
+MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -60,6 +62,15 @@ def runs(found: dict[str, Any], folder: Path) -> str:
         f"runs in {folder}: {len(found['runs'])}, {own}; their stages, each once: {shared}"
     )
     lines += [f"{folder / plain(other['name'])} {other['why']}" for other in found["others"]]
+    return "\n".join(lines)
+
+
+def verdict(found: Iterable[Finding]) -> str:
+    """A sentence a line, and below it what to change."""
+    lines = []
+    for one in found:
+        lines.append(f"{MARKS[one.level]} {plain(one.text)}")
+        lines += [f"  → {plain(one.change)}"] if one.change else []
     return "\n".join(lines)
 
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,9 @@ from rlhf_recipes.fields import Field, Keys, fields_of, trl_fields
 from rlhf_recipes.guards import Limits
 
 KINDS = ("sft", "reward", "ppo", "dpo")
-EVALUATION = "evaluation"  # the kind and the name of the stage that closes a recipe
+# Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
+JUDGE, EVALUATION, BEST_OF = IMPLIED = ("judge", "evaluation", "best_of")
+INDEPENDENT = "independent"  # the judge that the stage of that name trains
 RESERVED = ("kto", "rloo", "grpo")
 POLICY_KINDS = ("sft", "ppo", "dpo")
 # The kinds that can serve each role.
@@ -34,6 +37,15 @@ def python_judge(text: str) -> tuple[str, str] | None:
     """File and function of a judge "python:FILE.py:FUNCTION"."""
     found = re.fullmatch(r"python:(.+\.py):([A-Za-z_]\w*)", text)
     return found and (found[1], found[2])
+
+
+def move_judge(judge: str | list[str], moved: Callable[[str], str]) -> str | list[str]:
+    """A judge, or each of several, with the path that it holds moved."""
+    if not isinstance(judge, str):
+        return [move_judge(one, moved) for one in judge]
+    if named := python_judge(judge):
+        return f"python:{moved(named[0])}:{named[1]}"
+    return moved(judge) if is_path(judge) else judge
 
 
 def _base() -> Any:
@@ -119,7 +131,15 @@ class EvaluationTable:
     prompts: int = _ranged(128, "at least 1")
     response_length: int | None = _ranged(None, "at least 1")
     temperature: float | None = _ranged(None, "above 0")
-    judge: str = "none"  # or "python:FILE.py:FUNCTION"
+    # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION"; or two of them
+    judge: str | list[str] = field(default="none", hash=False)
+    best_of: int | None = field(default=None, metadata={"choices": (2, 4, 8, 16, 32, 64)})
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """By role, "judge" and "judge2": what judges."""
+        listed = [self.judge] if isinstance(self.judge, str) else self.judge
+        return dict(zip((JUDGE, "judge2"), listed, strict=False)) if listed != ["none"] else {}
 
 
 @dataclass(frozen=True)
@@ -142,14 +162,19 @@ SHARED_DATA_KEYS = ("validation_fraction", "test_fraction", "judge_fraction")
 INHERITED_DATA_KEYS = (*SHARED_DATA_KEYS, "max_prompt_tokens", "max_answer_tokens", "system")
 
 _RATE = Field(("float",), range="above 0")
+_SHARE = Field(("float",), range="from 0 to 1", effect="neutral")
 _TEXT = Field(("str",))
 EXTRAS: dict[str, Keys] = {
     "sft": {},
-    "reward": {"head_learning_rate": _RATE},
+    "reward": {
+        "head_learning_rate": _RATE,
+        "minimum_accuracy": replace(_SHARE, default=0.55),  # on test pairs, for PPO to start
+    },
     "ppo": {
         "value_learning_rate": _RATE,
         "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
         "keep": Field(("str",), "best", choices=("best", "last")),
+        "minimum_accuracy": _SHARE,  # None: as the reward stage has it, 0.55 of a foreign model
         "guard": fields_of(Limits),
     },
     "dpo": {},

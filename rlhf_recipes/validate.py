@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
 from rlhf_recipes.tables import (
     DATA_SUFFIXES,
+    INDEPENDENT,
     INHERITED_DATA_KEYS,
     SHARED_DATA_KEYS,
     DatasetTable,
@@ -240,12 +241,21 @@ class Checker:
         if written is False:
             return None
         values = self.table(written, top_keys()["evaluation"], ("evaluation",))
-        if (judge := values.get("judge", "none")) != "none":
-            key, named = ("evaluation", "judge"), python_judge(judge)
-            if named is None:
-                self.problem(key, f'must be "none" or "python:FILE.py:FUNCTION", not {show(judge)}')
-            elif not (file := located(named[0], self.base)).is_file():
-                self.problem(key, f"no such file: {file}")
+        judge, key = values.get("judge", "none"), ("evaluation", "judge")
+        listed = [judge] if isinstance(judge, str) else judge
+        if len(set(listed)) != len(listed) or not 1 <= len(listed) <= 2:
+            self.problem(key, f"must be one judge, or two that differ, not {show(judge)}")
+        for one in listed if judge != "none" else ():
+            if named := python_judge(one):
+                if not (file := located(named[0], self.base)).is_file():
+                    self.problem(key, f"no such file: {file}")
+            elif is_path(one) or "/" in one:
+                self.model_name(one, key)
+            elif one != INDEPENDENT:
+                known = (
+                    '"none", "independent", "python:FILE.py:FUNCTION", or a model\'s folder or id'
+                )
+                self.problem(key, f"must be {known}, not {show(one)}")
         return values
 
 

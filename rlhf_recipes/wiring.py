@@ -8,7 +8,10 @@ from typing import Any
 from rlhf_recipes.fields import Field, suggest, trl_fields
 from rlhf_recipes.tables import (
     EXTRAS,
+    IMPLIED,
+    INDEPENDENT,
     INHERITED_DATA_KEYS,
+    JUDGE,
     KINDS,
     RESERVED,
     ROLES,
@@ -38,7 +41,7 @@ class StageChecker(Checker):
                 self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
             elif name in RESERVED:
                 self.problem(key, f'"{name}" is reserved: this version knows {", ".join(KINDS)}')
-            elif name in (*top_keys(), BASE) or not STAGE_NAME.fullmatch(name):
+            elif name in (*top_keys(), *IMPLIED, BASE) or not STAGE_NAME.fullmatch(name):
                 self.problem(key, f'"{name}" cannot be the name of a stage')
             elif name in self.kinds:
                 valid.append(name)
@@ -128,6 +131,24 @@ class StageChecker(Checker):
         if options["eval_strategy"] == "no" and extras["keep"] == "best":
             self.problem((*at, "eval_strategy"), 'leaves no score to choose by: say keep = "last"')
 
+    def implied(
+        self, evaluation: EvaluationTable, tables: list[StageTable], lora: bool, share: float
+    ) -> list[StageTable]:
+        """The independent judge's table, where there is to be one: a reward model from the base."""
+        if evaluation.best_of and not any(table.kind == "ppo" for table in tables):
+            self.problem(("evaluation", "best_of"), "is PPO's yardstick, and no stage is of PPO")
+        if INDEPENDENT not in evaluation.judges.values():
+            return []
+        if not share:
+            what = "judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"
+            self.problem(("evaluation", "judge"), f"has no pairs to learn from: {what}")
+        rewards = [table for table in tables if table.kind == "reward"]
+        if rewards:
+            return [replace(rewards[-1], name=JUDGE, policy=None)]
+        options, given = resolve(trl_fields()["reward"], {}, lora)
+        extras, none = _extras("reward", {}, options), dict.fromkeys([*ROLES, "dataset"])
+        return [StageTable(JUDGE, "reward", **none, extras=extras, options=options, given=given)]
+
     def scoring(self, table: StageTable) -> None:
         if table.kind == "ppo" and table.reward_model is None:
             key: Key = (table.name,) if table.name in self.data else ("stages",)
@@ -148,9 +169,13 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     written = top.get("stages", [])
     names = checker.stages(written)
     tables = [checker.stage(name, names, lora is not None, datasets) for name in names]
+    asked = None if evaluation is None else EvaluationTable(**evaluation)
     if names == written:
         for table in tables:
             checker.scoring(table)
+        if asked:
+            share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
+            tables += checker.implied(asked, tables, lora is not None, share)
     checker.stray_tables(written)
     if checker.problems:
         return {}, checker
@@ -163,7 +188,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
         "model": ModelTable(**model | {"mirror": mirror and MirrorTable(**mirror)}, base=base),
         "lora": lora,
         "dataset": replace(first, more=tuple(more)),
-        "evaluation": None if evaluation is None else EvaluationTable(**evaluation),
+        "evaluation": asked,
         "tables": {table.name: table for table in tables},
         "notes": tuple(checker.notes),
     }, checker

@@ -219,6 +219,9 @@ def test_fork_rebases_the_judge(tmp_path: Path) -> None:
         assert (
             load_recipe(new).resolved()["evaluation"]["judge"] == f"python:{tmp_path}/rule.py:rule"
         )
+    text = f'{MINIMAL}[evaluation]\njudge = ["./model", "python:rule.py:rule"]\n'
+    new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / "two.toml")
+    assert load_recipe(new).evaluation.judge == ["../model", "python:../rule.py:rule"]
     for said in ("evaluation = false", 'evaluation.judge = "none"'):
         source = write(tmp_path, f"{said}\n{MINIMAL}")
         new = fork_recipe(source, tmp_path / "sub" / f"{len(said)}.toml")

@@ -125,7 +125,7 @@ def change_bytes(world: World) -> set[str]:
     content = world.files[name] + world.draw.randbytes(4).hex().encode()
     world.files[name] = content
     whose = next(whose for file, whose in world.whose.items() if name.endswith(file))
-    return {*world.tables["stages"], "evaluation"} if whose == ALL else set(whose.split())
+    return {*inputs(world.tables)} if whose == ALL else set(whose.split())
 
 
 def add_an_unused_table(world: World) -> set[str]:
@@ -143,7 +143,7 @@ def say_the_roles(world: World) -> set[str]:
 
 def leave_out_the_evaluation(world: World) -> set[str]:
     there = world.tables["evaluation"]
-    world.tables["evaluation"] = False if there is not False else {}
+    world.tables["evaluation"] = False if there is not False else world.asked()
     return set()
 
 
@@ -166,6 +166,8 @@ def drop_the_last_stage(world: World) -> set[str]:
     dropped = stages[-1]
     before = inputs(world.tables)["evaluation"]
     world.tables["stages"] = stages[:-1]
+    if kind_of(world.tables, dropped) == "ppo" and world.tables["evaluation"]:
+        world.tables["evaluation"].pop("best_of", None)
     world.tables.setdefault(dropped, {})["kind"] = kind_of(world.tables, dropped)
     return {"evaluation"} if inputs(world.tables)["evaluation"] != before else set()
 
@@ -186,7 +188,7 @@ EDITS = [
 
 # Keys that may have no other value: of a file, of a stage's own dataset, beside others' values.
 ONE_VALUE = set("name data_dir data_files test_split test_fraction validation_fraction".split())
-ONE_VALUE |= {"judge_fraction", "quantization"}
+ONE_VALUE |= {"judge_fraction", "quantization", "best_of"}
 
 # ---- the cases ----------------------------------------------------------------------------------
 
@@ -222,10 +224,13 @@ def try_edits(case: int, folder: Path) -> None:
     steps: list[Any] = [*mine, *draw.choices(EDITS, k=4)]
     for step in draw.sample(steps, len(steps)):
         name = step.__name__ if callable(step) else ".".join(map(str, step[0]))
+        sampled = world.sampled()
         roots = step(world) if callable(step) else set_key(world, *step)
         if roots is None:
             assert step[0][-1] in ONE_VALUE, f"{name}: no other value is allowed"
             continue
+        if world.sampled() != sampled and step is not go_back:
+            roots = roots | {"best_of"}
         made = world.plan()
         changed = below(world.tables, roots | world.waiting)
         there = {stage.name for stage in made.stages}

@@ -151,7 +151,7 @@ def test_the_schema_knows_the_keys_that_may_be_set() -> None:
     ppo = schema["$defs"]["ppo"]["properties"]
     passed = {name for name, f in trl_fields()["ppo"].items() if f.standing == "passed"}
     own = {"kind", "policy", "reward_model", "reference", "dataset"}
-    extras = {"value_learning_rate", "value_warmup_epochs", "keep", "guard"}
+    extras = {"value_learning_rate", "value_warmup_epochs", "keep", "guard", "minimum_accuracy"}
     assert set(ppo) == passed | own | extras
     assert ppo["keep"] == {"enum": ["best", "last"], "default": "best"}
     assert {k: v["default"] for k, v in ppo["guard"]["properties"].items()} == GUARD

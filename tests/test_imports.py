@@ -14,15 +14,21 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
-errors stopping guards fields lines tables validate wiring edit recipe identity rundir progress hub
-mirror sources fetch judge stages
+errors stopping intervals evidence guards fields lines tables validate wiring edit recipe identity
+rundir progress memory hub mirror sources fetch judge stages
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
-stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
-history clean plan show export chat runner cli __main__
+stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
+stages.best_of
+history clean plan facts findings policy_rules verdict show plots charts house card report
+export chat runner later cli __main__
 """.split()
 
-LIGHT = [*ORDER[: ORDER.index("tokens")], *"shared history clean plan show runner cli".split()]
+LIGHT = [
+    *ORDER[: ORDER.index("tokens")],
+    *ORDER[ORDER.index("history") : ORDER.index("export")],
+    *"shared runner later cli".split(),
+]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 

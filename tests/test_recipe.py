@@ -21,6 +21,7 @@ from rlhf_recipes.tables import MirrorTable
 
 SAVING = {"save_steps": 0.1, "save_total_limit": 2}
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
+JUDGES = '"none", "independent", "python:FILE.py:FUNCTION", or a model\'s folder or id'
 MINIMAL = """\
 stages = ["sft", "reward", "ppo"]
 
@@ -372,9 +373,20 @@ MIRROR = f'{MODEL}\nmirror = {{ wheel = "a-wheel==1.0", file = "a/model.gguf", s
         (STAGES, STAGES + "\nppo.guard.min_length = 2", "my.toml:2: ppo.guard.min_length: must be from 0 to 1, not 2"),
         (STAGES, STAGES + "\nppo.dataloader_num_workers = 2", "my.toml:2: ppo.dataloader_num_workers: is refused: TRL's PPO loop never reads it, and neither does ours"),
         (STAGES, STAGES + '\nevaluation.judge = "python:./gone.py:rule"', "my.toml:2: evaluation.judge: no such file: gone.py"),
-        (STAGES, STAGES + '\nevaluation.judge = "./rule.py:rule"', 'my.toml:2: evaluation.judge: must be "none" or "python:FILE.py:FUNCTION", not "./rule.py:rule"'),
-        (STAGES, STAGES + '\nevaluation.judge = "python:./rule.py"', 'my.toml:2: evaluation.judge: must be "none" or "python:FILE.py:FUNCTION", not "python:./rule.py"'),
-        (STAGES, STAGES + '\nevaluation.judge = 3', "my.toml:2: evaluation.judge: must be text, not 3"),
+        (STAGES, STAGES + '\nevaluation.judge = "./gone"', "my.toml:2: evaluation.judge: no such folder: gone"),
+        (STAGES, STAGES + '\nevaluation.judge = "./adapter"', "my.toml:2: evaluation.judge: adapter is an adapter, not a whole model"),
+        (STAGES, STAGES + '\nevaluation.judge = "me/my judge"', 'my.toml:2: evaluation.judge: "me/my judge" is neither a hub id nor a folder (./… or /…)'),
+        (STAGES, STAGES + '\nevaluation.judge = "oracle"', f'my.toml:2: evaluation.judge: must be {JUDGES}, not "oracle"'),
+        (STAGES, STAGES + '\nevaluation.judge = ["independent", "none"]', f'my.toml:2: evaluation.judge: must be {JUDGES}, not "none"'),
+        (STAGES, STAGES + '\nevaluation.judge = "independant"', f'my.toml:2: evaluation.judge: must be {JUDGES}, not "independant"'),
+        (STAGES, STAGES + '\nevaluation.judge = ["a/b", "a/b"]', 'my.toml:2: evaluation.judge: must be one judge, or two that differ, not ["a/b", "a/b"]'),
+        (STAGES, STAGES + '\nevaluation.judge = []', "my.toml:2: evaluation.judge: must be one judge, or two that differ, not []"),
+        (STAGES, STAGES + '\nevaluation.judge = 3', "my.toml:2: evaluation.judge: must be text or a list of texts, not 3"),
+        (STAGES, STAGES + "\nevaluation.best_of = 12", "my.toml:2: evaluation.best_of: must be 2, 4, 8, 16, 32 or 64, not 12"),
+        (STAGES, 'stages = ["sft", "dpo"]\nevaluation.best_of = 16', "my.toml:2: evaluation.best_of: is PPO's yardstick, and no stage is of PPO"),
+        (DATA, DATA + '\njudge_fraction = 0\n[evaluation]\njudge = "independent"', "my.toml:10: evaluation.judge: has no pairs to learn from: judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"),
+        (STAGES, 'stages = ["judge"]\n[judge]\nkind = "reward"', 'my.toml:1: stages: "judge" cannot be the name of a stage'),
+        (STAGES, 'stages = ["best_of"]\n[best_of]\nkind = "ppo"', 'my.toml:1: stages: "best_of" cannot be the name of a stage'),
         (STAGES, STAGES + "\nevaluation.prompts = 0", "my.toml:2: evaluation.prompts: must be at least 1, not 0"),
     ],
 )  # fmt: skip

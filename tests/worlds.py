@@ -28,7 +28,7 @@ CHAIN = {
     "model": {"name": "./model"},
     "dataset": [{"path": "./pairs.jsonl"}],
     "ppo": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
-    "evaluation": {"judge": "python:./rule.py:score"},
+    "evaluation": {"judge": ["independent", "python:./rule.py:score"], "best_of": 4},
 }
 RICH = {
     "title": "Rich",
@@ -45,7 +45,7 @@ RICH = {
     "warmup": {"kind": "sft", "dataset": {"path": "./data/demos.jsonl"}},
     "dpo": {"policy": "sft", "reference": "warmup"},
     "ppo": {"guard": {"max_kl": 9.0}},
-    "evaluation": {"judge": "python:./data/rule.py:score"},
+    "evaluation": {"judge": ["python:./data/rule.py:score", "independent"], "best_of": 2},
 }
 FOREIGN = {
     "title": "Foreign",
@@ -53,8 +53,8 @@ FOREIGN = {
     "model": {"name": "./model"},
     "dataset": [{"path": "./pairs"}],
     "sft": {"dataset": {"path": "./demos.jsonl"}},
-    "ppo": {"reward_model": "./judge"},
-    "evaluation": {},
+    "ppo": {"reward_model": "./scorer"},
+    "evaluation": {"judge": "./judge", "best_of": 2},
 }
 WHOLE = {
     "title": "Whole",
@@ -66,29 +66,31 @@ WHOLE = {
 }
 MODEL = {"model/config.json": ALL, "model/model.safetensors": ALL, "model/README.md": ""}
 GRAPHS = [
-    (CHAIN, {**MODEL, "pairs.jsonl": ALL, "rule.py": "evaluation"}),
+    (CHAIN, {**MODEL, "pairs.jsonl": ALL, "rule.py": "evaluation best_of"}),
     (
         RICH,
         {
             **MODEL,
-            "data/train.jsonl": "sft reward dpo ppo evaluation",
+            "data/train.jsonl": "sft reward dpo ppo judge evaluation best_of",
             "data/test.jsonl": ALL,  # no stage may train on its prompts
             "data/demos.jsonl": "warmup",
             "data/feedback.jsonl": "",
-            "data/rule.py": "evaluation",
-            "more.jsonl": "sft reward dpo ppo evaluation",
+            "data/rule.py": "evaluation best_of",
+            "more.jsonl": "sft reward dpo ppo judge evaluation best_of",
         },
     ),
     (
         FOREIGN,
         {
             **MODEL,
-            "pairs/a.jsonl": "ppo evaluation",
-            "pairs/b.jsonl": "ppo evaluation",
+            "pairs/a.jsonl": "ppo evaluation best_of",
+            "pairs/b.jsonl": "ppo evaluation best_of",
             "pairs/make.py": "",
             "demos.jsonl": "sft",
-            "judge/config.json": "ppo evaluation",
-            "judge/model.safetensors": "ppo evaluation",
+            "scorer/config.json": "ppo evaluation best_of",
+            "scorer/model.safetensors": "ppo evaluation best_of",
+            "judge/config.json": "evaluation best_of",
+            "judge/model.safetensors": "evaluation best_of",
         },
     ),
     (WHOLE, {**MODEL, "pairs.jsonl": ALL}),
@@ -125,7 +127,12 @@ def inputs(tables: dict[str, Any]) -> dict[str, dict[str, str]]:
         taken[stage] = {role: one for role, one in roles.items() if one}
         (rewards if kind == "reward" else policies).append(stage)
     scorer = scorer or (rewards[0] if rewards else None)
-    taken["evaluation"] = {policy: policy for policy in policies} | {"scorer": scorer or ""}
+    asked = str(tables["evaluation"])
+    judges = {"scorer": scorer or "", "judge": "judge" if "independent" in asked else ""}
+    taken["judge"] = {}
+    taken["evaluation"] = {policy: policy for policy in policies} | judges
+    ppo = [stage for stage in tables["stages"] if kind_of(tables, stage) == "ppo"]
+    taken["best_of"] = judges | {"policy": taken[ppo[-1]].get("policy", "") if ppo else ""}
     return taken
 
 
@@ -140,18 +147,24 @@ def below(tables: dict[str, Any], roots: set[str]) -> set[str]:
 def owners(tables: dict[str, Any], path: Key, effect: str) -> set[str]:
     """The stages whose result a key determines."""
     stages, head, key = tables["stages"], path[0], path[min(2, len(path) - 1)]
-    everyone, kinds = {*stages, "evaluation"}, {stage: kind_of(tables, stage) for stage in stages}
+    everyone = {*stages, "judge", "evaluation", "best_of"}
+    kinds = {stage: kind_of(tables, stage) for stage in stages} | {"judge": "reward"}
     if head == "title":
         return set()
     if head in ("seed", "model", "lora"):
         return everyone
+    if path == ("evaluation", "best_of"):
+        return {"best_of"}
+    if path == ("evaluation", "prompts"):
+        return {"evaluation", "best_of"}
     if head != "dataset":
         alone = effect == "identity" or key in BATCH  # of a batch its size counts
-        return {str(head)} if alone else set()
+        also = {"judge"} if kinds.get(str(head)) == "reward" else set()
+        return {str(head)} | also if alone else set()
     table = tables["dataset"][path[1]]
     own = {stage for stage in stages if "dataset" in tables.get(stage, {})}
     if key == "judge_fraction":
-        return {stage for stage in stages if kinds[stage] in ("reward", "dpo")}
+        return {stage for stage, kind in kinds.items() if kind in ("reward", "dpo")}
     if key in ("validation_fraction", "test_fraction"):
         return everyone
     found = everyone - own
@@ -186,6 +199,21 @@ class World:
 
     def keep(self) -> None:
         self.before.append(copy.deepcopy((self.tables, self.files, self.waiting)))
+
+    def asked(self) -> dict[str, Any]:
+        """[evaluation], or what it was before it was left out; best_of where there is a PPO."""
+        tables = [self.tables, *(before[0] for before in reversed(self.before))]
+        asked = next(one["evaluation"] for one in tables if one["evaluation"] is not False)
+        ppo = any(kind_of(self.tables, stage) == "ppo" for stage in self.tables["stages"])
+        return {key: value for key, value in asked.items() if ppo or key != "best_of"}
+
+    def sampled(self) -> tuple[Any, ...]:
+        """From what, how long and at which temperature the best of several is sampled."""
+        ppo = [s for s in self.tables["stages"] if kind_of(self.tables, s) == "ppo"][-1:]
+        trained = effective(self.load())[ppo[0]] if ppo else {}
+        words = {key: trained.get(key) for key in ("response_length", "temperature")} | self.asked()
+        policy = inputs(self.tables)["best_of"]["policy"]
+        return policy, words["response_length"], words["temperature"]
 
     def load(self) -> Recipe:
         text = written(self.tables, self.draw)

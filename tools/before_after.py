@@ -16,7 +16,8 @@ SHOWN = 6
 
 def main(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    folder = run.parent / manifest["stages"][-1]["folder"] / "output"
+    [evaluation] = [stage for stage in manifest["stages"] if stage["kind"] == "evaluation"]
+    folder = run.parent / evaluation["folder"] / "output"
     lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     rows = sorted((json.loads(line) for line in lines), key=gain)
     print("| asked | SFT | PPO | gain |\n|---|---|---|---|")

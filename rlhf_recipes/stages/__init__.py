@@ -18,10 +18,12 @@ from typing import Any, Protocol
 # inputs would give another result: it is part of every key.
 KINDS: dict[str, tuple[str, int]] = {
     "sft": ("rlhf_recipes.stages.sft", 2),
-    "reward": ("rlhf_recipes.stages.reward", 2),
-    "ppo": ("rlhf_recipes.stages.ppo", 2),
+    "reward": ("rlhf_recipes.stages.reward", 3),
+    "ppo": ("rlhf_recipes.stages.ppo", 3),
     "dpo": ("rlhf_recipes.stages.dpo", 2),
-    "evaluation": ("rlhf_recipes.stages.evaluate", 3),
+    "judge": ("rlhf_recipes.stages.reward", 3),
+    "evaluation": ("rlhf_recipes.stages.evaluate", 4),
+    "best_of": ("rlhf_recipes.stages.best_of", 1),
 }
 
 

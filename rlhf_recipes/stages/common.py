@@ -39,7 +39,10 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
         "use_cpu": models.device().type == "cpu",
         "disable_tqdm": True,
     }
-    return kind(**{**recipe.table(context.name).given, **owned, **ours})
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()  # it would write on in the run of the stage before
+    named = {"run_name": f"{recipe.path.stem}-{context.name}"}
+    return kind(**{**named, **recipe.table(context.name).given, **owned, **ours})
 
 
 def float32(*parameters: torch.nn.Parameter) -> None:
@@ -53,8 +56,8 @@ def float32(*parameters: torch.nn.Parameter) -> None:
 
 def load_rows(context: StageContext) -> Data:
     """The stage's rows; says and keeps in data.json what became of them."""
-    own = context.recipe.table(context.name).dataset if context.kind != "evaluation" else None
-    data = context.shared.data(own or context.recipe.dataset)
+    table = context.recipe.tables.get(context.name)
+    data = context.shared.data(table and table.dataset or context.recipe.dataset)
     sides = {side: len(getattr(data, side)) for side in ("train", "validation", "test", "judge")}
     dropped = dict(data.dropped.most_common())
     found = {"format": 1, "rows": data.rows, **sides, "dropped": dropped}

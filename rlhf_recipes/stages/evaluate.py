@@ -1,7 +1,7 @@
 """The closing stage: every policy on the same test prompts under the same seeds.
 
 Each policy is compared with the one it started from: PPO with SFT, SFT with the base. Nothing was
-trained or selected on these prompts.
+trained or selected on these prompts. Intervals are of 95 %, over prompts drawn again.
 """
 
 from __future__ import annotations
@@ -10,34 +10,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from rlhf_recipes import sources
+from rlhf_recipes import evidence
 from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example, pairs, unique_prompts
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.judge import Judge, load_judge
+from rlhf_recipes.data import Example
 from rlhf_recipes.passes import logits, logprobs
-from rlhf_recipes.rewards import open_foreign, open_reward
-from rlhf_recipes.sequences import join, sample, score_ids
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.sequences import join
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import load_rows, need
-from rlhf_recipes.stages.reward import preference
+from rlhf_recipes.stages.answers import (
+    BATCH,
+    SCORERS,
+    Setting,
+    ask,
+    score,
+    setting_of,
+    test_prompts,
+)
+from rlhf_recipes.tokens import Tokens
 
-BATCH = 16  # sequences a forward
 LOGITS = 2**27  # of two policies at once, in float32 with what is made of them: 24 bytes each
-SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How every policy of the run is asked."""
-
-    length: int  # most new tokens
-    temperature: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -45,86 +40,55 @@ class Answers:
     """One policy's answers to the test prompts."""
 
     ids: list[list[int]]
-    texts: list[str]
-    scores: torch.Tensor | None  # [prompts], in units of the reward
-    judged: torch.Tensor | None  # [prompts], the judge's
+    eos: int
+    said: dict[str, list[float]]  # by SCORERS' keys; the reward model's, in units of the reward
+
+    @property
+    def ended(self) -> list[bool]:
+        return [ids[-1] == self.eos for ids in self.ids]
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared = context.recipe, context.shared
-    data = load_rows(context)
-    test = need(data.test, "prompts on the test side", context)
-    examples = unique_prompts(test)[: recipe.evaluation.prompts]
-    setting = _setting(context)
-    base, tokens = shared.base, shared.tokens
-    metrics: dict[str, float | int] = {}
-    judge = load_judge(recipe.evaluation.judge, recipe.model.base)
-
-    # ---- reward model
-    reward, name = _reward_model(context)
-    if reward is not None:
-        metrics |= _reward_metrics(reward, pairs(test), tokens.pad_id, name)
-
-    # ---- policies
+    recipe, shared, eos = context.recipe, context.shared, context.shared.tokens.eos_id
+    examples, setting = test_prompts(context), setting_of(context)
     policies = {"base": None} | {
         role.removeprefix("policy:"): folder
         for role, folder in context.inputs.items()
         if role.startswith("policy:")
     }
-    given: dict[str, Answers] = {}
+
+    # ---- what each answers, as exported
+    ids: dict[str, list[list[int]]] = {}
     for done, (name, folder) in enumerate(policies.items(), 1):
-        policy = base.open("policy", folder, seed=0)
-        given[name] = _answer(policy, reward, judge, examples, setting, shared)
-        metrics |= _own(name, given[name], tokens.eos_id)
-        bare = base.open("bare", None, seed=0)
-        metrics[f"{name}.nats_under_base"] = nats_a_token(bare, examples, given[name].ids)
-        base.close(bare)
+        [ids[name]] = ask(shared, folder, examples, setting, [setting.seed])
+        context.progress.update(done, len(policies) + 2)
+
+    # ---- how far it went, and what is said of it
+    numbers = _distances(context, policies, examples, ids, setting)
+    context.progress.update(len(policies) + 1, len(policies) + 2)
+    if recipe.model.quantization != "none":
+        shared.release()  # the base that the distances were measured on
+    said = score(
+        context, [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
+    )
+    given: dict[str, Answers] = {}
+    for place, name in enumerate(policies):
+        part = slice(place * len(examples), (place + 1) * len(examples))
+        given[name] = Answers(ids[name], eos, {who: said[who][part] for who in said})
+        numbers[name] |= _own(given[name])
         before = _start_of(name, policies, recipe)
         if before is not None:
-            start = base.open("start", policies[before], seed=0)
-            metrics |= _against(name, given[name], given[before])
-            metrics[f"{name}.kl"] = exact_kl(policy, start, examples, given[name].ids, setting)
-            base.close(start)
-        base.close(policy)
-        context.progress.update(done, len(policies))
-    if reward is not None:
-        base.close(reward)
+            numbers[name] |= _against(given[name], given[before], setting.seed)
+    context.progress.update(len(policies) + 2, len(policies) + 2)
 
     # ---- output
-    _write_answers(context.folder / "output" / "answers.jsonl", examples, given)
+    _write_answers(context.folder / "output" / "answers.jsonl", examples, given, shared.tokens)
+    metrics = {f"{name}.{key}": n for name in numbers for key, n in numbers[name].items()}
     metrics["evaluation.prompts"] = len(examples)
     return StageResult(metrics, _summary(metrics, list(policies), recipe))
 
 
-def _setting(context: StageContext) -> Setting:
-    """The evaluation's own words, else those that the last PPO stage samples with."""
-    recipe, asked = context.recipe, context.recipe.evaluation
-    ppo = [n for n in recipe.stages if recipe.table(n).kind == "ppo"]
-    trained = recipe.table(ppo[-1]).options if ppo else {}
-    length = asked.response_length or trained.get("response_length")
-    temperature = asked.temperature or trained.get("temperature")
-    return Setting(
-        length=length or recipe.dataset.max_answer_tokens,
-        temperature=temperature or 0.7,
-        seed=derive_seed(recipe.seed, context.name),
-    )
-
-
-def _reward_model(context: StageContext) -> tuple[Role | None, str]:
-    """What the last PPO stage was scored by, else the first reward stage; and its name."""
-    recipe, shared = context.recipe, context.shared
-    tables = [recipe.table(stage) for stage in recipe.stages]
-    named = [table.reward_model for table in tables if table.reward_model]
-    trained = [table.name for table in tables if table.kind == "reward"]
-    name = named[-1] if named else next(iter(trained), "")
-    if "reward_model" in context.inputs:
-        return open_reward(shared.base, context.inputs["reward_model"]), name
-    if not name:
-        return None, name
-    return open_foreign(sources.model_folder(name, recipe), shared.base, shared.tokens), "reward"
-
-
-def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | None:
+def _start_of(name: str, policies: Mapping[str, Path | None], recipe: Recipe) -> str | None:
     """The policy that stage `name` started from; None for the base."""
     if name == "base":
         return None
@@ -132,64 +96,15 @@ def _start_of(name: str, policies: Mapping[str, Path | None], recipe) -> str | N
     return recipe.table(name).policy or order[order.index(name) - 1]
 
 
-def _reward_metrics(reward: Role, rows: list[Example], pad: int, name: str) -> dict[str, float]:
-    if not rows:
-        return {}
-    accuracy, margin = preference(reward, rows, pad, BATCH)
-    shorter = [len(e.chosen_ids) - len(e.rejected_ids) for e in rows]
-    longer_wins = sum((d > 0) + 0.5 * (d == 0) for d in shorter) / len(shorter)
-    return {
-        f"{name}.accuracy": accuracy,
-        f"{name}.margin": margin,  # the head is in units already
-        f"{name}.test_pairs": len(rows),
-        f"{name}.length_accuracy": max(longer_wins, 1 - longer_wins),
-    }
-
-
-def _answer(
-    policy: Role,
-    reward: Role | None,
-    judge: Judge | None,
-    examples: list[Example],
-    setting: Setting,
-    shared: Shared,
-) -> Answers:
-    tokens = shared.tokens
-    prompts = [e.prompt_ids for e in examples]
-    ids = sample(
-        policy,
-        prompts,
-        length=setting.length,
-        temperature=setting.temperature,
-        eos=tokens.eos_id,
-        pad=tokens.pad_id,
-        batch=SAMPLED,
-        seed=setting.seed,
-    )
-    scores = None
-    if reward is not None:
-        scores = score_ids(reward, list(zip(prompts, ids, strict=True)), tokens.pad_id, BATCH)
-    texts, judged = [tokens.decode(answer) for answer in ids], None
-    if judge is not None:
-        asked = zip(examples, texts, strict=True)
-        judged = torch.tensor([judge(e.prompt, text) for e, text in asked])
-    return Answers(ids, texts, scores, judged)
-
-
-def _own(name: str, answers: Answers, eos: int) -> dict[str, float]:
-    count = len(answers.ids)
+def _own(answers: Answers) -> dict[str, float]:
     numbers = {
-        f"{name}.length": sum(len(ids) for ids in answers.ids) / count,
-        f"{name}.ended": sum(ids[-1] == eos for ids in answers.ids) / count,
+        "length": fmean(map(len, answers.ids)),
+        "ended": fmean(answers.ended),
         # Words that an answer says again, and word pairs that no other answer has said.
-        f"{name}.repetition": sum(1 - distinct([ids], 3) for ids in answers.ids) / count,
-        f"{name}.distinct_2": distinct(answers.ids, 2),
+        "repetition": fmean(1 - distinct([ids], 3) for ids in answers.ids),
+        "distinct_2": distinct(answers.ids, 2),
     }
-    if answers.scores is not None:
-        numbers[f"{name}.score"] = answers.scores.mean().item()
-    if answers.judged is not None:
-        numbers[f"{name}.judge_score"] = answers.judged.mean().item()
-    return numbers
+    return numbers | {f"{who}score": fmean(said) for who, said in answers.said.items()}
 
 
 def n_grams(ids: list[int], n: int) -> list[tuple[int, ...]]:
@@ -202,22 +117,52 @@ def distinct(answers: list[list[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def _against(name: str, now: Answers, before: Answers) -> dict[str, float]:
-    """Win rate with ties as ½, gain in units of the reward, and share of answers unchanged."""
-    same = [a == b for a, b in zip(now.ids, before.ids, strict=True)]
-    numbers = {f"{name}.unchanged": sum(same) / len(same)}
-    if now.scores is not None:
-        gain = (now.scores - before.scores).double()
-        numbers[f"{name}.score_gain"] = gain.mean().item()
-        numbers[f"{name}.win_rate"] = _wins(gain)
-    if now.judged is not None:
-        numbers[f"{name}.judge_win_rate"] = _wins(now.judged - before.judged)
+def _against(now: Answers, before: Answers, seed: int) -> dict[str, float]:
+    """Win rates with ties as ½, gains, and the share of answers unchanged, prompt by prompt."""
+    both = list(zip(now.ids, before.ids, strict=True))
+    alike = {  # who wins by length, or over what was cut off, does not win among these
+        "ended": [a and b for a, b in zip(now.ended, before.ended, strict=True)],
+        "like_length": [10 * abs(len(a) - len(b)) <= max(len(a), len(b)) for a, b in both],
+    }
+    numbers = {"unchanged": fmean(a == b for a, b in both)}
+    numbers |= {f"{what}_pairs": sum(chosen) for what, chosen in alike.items()}
+    for who in now.said:
+        gains = [a - b for a, b in zip(now.said[who], before.said[who], strict=True)]
+        wins = [(gain > 0) + 0.5 * (gain == 0) for gain in gains]
+        for key, values in ((f"{who}win_rate", wins), (f"{who or 'score_'}gain", gains)):
+            low, high = evidence.bootstrap(values, seed)
+            numbers |= {key: fmean(values), f"{key}_low": low, f"{key}_high": high}
+        for what, chosen in alike.items():
+            if any(chosen):
+                some = [win for win, counts in zip(wins, chosen, strict=True) if counts]
+                numbers[f"{who}win_rate_{what}"] = fmean(some)
     return numbers
 
 
-def _wins(gain: torch.Tensor) -> float:
-    """Share of the prompts with a gain, a tie counting half."""
-    return ((gain > 0) + 0.5 * (gain == 0)).mean().item()
+def _distances(
+    context: StageContext,
+    policies: Mapping[str, Path | None],
+    examples: list[Example],
+    ids: dict[str, list[list[int]]],
+    setting: Setting,
+) -> dict[str, dict[str, float]]:
+    """Each policy's, from the base and from its start: adapters on one base in 16 or 32 bit.
+
+    But for the merge's rounding these are the exported policies, in the memory of one.
+    """
+    shared, quantized = context.shared, context.recipe.model.quantization != "none"
+    base, found = shared.load_base("none") if quantized else shared.base, {}
+    bare = base.open("bare", None, seed=0)
+    for name, folder in policies.items():
+        found[name] = {"nats_under_base": nats_a_token(bare, examples, ids[name])}
+        before = _start_of(name, policies, context.recipe)
+        if before is not None:
+            policy = base.open("policy", folder, seed=0)
+            start = base.open("start", policies[before], seed=0)
+            found[name]["kl"] = exact_kl(policy, start, examples, ids[name], setting)
+            base.close(policy, start)
+    base.close(bare)
+    return found
 
 
 @torch.no_grad()
@@ -254,20 +199,22 @@ def nats_a_token(base: Role, examples: list[Example], answers: list[list[int]]) 
     return total / sum(map(len, answers))
 
 
-def _write_answers(file: Path, examples: list[Example], given: dict[str, Answers]) -> None:
+def _write_answers(
+    file: Path, examples: list[Example], given: dict[str, Answers], tokens: Tokens
+) -> None:
     with file.open("w") as out:
         for i, example in enumerate(examples):
-            row = {"prompt": example.prompt, "answers": {}, "scores": {}}
-            for name, answers in given.items():
-                row["answers"][name] = answers.texts[i]
-                if answers.scores is not None:
-                    row["scores"][name] = round(answers.scores[i].item(), 4)
-                if answers.judged is not None:
-                    row.setdefault("judged", {})[name] = answers.judged[i].item()
+            row = {"prompt": example.prompt}
+            row["answers"] = {name: tokens.decode(a.ids[i]) for name, a in given.items()}
+            for who, key in SCORERS.items():
+                said = {name: a.said[who][i] for name, a in given.items() if who in a.said}
+                row |= {key: said} if said or not who else {}
+            row["tokens"] = {name: len(a.ids[i]) for name, a in given.items()}
+            row["ended"] = {name: a.ended[i] for name, a in given.items()}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _summary(metrics: dict[str, float], policies: list[str], recipe) -> str:
+def _summary(metrics: dict[str, float], policies: list[str], recipe: Recipe) -> str:
     last = policies[-1]
     if f"{last}.win_rate" not in metrics:
         return f"{metrics['evaluation.prompts']} test prompts"

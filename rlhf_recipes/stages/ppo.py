@@ -9,20 +9,25 @@ saves in variance.
 
 from __future__ import annotations
 
+import json
 import math
 
 from trl.experimental.ppo import PPOConfig
 
-from rlhf_recipes import sources, stopping
+from rlhf_recipes import evidence, sources, stopping
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.ppo_losses import Rollout
 from rlhf_recipes.ppo_trainer import PPOTrainer
+from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import load_head, open_foreign, open_reward, zero_head
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import float32, load_rows, need, trainer_config
+from rlhf_recipes.stages.reward import measure
+from rlhf_recipes.tables import EXTRAS, StageTable
 
+ROLLOUT = "local_rollout_forward_batch_size"
 VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 
 
@@ -33,9 +38,22 @@ def run(context: StageContext) -> StageResult:
     prompts = unique_prompts(need(data.train, "prompts on the train side", context))
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
+    # ---- a reward model that is worth it
+    base, scorer = shared.base, context.inputs.get("reward_model")
+    minimum, key = minimum_accuracy(recipe, table)
+    if scorer is not None:
+        found, told = json.loads((scorer / evidence.FILE).read_text())["metrics"], {}
+    else:
+        folder = sources.model_folder(table.reward_model, recipe)
+        reward = open_foreign(folder, base, shared.tokens)
+        found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
+        name = "reward" if "reward" not in recipe.stages else "foreign"
+        told = {f"{name}.{metric}": number for metric, number in found.items()}
+    if doubt := evidence.gate(found, minimum, key):
+        context.progress.note(doubt)
+
     # ---- four roles on one base
-    base, start = shared.base, context.inputs.get("policy")
-    scorer = context.inputs.get("reward_model")
+    start = context.inputs.get("policy")
     seed = derive_seed(recipe.seed, context.name, "lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     # An adapter even where nothing was trained before: that of DoRA rounds the bare base.
@@ -46,8 +64,6 @@ def run(context: StageContext) -> StageResult:
         reward = open_reward(base, scorer)
         value.add_head(load_head(value.lm, scorer))
     else:
-        folder = sources.model_folder(table.reward_model, recipe)
-        reward = open_foreign(folder, base, shared.tokens)
         value.add_head(zero_head(value.lm))
     float32(*policy.trainable(), *value.trainable())
 
@@ -93,6 +109,8 @@ def run(context: StageContext) -> StageResult:
         "train_kl": last["objective/kl"],
         "train_length": last["val/length"],
         "stopped": trainer.stopped,
+        "minimum_accuracy": minimum,
+        **told,
     }
     if table.extras["keep"] == "best" and trainer.best is not None:
         metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
@@ -101,6 +119,15 @@ def run(context: StageContext) -> StageResult:
     if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:
         summary += f"; kept the policy of update {metrics['kept_update']}"
     return StageResult(metrics, summary + (f"; stopped: {trainer.stopped}" * bool(trainer.stopped)))
+
+
+def minimum_accuracy(recipe: Recipe, table: StageTable) -> tuple[float, str]:
+    """The accuracy below which the recipe does not want PPO to start, and the key that says so."""
+    for name in (table.name, table.reward_model):
+        own = recipe.tables[name].extras if name in recipe.tables else {}
+        if own.get("minimum_accuracy") is not None:
+            return own["minimum_accuracy"], f"{name}.minimum_accuracy"
+    return EXTRAS["reward"]["minimum_accuracy"].default, f"{table.name}.minimum_accuracy"
 
 
 class Report:

@@ -6,24 +6,30 @@ Departs from TRL's own script in that
   writes after EOS, while PPO scores at EOS (TRL-facts 27);
 - the head trains with a learning rate of its own, in float32;
 - mean and deviation of its scores over the training chosen answers are stored: the unit in which
-  every later stage reads it.
+  every later stage reads it;
+- what it is worth is measured on test pairs: PPO looks at that before it starts.
+
+The independent judge is one too: from the bare base, on the pairs that this one never sees.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
+from rlhf_recipes import evidence
 from rlhf_recipes.adapters import UNIT, Role
-from rlhf_recipes.data import Example, pairs
+from rlhf_recipes.data import Data, Example, pairs
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.models import new_head
 from rlhf_recipes.sequences import score_ids
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config, write_json
+from rlhf_recipes.tables import JUDGE
 
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
 
@@ -32,7 +38,10 @@ def run(context: StageContext) -> StageResult:
     recipe, shared = context.recipe, context.shared
     table = recipe.table(context.name)
     data = load_rows(context)
-    train = need(pairs(data.reward_train), "pairs on the train side", context)
+    if context.kind == JUDGE:
+        train = need(pairs(data.judge), "pairs in the judge's share of the train side", context)
+    else:
+        train = need(pairs(data.reward_train), "pairs on the train side", context)
     validation = pairs(data.validation)
 
     # ---- reward model
@@ -60,7 +69,7 @@ def run(context: StageContext) -> StageResult:
     with reward.active(autocast=False):  # through the backward too: checkpointed layers recompute
         trained = trainer.train()
 
-    # ---- unit and validation
+    # ---- unit, validation and evidence
     batch = args.per_device_eval_batch_size
     pad = shared.tokens.pad_id
     some = train[:: -(-len(train) // UNIT_ROWS)]
@@ -75,28 +84,63 @@ def run(context: StageContext) -> StageResult:
     }
     summary = f"loss {trained.training_loss:.3f}"
     if validation:
-        accuracy, margin = preference(reward, validation, pad, batch)
-        metrics |= {"validation_accuracy": accuracy, "validation_margin": margin / std}
+        apart = margins(reward, validation, pad, batch)
+        accuracy = evidence.right(apart).mean().item()
+        metrics |= {"validation_accuracy": accuracy, "validation_margin": apart.mean() / std}
         summary = f"validation accuracy {accuracy:.1%} of {len(validation)} pairs"
+    found = measure(context, reward, data, std, batch)
+    if found:
+        summary = f"accuracy {found['accuracy']:.1%} of {found['test_pairs']} test pairs"
 
     # ---- output
     output = context.folder / "output"
     base.save(reward, output)
     write_json(output / UNIT, {"format": 1, "mean": mean, "std": std})
     base.close(reward)
-    return StageResult(metrics, summary)
+    return StageResult(metrics | found, summary)
 
 
 class Trainer(Stock, RewardTrainer):
     pass
 
 
-def preference(reward: Role, rows: list[Example], pad: int, batch: int) -> tuple[float, float]:
-    """Share of pairs ranked right, a tie counting half, and mean margin in the head's own scale."""
+def measure(
+    context: StageContext, reward: Role, data: Data, std: float, batch: int
+) -> dict[str, float]:
+    """A reward model's numbers on test pairs, whose evidence goes to the stage's output.
+
+    `std` is its unit in the scale of its head. A test split's pairs serve, also where the stage's
+    `data` are its own.
+    """
+    shared, whole = context.shared, context.recipe.dataset
+    split = any(table.test_split for table in (whole, *whole.more))
+    rows = pairs((shared.data(whole) if split else data).test)
+    numbers, found = {}, {"pairs": 0, "margins": [], "calibration": [], "worst": []}
+    if rows:
+        apart = margins(reward, rows, shared.tokens.pad_id, batch)
+        lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in rows]
+        numbers, found = evidence.of_pairs(apart, std, lengths)
+        worst = [i for i in apart.argsort(kind="stable") if apart[i] <= 0][: evidence.WORST]
+        decode = shared.tokens.decode
+        found["worst"] = [
+            {
+                "prompt": rows[i].prompt,
+                "chosen": decode(rows[i].chosen_ids),
+                "rejected": decode(rows[i].rejected_ids),
+                "margin": round(apart[i] / std, 4),
+            }
+            for i in worst
+        ]
+    file = context.folder / "output" / evidence.FILE
+    write_json(file, {"format": 1, **found, "metrics": numbers})
+    return numbers
+
+
+def margins(reward: Role, rows: list[Example], pad: int, batch: int) -> np.ndarray:
+    """Score of the chosen less that of the rejected answer, a pair each, in the head's scale."""
     chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in rows], pad, batch)
     rejected = score_ids(reward, [(e.prompt_ids, e.rejected_ids) for e in rows], pad, batch)
-    margin = (chosen - rejected).double()
-    return ((margin > 0) + 0.5 * (margin == 0)).mean().item(), margin.mean().item()
+    return (chosen - rejected).double().numpy()
 
 
 def _rows(examples: list[Example]) -> Dataset:

@@ -1,0 +1,149 @@
+"""What a run left on disk, as one object: all that the verdict, the report and the card look at.
+
+Any file may be missing or damaged: a run that failed, an older version's, a stage cleaned away.
+What cannot be read is empty, and nothing here raises for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf_recipes import rundir
+from rlhf_recipes.intervals import wilson
+from rlhf_recipes.tables import POLICY_KINDS
+
+Json = dict[str, Any]
+
+
+class Share(NamedTuple):
+    """A share of `count` cases, and the interval that holds it in 95 of 100 repetitions."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    kind: str
+    did: str  # "ran", "cached" or "not run"
+    folder: Path
+    record: Json  # stage.json; empty where it is not complete
+    data: Json  # what became of its rows
+    curve: tuple[Json, ...]  # metrics.jsonl
+    evidence: Json  # of a reward model
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a number that it told of as it went."""
+        found = [(number(row, "step"), number(row, key)) for row in self.curve]
+        kept = [(x, y) for x, y in found if x is not None and y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+
+@dataclass(frozen=True)
+class Facts:
+    folder: Path
+    manifest: Json
+    recipe: Json  # every key with its value
+    results: Json
+    stages: tuple[Stage, ...]
+    answers: tuple[Json, ...] = ()
+    best_of: Json | None = None
+
+    def number(self, key: str) -> float | None:
+        return number(self.results, key)
+
+    def share(self, key: str, count: str) -> Share | None:
+        """A share of the results with its interval: the one that was measured, or Wilson's."""
+        value, of = self.number(key), self.number(count)
+        if value is None or not of or not 0 <= value <= 1:
+            return None
+        low, high = self.number(f"{key}_low"), self.number(f"{key}_high")
+        if low is None or high is None:
+            low, high = wilson(value, int(of))
+        return Share(value, low, high, int(of))
+
+    def of(self, stage: str, key: str, default: Any = None) -> Any:
+        """A setting of a stage, as resolved."""
+        table = self.recipe.get(stage)
+        return table.get(key, default) if isinstance(table, dict) else default
+
+    def stage(self, name: str) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def of_kind(self, *kinds: str) -> list[Stage]:
+        return [stage for stage in self.stages if stage.kind in kinds]
+
+    def starts(self) -> dict[str, str]:
+        """Each policy that was trained, and the one it started from."""
+        names = [stage.name for stage in self.of_kind(*POLICY_KINDS)]
+        before = dict(zip(names, ["base", *names], strict=False))
+        return {name: self.of(name, "policy") or before[name] for name in names}
+
+    def reward_models(self) -> list[str]:
+        """Those that were measured on test pairs, the judge last."""
+        found = [key[: -len(".accuracy")] for key in self.results if key.endswith(".accuracy")]
+        return sorted(found, key=lambda name: name == "judge")
+
+
+def number(values: Json, key: str) -> float | None:
+    value = values.get(key)
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if ok else None
+
+
+def read(folder: Path) -> Facts:
+    """What is to be had of a run; its manifest is there."""
+    manifest = rundir.read_json(folder / rundir.MANIFEST) or {}
+    stages = []
+    for entry in manifest.get("stages", []):
+        with contextlib.suppress(KeyError, TypeError):
+            stages.append(_stage(entry, folder.parent))
+    outputs = {stage.kind: stage.folder / "output" for stage in stages if stage.record}
+    recipe: Json = {}
+    with contextlib.suppress(OSError, ValueError):
+        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+    nowhere = folder / "nowhere"
+    return Facts(
+        folder=folder,
+        manifest=manifest,
+        recipe=recipe,
+        results=rundir.read_json(folder / "results.json") or {},
+        stages=tuple(stages),
+        answers=lines(outputs.get("evaluation", nowhere) / "answers.jsonl"),
+        best_of=rundir.read_json(outputs.get("best_of", nowhere) / "best_of.json"),
+    )
+
+
+def _stage(entry: Json, runs: Path) -> Stage:
+    folder = runs / ".stages" / Path(entry["folder"]).name
+    record = rundir.read_record(folder) or {}
+    return Stage(
+        name=str(entry["name"]),
+        kind=str(entry["kind"]),
+        did=str(entry.get("outcome", "")),
+        folder=folder,
+        record=record if record.get("key") == entry.get("key") else {},
+        data=rundir.read_json(folder / "data.json") or {},
+        curve=lines(folder / "metrics.jsonl"),
+        evidence=rundir.read_json(folder / "output" / "evidence.json") or {},
+    )
+
+
+def lines(file: Path) -> tuple[Json, ...]:
+    """The objects of a file of a JSON object a line; a line that a kill cut is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                if isinstance(value := json.loads(line), dict):
+                    found.append(value)
+    return tuple(found)

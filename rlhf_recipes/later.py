@@ -1,0 +1,41 @@
+"""What is asked of a run when it has ended: a stage more, in its folder, and nothing else again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.history import read_manifest
+from rlhf_recipes.plan import make_plan
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.runner import RunOutcome, run
+from rlhf_recipes.tables import BEST_OF, EVALUATION
+
+KEY = f"{EVALUATION}.{BEST_OF}="
+
+
+def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
+    """Run the best-of-`count` stage of a run, in that run; its recipe.toml stays as written.
+
+    Raises UsageError where another of its stages would have to run first, and what `run` raises.
+    """
+    folder = run_folder.resolve()
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UsageError(f"{run_folder} has no manifest.json that can be read", "run it again")
+    recipe = load_recipe(folder / "resolved.toml", set=[f"{KEY}{count}"])
+    for stage in make_plan(recipe, folder.parent, name=folder.name).stages:
+        if not stage.done and stage.kind != BEST_OF:
+            raise UsageError(
+                f"{stage.name} of {run_folder} would have to run first: {stage.reason}",
+                f"rlhf-recipes run {manifest['recipe']} --name {folder.name}",
+            )
+    before = (word for word in manifest["overrides"] if not word.startswith(KEY))
+    written = replace(
+        recipe,
+        path=Path(manifest["recipe"]),
+        text=(folder / "recipe.toml").read_text(encoding="utf-8"),
+        overrides=(*before, f"{KEY}{count}"),
+    )
+    return run(written, runs=folder.parent, name=folder.name, wait=wait)

@@ -1,0 +1,217 @@
+"""The verdict's rules about policies: did each become better, at what price, or what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf_recipes.facts import Facts, Share, number
+from rlhf_recipes.findings import (
+    Finding,
+    Found,
+    interval,
+    percent,
+    said,
+    setting,
+    slower,
+    steps,
+    title,
+)
+
+WIDE = 0.2  # of a win rate's interval: where it holds a half, more prompts would tell
+HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
+STILL = 0.5  # nats an answer: a policy that has hardly moved
+ALIKE = 0.5  # of the distinct 2-grams that the policy before had
+REPEATING = 0.3  # of an answer's 3-grams
+ENDING = 0.5  # of the answers; under it most are cut off
+CUT_MORE = 0.15  # more of the answers cut off than before
+MORE_PROMPTS = "100 prompts tell 60 % from chance, 400 tell 55 %."
+
+
+def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
+    """Each policy after SFT: its name, its start's, and what a sentence calls them."""
+    starts = facts.starts()
+    for stage in facts.of_kind("ppo", "dpo"):
+        start = starts[stage.name]
+        yield stage.name, start, title(facts, stage.name), title(facts, start)
+
+
+def high_kl(facts: Facts) -> Found:
+    for name, _, who, start in _trained(facts):
+        kl, why = facts.number(f"{name}.kl"), str(facts.results.get(f"{name}.stopped") or "")
+        guard = facts.of(name, "guard") or {}
+        limit = min(number(guard, "max_kl") or HIGH_KL, HIGH_KL)
+        if kl is not None and kl > limit:
+            text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
+            text += "from what the reward model has seen, its scores mean little."
+            yield Finding("fault", name, text, f"{slower(facts, name)}.")
+        elif why.startswith("KL"):
+            yield Finding("doubt", name, *_stop(facts, name, who, why))
+
+
+def stopped(facts: Facts) -> Found:
+    for name, _, who, _ in _trained(facts):
+        why = str(facts.results.get(f"{name}.stopped") or "")
+        if why and not why.startswith("KL"):
+            yield Finding("fault", name, *_stop(facts, name, who, why))
+
+
+def _stop(facts: Facts, name: str, who: str, why: str) -> tuple[str, str]:
+    updates, kept = facts.number(f"{name}.updates"), facts.number(f"{name}.kept_update")
+    text = f"{who}'s guard stopped it after update {updates or 0:.0f}: {why}."
+    if kept is not None and kept != updates:
+        text += f" The policy of update {kept:.0f} was kept."
+    return text, f"{slower(facts, name)}."
+
+
+def collapsed(facts: Facts) -> Found:
+    for name, before, who, start in _trained(facts):
+        now, then = (facts.number(f"{p}.distinct_2") for p in (name, before))
+        again, once = (facts.number(f"{p}.repetition") for p in (name, before))
+        stage, text, fell = facts.stage(name), "", ""
+        if stage and (open_ := stage.series("val/entropy_per_token")[1]):
+            fell = f"; entropy went from {open_[0]:.2f} to {open_[-1]:.2f} nats a token"
+        if now is not None and then is not None and now < ALIKE * then:
+            text = f"{who}'s answers became alike: of their word pairs {percent(now)} are said for "
+            text += f"the first time, of {start}'s {percent(then)}"
+        elif again is not None and again > max(REPEATING, 2 * (once or 0)):
+            text = f"{who}'s answers repeat themselves: {percent(again)} of an answer's 3-grams "
+            text += f"were said in it before, {percent(once or 0)} of {start}'s"
+        if text:
+            change = f"{slower(facts, name)}, and see what the worst pairs reward."
+            yield Finding("fault", name, f"{text}{fell}.", change)
+
+
+def never_ends(facts: Facts) -> Found:
+    """The first policy most of whose answers are cut off; later ones that end fewer than before."""
+    for name, before in facts.starts().items():
+        now, then = (facts.number(f"{p}.ended") for p in (name, before))
+        if now is None:
+            continue
+        ppo = name if facts.of(name, "kind") == "ppo" else (_ppo(facts) or name)
+        text = f"{percent(now)} of {title(facts, name)}'s answers end within their tokens"
+        room = setting(facts, ppo, "response_length")
+        if before != "base" and then is not None:
+            text += f", {percent(then)} of {title(facts, before)}'s"
+        cure = f"Raise {setting(facts, name, 'missing_eos_penalty')}, or {room}."
+        if name != ppo:
+            cure = f"Raise {steps(facts, name)}; or {room}, where good answers are longer."
+        if now < ENDING:
+            yield Finding("fault", name, f"Only {text}: most are cut off.", cure)
+            return
+        if before != "base" and then is not None and now < then - CUT_MORE:
+            yield Finding("doubt", name, f"{text}: more are cut off.", cure)
+
+
+def _ppo(facts: Facts) -> str:
+    return next((stage.name for stage in facts.of_kind("ppo")), "")
+
+
+# ---- who wins -----------------------------------------------------------------------------------
+
+
+def _wins(facts: Facts, name: str, by: str = "") -> Share | None:
+    return facts.share(f"{name}.{by}win_rate", "evaluation.prompts")
+
+
+def _judges(facts: Facts, name: str) -> Iterator[tuple[Share, str]]:
+    """The win rates by judges that a policy was not trained against, and what each is called."""
+    specs = (facts.recipe.get("evaluation") or {}).get("judge")
+    specs = [specs] if isinstance(specs, str) else list(specs or ())
+    for by, spec in zip(("judge_", "judge2_"), [*specs, "", ""], strict=False):
+        share = _wins(facts, name, by)
+        rule = str(spec).startswith("python:")
+        called = f"the rule `{spec.rpartition('/')[2].removeprefix('python:')}`" if rule else ""
+        if share:
+            yield share, called or "a judge it was not trained against"
+
+
+def success(facts: Facts) -> Found:
+    for name, _, who, start in _trained(facts):
+        kl, wins = facts.number(f"{name}.kl"), _wins(facts, name)
+        price = f", at {kl:.1f} nats" if kl is not None else ""
+        judged = list(_judges(facts, name))
+        for share, called in judged:
+            if share.low > 0.5:
+                text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
+                yield Finding("success", name, text)
+        if wins and wins.low > 0.5:
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model that it was "
+            other = 'Nobody else judged: `evaluation.judge = "independent"` would.'
+            level, change = ("good", "") if judged else ("success", other)
+            yield Finding(level, name, f"{text}trained against{price}.", change)
+
+
+def no_gain(facts: Facts) -> Found:
+    """By the reward model that it was trained against."""
+    for name, _, who, start in _trained(facts):
+        wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
+        if wins is None or wins.low > 0.5 or (wins.high >= 0.5 and wins.high - wins.low > WIDE):
+            continue
+        text = f"{who} wins against {start} on {said(wins, 'prompts')} by its own reward model"
+        change = f"{slower(facts, name)}."
+        if kl is not None and kl < STILL:
+            text += f", at {kl:.2f} nats: it has hardly moved."
+            change = f"Raise {setting(facts, name, 'learning_rate')} or give it more steps."
+        elif wins.high < 0.5:
+            text += ": training made it worse."
+        else:
+            text += ": it gained nothing that can be told."
+            change = f"Give it more steps, or lower {setting(facts, name, 'kl_coef')}."
+        yield Finding("fault", name, text, change)
+
+
+def fooled(facts: Facts) -> Found:
+    """The reward model sees a gain that a judge does not."""
+    for name, _, who, start in _trained(facts):
+        wins = _wins(facts, name)
+        for share, called in _judges(facts, name) if wins and wins.low > 0.5 else ():
+            if share.low > 0.5 or (share.high >= 0.5 and share.high - share.low > WIDE):
+                continue
+            text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
+            text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
+            text += "it learned to please its reward model, not to answer better."
+            change = f"{slower(facts, name)}; or give the reward model more pairs, of such answers."
+            yield Finding("fault", facts.of(name, "reward_model") or name, text, change)
+
+
+def too_few_prompts(facts: Facts) -> Found:
+    for name, _, who, start in _trained(facts):
+        shares = [(_wins(facts, name), "the reward model"), *_judges(facts, name)]
+        for share, called in shares:
+            if share and share.low <= 0.5 <= share.high and share.high - share.low > WIDE:
+                text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
+                text += "few prompts to tell."
+                more = f"Raise {setting(facts, 'evaluation', 'prompts')}: {MORE_PROMPTS}"
+                yield Finding("doubt", "evaluation", text, more)
+
+
+def against_best_of(facts: Facts) -> Found:
+    """The last policy's gain and price as shares of those of the best of most answers."""
+    policy = str((facts.best_of or {}).get("against", ""))
+    counts = [key.split(".")[1] for key in facts.results if key.startswith("best_of.")]
+    most = max((int(count) for count in counts if count.isdecimal()), default=0)
+    kl, least = facts.number(f"{policy}.kl"), facts.number(f"best_of.{most}.kl")
+    for by, called in (("judge", "the judge"), ("score", "the reward model")):
+        gain = facts.number(f"{policy}.{by}_gain")
+        best = facts.number(f"best_of.{most}.{by}_gain")
+        if gain is not None and best and best > 0 and kl is not None and least:
+            start = title(facts, str((facts.best_of or {}).get("policy", "")))
+            text = f"By {called}, {title(facts, policy)} gained {percent(gain / best)} of what "
+            text += (
+                f"taking the best of {most} of {start}'s answers does, at {kl / least:.1f} times"
+            )
+            yield Finding("note", policy, f"{text} its KL.")
+            return
+
+
+RULES = (
+    high_kl,
+    stopped,
+    collapsed,
+    never_ends,
+    success,
+    no_gain,
+    fooled,
+    too_few_prompts,
+    against_best_of,
+)

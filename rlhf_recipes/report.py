@@ -1,0 +1,313 @@
+"""The report of a run and the page that compares some: HTML that needs and loads nothing else.
+
+Both are pure readers of files. What prompts, answers, titles and paths hold comes out as text: the
+templates escape all they are given, and the page's own policy lets it run and load nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes import card, charts, history, plots
+from rlhf_recipes.facts import Facts, Json, Share, Stage, number, read
+from rlhf_recipes.findings import Finding, interval, percent, title
+from rlhf_recipes.house import page, style
+from rlhf_recipes.progress import duration
+from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
+from rlhf_recipes.show import size
+from rlhf_recipes.verdict import verdict
+
+PAIRS = 8  # that a reward model is most wrong about
+REWARDS = ("reward", "judge")
+HEADLINES = {
+    "fault": "Something is wrong",
+    "success": "It worked",
+    "doubt": "It cannot be told yet",
+}
+SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
+# What the table of the policies says: a key, and how a person calls it.
+POLICY_ROWS = {
+    "judge_win_rate": "preferred by the judge",
+    "judge2_win_rate": "preferred by the second judge",
+    "win_rate": "preferred by the reward model",
+    "judge_gain": "gain by the judge",
+    "judge2_gain": "gain by the second judge",
+    "score_gain": "gain, units of the reward",
+    "kl": "KL, nats an answer",
+    "score": "score, units of the reward",
+    "judge_score": "the judge's score",
+    "judge2_score": "the second judge's score",
+    "length": "tokens an answer",
+    "ended": "answers that end",
+    "repetition": "repeated 3-grams",
+    "distinct_2": "distinct 2-grams",
+    "nats_under_base": "nats a token under the base",
+    "unchanged": "answers unchanged",
+}
+
+
+def write(folder: Path, *, again: bool = True) -> list[Finding]:
+    """Write a run's report.html, and its model's card; return its verdict.
+
+    Without `again`, a report that was made from the same stays: a run that finds all done is quick.
+    """
+    facts = read(folder)
+    found, source = verdict(facts), _made_from(facts)
+    if again or source not in _head(folder / REPORT):
+        write_text(folder / REPORT, page("report.html", _report(facts, found), source))
+    card.write(facts, found, policies(facts))
+    return found
+
+
+def write_comparison(folders: Sequence[Path], file: Path) -> None:
+    """Write the page that compares runs to `file`. Raises UsageError where one cannot be read."""
+    parts = history.compare(folders)
+    write_text(file, page("compare.html", _comparison([read(f) for f in folders], parts)))
+
+
+def _head(file: Path) -> str:
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return stream.read(2000)
+    except OSError:
+        return ""
+
+
+def _made_from(facts: Facts) -> str:
+    """A digest of what a report shows; a complete stage's files follow from its record."""
+    outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
+    stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
+    whole = [versions(), style()[1], outcome, facts.results, facts.recipe, stages]
+    return hashlib.sha256(to_json(whole).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+# ---- a run --------------------------------------------------------------------------------------
+
+
+def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
+    starts = facts.starts()
+    trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
+    last = trained[-1] if trained else None
+    ways = [charts.who_wins(facts, *last)] if last else []
+    ways += [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
+    manifest = facts.manifest
+    return {
+        "name": facts.folder.resolve().name,
+        "heading": manifest.get("title") or facts.folder.resolve().name,
+        "headline": HEADLINES.get(found[0].level if found else "", "What came of it"),
+        "found": found,
+        "manifest": manifest,
+        "model": model_name(facts),
+        "stages": facts.stages,
+        "seconds": duration(sum(number(s.record, "seconds") or 0 for s in facts.stages)),
+        "ended": str(manifest.get("ended", ""))[:16].replace("T", " "),
+        "tiles": _tiles(facts, last),
+        "last": last,
+        "last_title": title(facts, last[0]).strip("`") if last else "",
+        "start_title": title(facts, last[1]).strip("`") if last else "",
+        "cases": _cases(facts, *last) if last else [],
+        "ways": [plot for plot in ways if plot],
+        "policies": policies(facts),
+        "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
+        "rewards": [_reward(facts, s) for s in facts.stages if s.kind in REWARDS or s.evidence],
+        "losses": [plot for s in facts.of_kind("sft", "dpo") if (plot := charts.loss(facts, s))],
+        "costs": _costs(facts),
+        "data": [stage for stage in facts.stages if stage.data],
+        "text": _text(facts.folder / "recipe.toml"),
+        "resolved": _text(facts.folder / "resolved.toml"),
+        "missing": list(_missing(facts, last)),
+    }
+
+
+def model_name(facts: Facts) -> str:
+    model = facts.manifest.get("model") or {}
+    return str(model.get("repo") or (facts.recipe.get("model") or {}).get("name") or "a model")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")[:60_000]
+    except OSError:
+        return ""
+
+
+def ranged(share: Share | None) -> str:
+    return f"{percent(share.value)} ({interval(share)})" if share else ""
+
+
+def _gain(facts: Facts, key: str) -> str:
+    value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
+    around = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
+    return f"{value:+.2f}{around}".replace("-", "−")
+
+
+def _tiles(facts: Facts, last: tuple[str, str] | None) -> list[tuple[str, str, str]]:
+    """What a person looks for first: how it is called, the number, what is around it."""
+    made = []
+    if last:
+        name, whose = last[0], {"judge_": "the judge", "": "the reward model"}
+        for by, who in whose.items():
+            if share := facts.share(f"{name}.{by}win_rate", "evaluation.prompts"):
+                around = f"{interval(share)} %, of {share.count} prompts"
+                made.append((f"preferred by {who}", percent(share.value), around))
+        if gain := _gain(facts, f"{name}.score_gain"):
+            value, _, around = gain.partition(" ")
+            made.append(("gain, by the reward model", value, around.strip("()") or "units"))
+        if (kl := facts.number(f"{name}.kl")) is not None:
+            made.append(("distance from its start", f"{kl:.1f}", "nats an answer"))
+    for reward in facts.reward_models()[:1]:
+        if share := facts.share(f"{reward}.accuracy", f"{reward}.test_pairs"):
+            around = f"{interval(share)} %, of {share.count} pairs"
+            made.append(("ranked right by the reward model", percent(share.value), around))
+    return made
+
+
+def _cases(facts: Facts, name: str, start: str) -> list[Json]:
+    """Two each of the best, the worst and the middle by gain, and two drawn by their digest."""
+
+    def gain(row: Json) -> float:
+        scores = row.get("scores") or row.get("judged") or {}
+        return (number(scores, name) or 0.0) - (number(scores, start) or 0.0)
+
+    rows = [row for row in facts.answers if isinstance(row.get("answers"), dict)]
+    rows.sort(key=gain)
+    half = len(rows) // 2
+    picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
+    drawn = sorted(rows, key=lambda row: hashlib.sha256(str(row["prompt"]).encode()).digest())
+    shown: list[Json] = []
+    for label, chosen in {**picks, "drawn by lot": drawn}.items():
+        fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]
+        shown += [{"label": label, "row": row, "gain": gain(row)} for row in fresh[:2]]
+    return shown
+
+
+def policies(facts: Facts) -> list[list[str]]:
+    """A row a number and a column a policy; the base has none of what is against a start."""
+    starts = {"base": "", **facts.starts()}
+    names = [name for name in starts if f"{name}.length" in facts.results]
+    if not names:
+        return []
+    heads = [f"{name}, against {starts[name]}" if starts[name] else name for name in names]
+    rows = [["", *heads]]
+    for key, words in POLICY_ROWS.items():
+        cells = [_cell(facts, name, key) for name in names]
+        if any(cells):
+            rows.append([words, *(cell or "—" for cell in cells)])
+    return rows
+
+
+def _cell(facts: Facts, name: str, key: str) -> str:
+    value = facts.number(f"{name}.{key}")
+    if key.endswith("win_rate"):
+        return ranged(facts.share(f"{name}.{key}", "evaluation.prompts"))
+    if key.endswith("gain"):
+        return _gain(facts, f"{name}.{key}")
+    form = ".1%" if key in SHARES else ".1f" if key == "length" else ".2f"
+    return "" if value is None else f"{value:{form}}".replace("-", "−").replace("%", " %")
+
+
+def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
+    """What is known of a reward model; PPO's folder holds the evidence of one from elsewhere."""
+    name = stage.name
+    if stage.kind not in REWARDS:
+        name = "foreign" if "foreign.accuracy" in facts.results else "reward"
+    made = [
+        charts.accuracy(facts, name),
+        charts.margins(name, stage),
+        charts.calibration(facts, name, stage),
+    ]
+    if stage.kind in REWARDS:
+        made += [charts.learning(stage), charts.loss(facts, stage)]
+    worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
+    return {"name": name, "plots": [plot for plot in made if plot], "worst": worst[:PAIRS]}
+
+
+def _costs(facts: Facts) -> list[dict[str, Any]]:
+    """Each stage's time and memory, and its share of the longest one's time."""
+    seconds = {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages}
+    most, rows = max(seconds.values(), default=0.0) or 1.0, []
+    for stage in facts.stages:
+        memory = stage.record.get("memory") or {}
+        main, card = (number(memory, key) for key in ("process_bytes", "gpu_bytes"))
+        rows.append(
+            {
+                "name": stage.name,
+                "did": stage.did,
+                "time": duration(seconds[stage.name]) if stage.record else "—",
+                "share": round(100 * seconds[stage.name] / most, 1),
+                "memory": size(main) if main else "—",
+                "card": size(card) if card else "",
+                "summary": str(stage.record.get("summary", "")),
+            }
+        )
+    return rows
+
+
+def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
+    """What this page has nothing to show of, and what would bring it."""
+    name = facts.folder.resolve().name
+    gone = [s.name for s in facts.stages if not s.record and s.did != "not run"]
+    if gone:
+        yield f"The stages {', '.join(gone)} were removed: `rlhf-recipes run` makes them again."
+    if not last:
+        yield "No policy was evaluated: there are no answers to show."
+    elif not facts.answers:
+        yield "The evaluation's answers are not there."
+    if last and facts.number(f"{last[0]}.judge_win_rate") is None:
+        yield 'No judge but the reward model: `evaluation.judge = "independent"` trains one.'
+    if last and facts.number(f"{last[0]}.win_rate_low") is None:
+        yield "Made before intervals were measured: those of shares are Wilson's, gains have none."
+    if last and not facts.best_of:
+        yield f"No best-of-n to hold it against: `rlhf-recipes report {name} --best-of 16`."
+    for stage in facts.of_kind("reward"):
+        if stage.record and not stage.evidence:
+            yield f"No margins, calibration or worst pairs of `{stage.name}`: made before these."
+
+
+# ---- runs side by side --------------------------------------------------------------------------
+
+
+def _comparison(runs: list[Facts], parts: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
+    names = [facts.folder.resolve().name for facts in runs]
+    lasts = [next(reversed(facts.starts()), "") for facts in runs]
+    made = []
+    for by, whose in (("judge_", "the judge"), ("", "the reward model")):
+        rows = []
+        for name, last, facts in zip(names, lasts, runs, strict=True):
+            if share := facts.share(f"{last}.{by}win_rate", "evaluation.prompts"):
+                rows.append((name, *share[:3], plots.PPO))
+        if rows:
+            told = "; ".join(f"{name} {percent(value)}" for name, value, *_ in rows)
+            made.append(plots.ranges(f"wins-{by}", f"Preferred by {whose}: {told}", told, rows))
+    return {
+        "names": names,
+        "runs": [(facts, verdict(facts)) for facts in runs],
+        "plots": made,
+        "parts": {part: _rows(rows) for part, rows in parts.items()},
+    }
+
+
+def _rows(rows: dict[str, list[Any]]) -> dict[str, list[str]]:
+    """Each key's values as text; the ends of an interval beside the value that they are around."""
+    ends = ("_low", "_high")
+    made = {}
+    for key, values in rows.items():
+        if key.endswith(ends) and key.rpartition("_")[0] in rows:
+            continue
+        around = [rows.get(key + end, [None] * len(values)) for end in ends]
+        made[key] = [_value(key, *cells) for cells in zip(values, *around, strict=True)]
+    return made
+
+
+def _value(key: str, value: Any, low: Any, high: Any) -> str:
+    if not isinstance(value, float):
+        return "—" if value is None else str(value)
+    share = key.rpartition(".")[2].endswith(tuple(SHARES))
+    shown = [f"{100 * one:.3g}" if share else f"{one:.4g}" for one in (value, low, high) if one is not None]  # fmt: skip  # noqa: E501
+    around = f" ({' to '.join(shown[1:])})" if len(shown) == 3 else ""
+    return (shown[0] + " %" * share + around).replace("-", "−")

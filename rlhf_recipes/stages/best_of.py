@@ -1,0 +1,64 @@
+"""PPO's yardstick: the best of n answers by the reward model, from the policy that it started from.
+
+No training is in it, and what it costs in nats is known. So many answers are drawn to each prompt;
+the best of every n of them is reckoned, and its gain is over the mean of all.
+"""
+
+from __future__ import annotations
+
+import json
+from statistics import fmean
+
+from rlhf_recipes import evidence
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.stages import StageContext, StageResult
+from rlhf_recipes.stages.answers import SCORERS, ask, last_ppo, score, setting_of, test_prompts
+from rlhf_recipes.stages.common import write_json
+from rlhf_recipes.wiring import BASE
+
+
+def run(context: StageContext) -> StageResult:
+    recipe, shared = context.recipe, context.shared
+    examples, setting = test_prompts(context), setting_of(context)
+    count = recipe.evaluation.best_of
+    against = last_ppo(recipe)
+    start = recipe.table(against).policy or BASE
+
+    # ---- answers and what is said of them
+    draws: list[list[list[int]]] = []
+    seeds = [derive_seed(setting.seed, "draw", draw) for draw in range(count)]
+    for answers in ask(shared, context.inputs.get("policy"), examples, setting, seeds):
+        draws.append(answers)
+        context.progress.update(len(draws), count + 1)
+    asked = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
+    said = score(context, asked)
+    rows = [slice(first, first + count) for first in range(0, len(asked), count)]  # one a prompt
+    context.progress.update(count + 1, count + 1)
+
+    # ---- gains
+    curve = {"n": [2**power for power in range(count.bit_length())]}
+    curve["kl"] = [evidence.best_of_kl(n) for n in curve["n"]]
+    metrics = {f"best_of.{n}.kl": nats for n, nats in zip(*curve.values(), strict=True) if n > 1}
+    for who, values in said.items():
+        key = f"{who or 'score_'}gain"
+        curve[key] = []
+        for n in curve["n"]:
+            gains = [evidence.best_of_gain(said[""][row], values[row], n) for row in rows]
+            curve[key].append(fmean(gains))
+            if n > 1:
+                low, high = evidence.bootstrap(gains, setting.seed)
+                numbers = {key: curve[key][-1], f"{key}_low": low, f"{key}_high": high}
+                metrics |= {f"best_of.{n}.{name}": number for name, number in numbers.items()}
+
+    # ---- output
+    output = context.folder / "output"
+    with (output / "answers.jsonl").open("w") as out:
+        for example, row in zip(examples, rows, strict=True):
+            texts = [shared.tokens.decode(ids) for _, ids in asked[row]]
+            found = {SCORERS[who]: values[row] for who, values in said.items()}
+            line = {"prompt": example.prompt, "answers": texts, **found}
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    write_json(output / "best_of.json", {"format": 1, "policy": start, "against": against, **curve})
+    gain, nats = (metrics[f"best_of.{count}.{key}"] for key in ("score_gain", "kl"))
+    summary = f"the best of {count} of {start}: gain {gain:+.2f} at {nats:.2f} nats or less"
+    return StageResult(metrics, summary)

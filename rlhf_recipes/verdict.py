@@ -1,0 +1,214 @@
+"""What came of a run, in a few plain sentences: each from a stated rule, with its numbers.
+
+A rule is a function from a run's facts to what it finds; those about policies are beside these. The
+thresholds stand at the top. A share is held against its 95 % interval: "better than chance" is an
+interval above one half, "cannot be told" one that holds a half and is wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rlhf_recipes import policy_rules
+from rlhf_recipes.facts import Facts, Share
+from rlhf_recipes.findings import (
+    LEVELS,
+    Finding,
+    Found,
+    interval,
+    percent,
+    said,
+    setting,
+    steps,
+    title,
+)
+from rlhf_recipes.intervals import wilson
+
+MINIMUM = 0.55  # of a reward model's accuracy, where the recipe does not say otherwise
+TELLING = 0.65  # an interval from under a half to over this may hold a good reward model
+FEWEST = 8  # pairs to say anything from
+LEARNED = 0.01  # of the loss: what SFT has to take off it
+
+
+def verdict(facts: Facts) -> list[Finding]:
+    """What the rules found: faults first, in the order of the stages; then success, then doubts."""
+    place = {stage.name: at for at, stage in enumerate(facts.stages)}
+    found = [finding for rule in (*RULES, *policy_rules.RULES) for finding in rule(facts)]
+    if any(finding.level == "fault" for finding in found):
+        # Nobody but the reward model saw that success: no headline beside a fault.
+        unjudged = [f for f in found if f.level == "success" and f.change]
+        found = [replace(f, level="note") if f in unjudged else f for f in found]
+    found.sort(key=lambda f: (LEVELS.index(f.level), place.get(f.stage, len(place))))
+    return found
+
+
+# ---- the run itself -----------------------------------------------------------------------------
+
+
+def ended(facts: Facts) -> Found:
+    outcome, error = facts.manifest.get("outcome"), facts.manifest.get("error") or {}
+    left = [stage.name for stage in facts.stages if stage.did == "not run"]
+    stage, count = str(error.get("stage") or (left or [""])[0]), len(facts.stages)
+    done = f"{count - len(left)} of {count} stages are done"
+    if outcome == "failed":
+        why, hint = str(error.get("message") or "it failed"), str(error.get("hint") or "")
+        yield Finding("fault", stage, f"The run ended early, {done}: {why}.", hint)
+    elif outcome == "finished" and left:
+        yield Finding("note", stage, f"{', '.join(left)} did not run: it was told to stop before.")
+    elif outcome != "finished":
+        again = "The same command goes on from what is finished and saved."
+        yield Finding("doubt", stage, f"The run has not come to its end: {done}.", again)
+
+
+# ---- SFT ----------------------------------------------------------------------------------------
+
+
+def sft_loss(facts: Facts) -> Found:
+    for stage in facts.of_kind("sft"):
+        name, trained = stage.name, stage.series("loss")[1]
+        before = facts.number(f"{name}.validation_loss_before")
+        after, whose = facts.number(f"{name}.validation_loss"), "validation"
+        if (before is None or after is None) and stage.record and len(trained) > 1:
+            before, after, whose = trained[0], trained[-1], "training"
+        if before is None or after is None:
+            continue
+        text = f"{title(facts, name)}'s {whose} loss went from {before:.3f} to {after:.3f}"
+        if after > before * (1 + LEARNED):
+            fewer = f"Fewer {steps(facts, name)}, or lower {setting(facts, name, 'learning_rate')}."
+            yield Finding("fault", name, f"{text}: it made the model worse.", fewer)
+        elif after > before * (1 - LEARNED):
+            more = (
+                f"Raise {setting(facts, name, 'learning_rate')} or {steps(facts, name)}; or leave"
+            )
+            more += " it out, where the model before it answers so already."
+            yield Finding("fault", name, f"{text}: it learned next to nothing.", more)
+        else:
+            yield Finding("good", name, f"{text}.")
+
+
+# ---- reward models ------------------------------------------------------------------------------
+
+
+def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
+    """Each reward model: its name, its accuracy, how a sentence calls it, how grave its faults."""
+    names = facts.reward_models()
+    for name in names:
+        share = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
+        own = "The independent judge" if name == "judge" else "The reward model"
+        more = len([other for other in names if other != "judge"]) > 1 and name != "judge"
+        if share:
+            yield name, share, own + f" `{name}`" * more, "doubt" if name == "judge" else "fault"
+
+
+def _ranks(who: str, share: Share) -> str:
+    value, count = percent(share.value), share.count
+    return f"{who} ranks {value} of {count} test pairs right ({interval(share)})"
+
+
+def worse_than_chance(facts: Facts) -> Found:
+    for name, share, who, level in _measured(facts):
+        if share.high < 0.5:
+            why = "See whether `chosen` and `rejected` changed places, by `[dataset] columns`."
+            yield Finding(level, name, f"{_ranks(who, share)}: worse than chance.", why)
+
+
+def untrained(facts: Facts) -> Found:
+    """No better than chance, or hardly, and not by too few pairs to tell."""
+    for name, share, who, level in _measured(facts):
+        chance = share.low <= 0.5 <= share.high < TELLING
+        if not (chance or (share.low > 0.5 and share.value < MINIMUM)) or _by_length(facts, name):
+            continue
+        stage, text = facts.stage(name), f"{_ranks(who, share)}: "
+        text += "that is chance." if chance else "hardly better than chance."
+        seen = stage.series("accuracy")[1][-3:] if stage else []
+        trained = sum(seen) / len(seen) if seen else None
+        # A judge's settings are the last reward stage's.
+        rewards = [other.name for other in facts.of_kind("reward")]
+        table = rewards[-1] if name == "judge" and rewards else name
+        change = f"Raise {setting(facts, table, 'learning_rate')} or {steps(facts, table)}; and "
+        change += "read some pairs: is the better answer the chosen one?"
+        if trained is not None and trained > 0.8:
+            text += f" Of its training pairs it ranked {percent(trained)} right: by heart."
+            change = f"Give it more pairs, or fewer {steps(facts, table)}."
+        elif trained is not None:
+            text += f" Nor did it learn its training pairs ({percent(trained)} right)."
+        after = "What follows it learned from noise." if level == "fault" else "It is no judge."
+        yield Finding(level, name, f"{text} {after}", change)
+
+
+def too_few_pairs(facts: Facts) -> Found:
+    for name, share, who, _ in _measured(facts):
+        if share.low <= 0.5 and share.high >= TELLING:
+            text = f"{_ranks(who, share)}: too few pairs to tell it from chance."
+            more = f"More pairs, or a larger {setting(facts, 'dataset', 'test_fraction')}."
+            yield Finding("doubt", name, text, more)
+
+
+def follows_length(facts: Facts) -> Found:
+    for name, share, who, level in _measured(facts):
+        if (against := _by_length(facts, name)) is None:
+            continue
+        few, which = against
+        text = f"{_ranks(who, share)}, and length alone {percent(_length_alone(facts, name))}; "
+        text += f"where the {which} answer was preferred, {said(few, 'pairs')}: it learned length."
+        change = "Give it pairs of like length, or as many whose shorter answer is the better one."
+        yield Finding(level, name, text + " Look there first.", change)
+
+
+def _length_alone(facts: Facts, name: str) -> float:
+    return facts.number(f"{name}.length_accuracy") or 0.5
+
+
+def _by_length(facts: Facts, name: str) -> tuple[Share, str] | None:
+    """The pairs in which length points the wrong way, where a reward model is misled by it.
+
+    That is: it ranks most of those wrong, and most of the others right.
+    """
+    whole = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
+    shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
+    if whole is None or shorter is None or whole.count <= shorter.count:
+        return None
+    rest = whole.count - shorter.count
+    right = (whole.value * whole.count - shorter.value * shorter.count) / rest
+    right = min(max(right, 0.0), 1.0)
+    longer = Share(right, *wilson(right, rest), rest)
+    few, many, which = shorter, longer, "shorter"
+    if shorter.count > rest:
+        few, many, which = longer, shorter, "longer"
+    misled = few.count >= FEWEST and few.high < 0.5 < many.low
+    return (few, which) if misled else None
+
+
+def gate_lowered(facts: Facts) -> Found:
+    for stage in facts.of_kind("ppo"):
+        least = facts.number(f"{stage.name}.minimum_accuracy")
+        if least is None or least >= MINIMUM:
+            continue
+        names = (facts.of(stage.name, "reward_model"), "foreign", "reward")
+        found = [facts.number(f"{name}.accuracy") for name in names]
+        value = next((one for one in found if one is not None), None)
+        text = f"The gate before {title(facts, stage.name)} was lowered to {least:g}, from "
+        text += f"{MINIMUM:g}: its reward model ranks {percent(value or 0)} of test pairs right."
+        low = value is None or value < MINIMUM
+        yield Finding("doubt" if low else "note", stage.name, text)
+
+
+def learned_preferences(facts: Facts) -> Found:
+    for name, share, who, _ in _measured(facts):
+        if share.low > 0.5 and share.value >= MINIMUM and not _by_length(facts, name):
+            alone = facts.number(f"{name}.length_accuracy")
+            more = f", length alone {percent(alone)}" if alone is not None else ""
+            yield Finding("good", name, f"{_ranks(who, share)}{more}.")
+
+
+RULES = (
+    ended,
+    sft_loss,
+    worse_than_chance,
+    untrained,
+    too_few_pairs,
+    follows_length,
+    gate_lowered,
+    learned_preferences,
+)

@@ -1,0 +1,150 @@
+"""The best of n: its numbers from its answers, and the stage put into a run that is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from rlhf_recipes.errors import RecipeError, UsageError
+from rlhf_recipes.identity import derive_seed
+from rlhf_recipes.later import best_of
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.rewards import open_reward
+from rlhf_recipes.runner import run
+from rlhf_recipes.sequences import score_ids
+from rlhf_recipes.stages import answers
+from tests.counting import Counting, toy
+from tests.test_stages import Chain
+
+
+def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text("def rule(prompt, answer):\n    return float(len(answer))\n")
+    changes = ["evaluation.best_of=4", f"evaluation.judge=python:{rule}:rule"]
+    chain = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "stages")
+    chain.run("sft", {})
+    chain.run("reward", {"policy": "sft"})
+    result = chain.run("best_of", {"policy": "sft", "reward_model": "reward"})
+    output = chain.outputs["best_of"]
+    rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    curve = json.loads((output / "best_of.json").read_text())
+    assert len(rows) == 12 and {len(row["answers"]) for row in rows} == {4}
+    assert (curve["policy"], curve["against"], curve["n"]) == ("sft", "ppo", [1, 2, 4])
+
+    for key, said in (("score_gain", "scores"), ("judge_gain", "judged")):
+        for place, n in enumerate(curve["n"]):
+            by_hand = []
+            for row in rows:
+                best = []
+                for chosen in combinations(range(4), n):
+                    top = max(row["scores"][i] for i in chosen)
+                    best.append(fmean(row[said][i] for i in chosen if row["scores"][i] == top))
+                by_hand.append(fmean(best) - fmean(row[said]))
+            assert curve[key][place] == pytest.approx(fmean(by_hand), abs=1e-9)
+            if n > 1:
+                assert result.metrics[f"best_of.{n}.{key}"] == curve[key][place]
+                low, high = (result.metrics[f"best_of.{n}.{key}_{e}"] for e in ("low", "high"))
+                half = 1.96 * math.sqrt(sum((g - fmean(by_hand)) ** 2 for g in by_hand)) / 12
+                assert [low, high] == pytest.approx(
+                    [fmean(by_hand) - half, fmean(by_hand) + half], abs=half / 3
+                )
+    assert result.metrics["best_of.4.kl"] == curve["kl"][2] == math.log(4) - 0.75
+    assert curve["kl"][0] == 0.0 and "best_of.1.kl" not in result.metrics
+    assert 0 < curve["score_gain"][1] < curve["score_gain"][2]
+
+    # Whose answers they are, and who says what of them.
+    tested = answers.unique_prompts(chain.shared.data(chain.recipe.dataset).test)[:12]
+    setting = answers.Setting(6, 1.0, 0)
+    seeds = [derive_seed(derive_seed(7, "best_of"), "draw", draw) for draw in range(4)]
+    draws = answers.ask(chain.shared, chain.outputs["sft"], tested, setting, seeds)
+    reward = None
+    for place, ids in enumerate(list(draws)):
+        texts = [chain.shared.tokens.decode(answer) for answer in ids]
+        assert texts == [row["answers"][place] for row in rows]
+        reward = reward or open_reward(chain.shared.base, chain.outputs["reward"])
+        said = [(e.prompt_ids, a) for e, a in zip(tested, ids, strict=True)]
+        scores = score_ids(reward, said, 0, 5).tolist()
+        assert [row["scores"][place] for row in rows] == pytest.approx(scores, abs=1e-4)
+        assert [row["judged"][place] for row in rows] == [float(len(text)) for text in texts]
+    assert len({tuple(row["answers"]) for row in rows}) > 6
+
+
+# ---- in a run that is there
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    return Counting(monkeypatch)
+
+
+def ran(recipe: Path, *changes: str, **options: object) -> Path:
+    return run(load_recipe(recipe, set=changes), runs=recipe.parent / "runs", **options).run_folder
+
+
+def test_a_run_gets_the_stage_that_it_lacks_and_nothing_else(
+    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy(tmp_path)
+    folder = ran(recipe, "ppo.total_episodes=128", "evaluation.judge=independent")
+    written = (folder / "recipe.toml").read_bytes()
+    before = json.loads((folder / "manifest.json").read_text())
+    count.ran.clear()
+    monkeypatch.chdir(folder)
+    outcome = best_of(run_folder=Path("."), count=8)
+    assert count.ran == ["best_of"] and count.exported == ["ppo"]
+    assert outcome.run_folder == folder and outcome.results["best_of.loss"] == 0.25
+    assert (folder / "recipe.toml").read_bytes() == written
+
+    after = json.loads((folder / "manifest.json").read_text())
+    *others, last = after["stages"]
+    assert (last["name"], last["outcome"], after["outcome"]) == ("best_of", "ran", "finished")
+    assert [s["key"] for s in others] == [s["key"] for s in before["stages"]]
+    assert after["recipe"] == before["recipe"] == str(recipe)
+    assert after["overrides"] == [*before["overrides"], "evaluation.best_of=8"]
+    assert load_recipe(folder / "resolved.toml").evaluation.best_of == 8
+    results = json.loads((folder / "results.json").read_text())
+    assert results["ppo.win_rate"] == 0.75 and results["best_of.steps"] == 2
+
+    best_of(run_folder=folder, count=8)
+    assert count.ran == ["best_of"]
+    best_of(run_folder=folder, count=16)
+    assert count.ran == ["best_of"] * 2
+    overrides = json.loads((folder / "manifest.json").read_text())["overrides"]
+    assert overrides == [*before["overrides"], "evaluation.best_of=16"]
+
+
+def test_no_other_stage_is_run_for_it(tmp_path: Path, count: Counting) -> None:
+    recipe = toy(tmp_path)
+    folder = ran(recipe, until="reward")
+    with pytest.raises(UsageError, match=r"ppo of .*/toy would have to run first: new \(rlhf-reci"):
+        best_of(run_folder=folder, count=4)
+    ran(recipe)
+    manifest = (folder / "manifest.json").read_bytes()
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "d"}\n')
+    with pytest.raises(UsageError, match="sft of .* would have to run first: pairs.jsonl changed"):
+        best_of(run_folder=folder, count=4)
+    assert count.ran == ["sft", "reward", "ppo", "evaluation"]
+    assert (folder / "manifest.json").read_bytes() == manifest
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path: Path, count: Counting) -> None:
+    recipe = toy(tmp_path)
+    folder = ran(recipe)
+    with pytest.raises(RecipeError, match="evaluation.best_of=3: "):
+        best_of(run_folder=folder, count=3)
+    alone = ran(recipe, 'stages=["sft", "reward"]', name="alone")
+    with pytest.raises(RecipeError, match="evaluation.best_of.*no stage is of PPO"):
+        best_of(run_folder=alone, count=4)
+    unjudged = ran(recipe, "evaluation=false", name="unjudged")
+    with pytest.raises(RecipeError, match="evaluation"):
+        best_of(run_folder=unjudged, count=4)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UsageError, match="has no manifest.json that can be read .run it again"):
+        best_of(run_folder=folder, count=4)

@@ -1,0 +1,244 @@
+"""Each rule of the verdict: what it says, with which numbers, and of which stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_recipes.facts import read
+from rlhf_recipes.findings import Finding
+from rlhf_recipes.verdict import verdict
+from tests.told import shares, told
+
+
+def found(folder: Path, changes: dict[str, Any] | None = None, **words: Any) -> list[Finding]:
+    return verdict(read(told(folder, changes, **words)))
+
+
+def said(findings: list[Finding]) -> list[tuple[str, str]]:
+    return [(one.level, one.stage) for one in findings]
+
+
+def test_a_run_in_which_all_went_well(tmp_path: Path) -> None:
+    findings = found(tmp_path)
+    assert [one.text for one in findings] == [
+        "PPO beat SFT on 71 % of 128 prompts (63–79) by a judge it was not trained against, at "
+        "6.2 nats.",
+        "SFT's validation loss went from 4.724 to 3.673.",
+        "The reward model ranks 90 % of 200 test pairs right (86–94), length alone 56 %.",
+        "PPO beat SFT on 90 % of 128 prompts (85–95) by the reward model that it was trained "
+        "against, at 6.2 nats.",
+        "The independent judge ranks 80 % of 200 test pairs right (75–85), length alone 56 %.",
+    ]
+    assert said(findings) == [
+        ("success", "ppo"), ("good", "sft"), ("good", "reward"), ("good", "ppo"), ("good", "judge")
+    ]  # fmt: skip
+    assert not any(one.change for one in findings)
+
+
+# What is wrong; the level, the stage and a part of the sentence; a part of what to change.
+CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
+    "SFT learned nothing": (
+        {"sft.validation_loss": 4.719}, "fault", "sft",
+        "SFT's validation loss went from 4.724 to 4.719: it learned next to nothing.",
+        "`sft.learning_rate` (0.0003 now)",
+    ),
+    "SFT made it worse": (
+        {"sft.validation_loss": 5.1}, "fault", "sft",
+        "went from 4.724 to 5.100: it made the model worse.", "`sft.num_train_epochs` (2 now)",
+    ),
+    "untrained reward model": (
+        shares("reward.accuracy", 0.51, 0.07), "fault", "reward",
+        "The reward model ranks 51 % of 200 test pairs right (44–58): that is chance.",
+        "Raise `reward.learning_rate` (0.0001 now)",
+    ),
+    "worse than chance": (
+        shares("reward.accuracy", 0.31, 0.06) | {"reward.shorter_accuracy": 0.3}, "fault", "reward",
+        "ranks 31 % of 200 test pairs right (25–37): worse than chance.",
+        "`chosen` and `rejected` changed places",
+    ),
+    "a test set too small to tell": (
+        shares("reward.accuracy", 0.6, 0.2) | {"reward.test_pairs": 18, "reward.shorter_pairs": 5},
+        "doubt", "reward",
+        "ranks 60 % of 18 test pairs right (40–80): too few pairs to tell it from chance.",
+        "`dataset.test_fraction` (0.1 now)",
+    ),
+    "reward that follows length": (
+        shares("reward.accuracy", 0.75, 0.05)
+        | {"reward.length_accuracy": 0.74, "reward.shorter_accuracy": 0.12,
+           "reward.shorter_pairs": 50},
+        "fault", "reward",
+        "ranks 75 % of 200 test pairs right (70–80), and length alone 74 %; where the shorter "
+        "answer was preferred, 12 % of 50 pairs (6–24): it learned length. Look there first.",
+        "pairs of like length",
+    ),
+    "reward that follows shortness": (
+        shares("reward.accuracy", 0.75, 0.05)
+        | {"reward.length_accuracy": 0.75, "reward.shorter_accuracy": 0.95,
+           "reward.shorter_pairs": 150},
+        "fault", "reward", "where the longer answer was preferred, 15 % of 50 pairs", "",
+    ),
+    "the judge is none": (
+        shares("judge.accuracy", 0.51, 0.07), "doubt", "judge",
+        "The independent judge ranks 51 % of 200 test pairs right (44–58): that is chance. It is "
+        "no judge.", "`reward.learning_rate`",
+    ),
+    "the gate was lowered": (
+        shares("reward.accuracy", 0.53, 0.02)
+        | {"ppo.minimum_accuracy": 0.5}, "doubt", "ppo",
+        "The gate before PPO was lowered to 0.5, from 0.55: its reward model ranks 53 % of test",
+        "",
+    ),
+    "KL blow-up": (
+        {"ppo.kl": 61.3}, "fault", "ppo", "PPO went 61.3 nats an answer away from SFT, over 10:",
+        "Raise `ppo.kl_coef` (0.15 now) or lower `ppo.learning_rate` (0.0001 now).",
+    ),
+    "stopped by its KL": (
+        {"ppo.stopped": "KL 11.20 is over max_kl = 10", "ppo.updates": 31}, "doubt", "ppo",
+        "PPO's guard stopped it after update 31: KL 11.20 is over max_kl = 10. The policy of "
+        "update 24 was kept.", "`ppo.kl_coef`",
+    ),
+    "stopped by another guard": (
+        {"ppo.stopped": "loss/value_avg is nan"}, "fault", "ppo", "loss/value_avg is nan", "",
+    ),
+    "collapse to one answer": (
+        {"ppo.distinct_2": 0.03}, "fault", "ppo",
+        "PPO's answers became alike: of their word pairs 3 % are said for the first time, of "
+        "SFT's 62 %", "`ppo.kl_coef`",
+    ),
+    "collapse into repetition": (
+        {"ppo.repetition": 0.6}, "fault", "ppo",
+        "60 % of an answer's 3-grams were said in it before, 1 % of SFT's", "",
+    ),
+    "answers that never end": (
+        {"ppo.ended": 0.03}, "fault", "ppo",
+        "Only 3 % of PPO's answers end within their tokens, 96 % of SFT's: most are cut off.",
+        "`ppo.missing_eos_penalty` (1 now), or `ppo.response_length` (48 now)",
+    ),
+    "SFT's answers never end": (
+        {"sft.ended": 0.1, "ppo.ended": 0.1}, "fault", "sft",
+        "Only 10 % of SFT's answers end within their tokens: most are cut off.",
+        "`ppo.response_length` (48 now)",
+    ),
+    "fewer answers end": (
+        {"ppo.ended": 0.78}, "doubt", "ppo", "78 % of PPO's answers end within their tokens, 96 %",
+        "",
+    ),
+    "PPO has not moved": (
+        shares("ppo.win_rate", 0.5, 0.08) | {"ppo.kl": 0.12}, "fault", "ppo",
+        "PPO wins against SFT on 50 % of 128 prompts (42–58) by its own reward model, at 0.12 "
+        "nats: it has hardly moved.", "Raise `ppo.learning_rate`",
+    ),
+    "PPO made it worse": (
+        shares("ppo.win_rate", 0.3, 0.08), "fault", "ppo", "training made it worse", "",
+    ),
+    "a policy that fooled its reward model": (
+        shares("ppo.judge_win_rate", 0.38, 0.08), "fault", "reward",
+        "PPO beat SFT on 90 % of 128 prompts by its reward model, and on 38 % (30–46) by a judge "
+        "it was not trained against: it learned to please its reward model", "`ppo.kl_coef`",
+    ),
+    "too few prompts": (
+        shares("ppo.judge_win_rate", 0.6, 0.15) | {"evaluation.prompts": 40}, "doubt", "evaluation",
+        "PPO wins against SFT on 60 % of 40 prompts (45–75) by a judge it was not trained "
+        "against: too few prompts to tell.", "`evaluation.prompts` (128 now)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_wrong_is_said_of_its_stage_and_with_its_numbers(tmp_path: Path, name: str) -> None:
+    changes, level, stage, text, change = CASES[name]
+    fitting = [one for one in found(tmp_path, changes) if text in one.text]
+    assert said(fitting) == [(level, stage)], fitting
+    assert change in fitting[0].change
+
+
+def test_the_first_stage_at_fault_comes_first_and_no_unjudged_success_beside_it(
+    tmp_path: Path,
+) -> None:
+    changes = shares("reward.accuracy", 0.5, 0.05) | {"sft.validation_loss": 4.72, "ppo.kl": 70.0}
+    unjudged = dict.fromkeys([f"ppo.judge_win_rate{end}" for end in ("", "_low", "_high")])
+    findings = found(tmp_path, changes | unjudged)
+    assert said(findings)[:3] == [("fault", "sft"), ("fault", "reward"), ("fault", "ppo")]
+    assert [one.level for one in findings if "PPO beat SFT on 90 %" in one.text] == ["note"]
+
+
+def test_nobody_but_the_reward_model_judged(tmp_path: Path) -> None:
+    unjudged = dict.fromkeys([f"ppo.judge_win_rate{end}" for end in ("", "_low", "_high")])
+    first = found(tmp_path, unjudged)[0]
+    assert (first.level, first.stage) == ("success", "ppo")
+    assert first.text.endswith("by the reward model that it was trained against, at 6.2 nats.")
+    assert first.change == 'Nobody else judged: `evaluation.judge = "independent"` would.'
+
+
+def test_a_written_rule_is_named_and_a_second_judge_counts(tmp_path: Path) -> None:
+    judges = ["python:/home/me/oracle.py:score", "independent"]
+    second = shares("ppo.judge2_win_rate", 0.66, 0.08)
+    findings = found(tmp_path, second, recipe={"evaluation": {"judge": judges}})
+    assert [one.text for one in findings[:2]] == [
+        "PPO beat SFT on 71 % of 128 prompts (63–79) by the rule `oracle.py:score`, at 6.2 nats.",
+        "PPO beat SFT on 66 % of 128 prompts (58–74) by a judge it was not trained against, at "
+        "6.2 nats.",
+    ]
+
+
+def test_a_reward_model_that_knows_its_training_pairs_by_heart(tmp_path: Path) -> None:
+    for accuracy, words, change in [
+        (0.99, "Of its training pairs it ranked 99 % right: by heart.", "fewer `reward.num_train"),
+        (0.52, "Nor did it learn its training pairs (52 % right).", "Raise `reward.learning_rate`"),
+    ]:
+        folder = tmp_path / words[:3]
+        curves = {"reward": [{"step": n, "loss": 0.6, "accuracy": accuracy} for n in (1, 2)]}
+        (one,) = [
+            one
+            for one in found(folder, shares("reward.accuracy", 0.5, 0.05), curves=curves)
+            if one.level == "fault"
+        ]
+        assert words in one.text and change in one.change
+
+
+def test_the_price_of_a_gain_is_held_against_the_best_of_n(tmp_path: Path) -> None:
+    outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
+    last = found(tmp_path, outputs=outputs)[-1]
+    assert (last.level, last.text) == (
+        "note",
+        "By the judge, PPO gained 85 % of what taking the best of 16 of SFT's answers does, at 3.4 "
+        "times its KL.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("outcome", "level", "text"),
+    [
+        ("failed", "fault", "The run ended early, 2 of 6 stages are done: the gate said no."),
+        ("interrupted", "doubt", "The run has not come to its end: 2 of 6 stages are done."),
+        ("unfinished", "doubt", "The run has not come to its end: 2 of 6 stages are done."),
+        ("finished", "note", "ppo, judge, evaluation, best_of did not run"),
+    ],
+)
+def test_a_run_that_did_not_come_to_its_end(
+    tmp_path: Path, outcome: str, level: str, text: str
+) -> None:
+    error = {"stage": "ppo", "message": "the gate said no", "hint": "lower it"}
+    manifest = {"outcome": outcome, "error": error if outcome == "failed" else None}
+    measured = {key: None for key in told.__globals__["GOOD"] if key[:3] in ("ppo", "bas", "jud")}
+    findings = found(
+        tmp_path,
+        measured,
+        manifest=manifest,
+        not_run=("ppo", "judge", "evaluation", "best_of"),
+    )
+    (one,) = [one for one in findings if one.level == level]
+    assert (one.stage, one.text.startswith(text)) == ("ppo", True)
+    assert one.change == ("lower it" if outcome == "failed" else one.change)
+
+
+def test_nothing_that_is_missing_or_damaged_stops_it(tmp_path: Path) -> None:
+    run = told(tmp_path)
+    for file in ("results.json", "resolved.toml"):
+        (run / file).write_text("{")
+    assert verdict(read(run)) == []
+    (run / "manifest.json").write_text('{"format": 1, "stages": [3, {"name": "x"}]}')
+    assert [one.level for one in verdict(read(run))] == ["doubt"]
