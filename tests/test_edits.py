@@ -142,8 +142,10 @@ def say_the_roles(world: World) -> set[str]:
 
 
 def leave_out_the_evaluation(world: World) -> set[str]:
-    there = world.tables["evaluation"]
-    world.tables["evaluation"] = False if there is not False else {}
+    """Or put it back, as it last was."""
+    was = [tables["evaluation"] for tables, *_ in reversed(world.before)]
+    there = world.tables["evaluation"] is not False
+    world.tables["evaluation"] = False if there else next(one for one in was if one is not False)
     return set()
 
 
