@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.export import write_model, write_reward_model
+from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import open_reward, read_unit
 from rlhf_recipes.sequences import sample, score_ids
@@ -65,7 +66,7 @@ def test_what_is_sampled_and_measured_is_what_a_user_is_given(
     rows, tokens = rows_of(chain), chain.shared.tokens
     tested = answers.unique_prompts(chain.shared.data(chain.recipe.dataset).test)[:12]
     prompts = [example.prompt_ids for example in tested]
-    seed = evaluate.derive_seed(7, "evaluation")
+    seed = derive_seed(7, "evaluation")
     words = {"length": 6, "temperature": 1.0, "eos": 2, "pad": tokens.pad_id, "batch": 64}
 
     models, ids = {}, {}
@@ -183,7 +184,7 @@ def test_each_score_is_of_the_model_that_it_is_said_to_be(judged: Chain, tmp_pat
     """The reward model's in its units, an independent judge's in its own, a rule's as it is."""
     rows, shared = rows_of(judged), judged.shared
     tested = answers.unique_prompts(shared.data(judged.recipe.dataset).test)[:12]
-    setting = evaluate.Setting(6, 1.0, evaluate.derive_seed(7, "evaluation"))
+    setting = evaluate.Setting(6, 1.0, derive_seed(7, "evaluation"))
     [ids] = answers.ask(shared, judged.outputs["ppo"], tested, setting, [setting.seed])
     said = [(e.prompt_ids, a) for e, a in zip(tested, ids, strict=True)]
     for key, stage in (("scores", "reward"), ("judged", "judge")):
