@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import identity, stages, stopping
-from rlhf_recipes.errors import DataError
+from rlhf_recipes.errors import DataError, GateError
 
 STEPS = 3
 
@@ -155,15 +155,17 @@ def refuse(context: stages.StageContext) -> None:
     raise DataError("no rows on the train side", "lower test_fraction")
 
 
+def gate(context: stages.StageContext) -> None:
+    raise GateError("it ranks 50.0% right", "try more pairs")
+
+
 def main() -> None:
     counting = Counting(_Patch())
     fault, _, stage = os.environ.get("COUNTING", "").partition(":")
     if fault == "steady":
         stages.load = lambda kind: steady
     elif fault:
-        counting.fault[stage] = {"noise": noise, "hang": hang, "fail": fail, "refuse": refuse}[
-            fault
-        ]
+        counting.fault[stage] = globals()[fault]
     from rlhf_recipes.cli import main as command
 
     command()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DPOConfig, RewardConfig, SFTConfig
 from trl.experimental.ppo import PPOConfig
 
@@ -382,6 +383,7 @@ CHOICES = {
     ),
     ("ppo", "eval_strategy"): ("no", "steps"),
     ("ppo", "save_strategy"): ("no", "steps"),
+    **{(kind, "report_to"): ("none", *INTEGRATION_TO_CALLBACK) for kind in STAGES.split()},
     **{(kind, "save_strategy"): ("no", "steps", "epoch") for kind in STOCK.split()},
     ("sft", "train_sampling_strategy"): (
         *("random", "sequential", "group_by_length", "batch_rebalance"),

@@ -22,6 +22,8 @@ sft.train_loss sft.unchanged sft.validation_loss sft.validation_loss_before sft.
 reward.accuracy reward.length_accuracy reward.margin reward.pairs reward.steps reward.test_pairs
 reward.train_loss reward.unit_mean reward.unit_std reward.validation_accuracy
 reward.validation_margin
+reward.accuracy_high reward.accuracy_low reward.calibration_error reward.shorter_accuracy
+reward.shorter_pairs ppo.minimum_accuracy
 ppo.ended ppo.episodes ppo.kl ppo.length ppo.score ppo.score_gain ppo.stopped
 ppo.train_kl ppo.train_length ppo.train_score ppo.train_score_first ppo.unchanged ppo.updates
 ppo.win_rate
@@ -30,7 +32,10 @@ sft.repetition ppo.distinct_2 ppo.nats_under_base ppo.repetition
 """.split()
 STAGE_FILES = {
     "sft": ["adapter_config.json", "adapter_model.safetensors"],
-    "reward": ["adapter_config.json", "adapter_model.safetensors", "head.safetensors", "unit.json"],
+    "reward": [
+        *("adapter_config.json", "adapter_model.safetensors", "evidence.json"),
+        *("head.safetensors", "unit.json"),
+    ],
     "ppo": ["adapter_config.json", "adapter_model.safetensors", "value"],
     "evaluation": ["answers.jsonl"],
 }
