@@ -17,6 +17,7 @@ from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.judge import load_judge
+from rlhf_recipes.models import empty
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import open_foreign, open_reward
 from rlhf_recipes.sequences import sample, score_ids
@@ -91,8 +92,7 @@ def ask(
             batch=max(1, min(SAMPLED, TOKENS // longest)),
             seed=seed,
         )
-    del policy
-    shared.release()
+    empty(policy.lm)
 
 
 def score(
