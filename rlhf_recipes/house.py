@@ -44,7 +44,9 @@ def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
         lstrip_blocks=True,
         finalize=lambda value: UNSEEN.sub("", value) if type(value) is str else value,
     )
-    environment.filters |= {"words": words, "cut": cut}
+    # A number keeps its unit on its line.
+    tight = functools.partial(re.sub, r"(?<=\d) (?=%)", "\u00a0")
+    environment.filters |= {"words": words, "cut": cut, "tight": tight}
     text, style_digest = style()
     return environment.get_template(template).render(
         values, style=Markup(text), style_digest=style_digest, made_from=made_from

@@ -109,6 +109,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "last_title": title(facts, last[0]).strip("`") if last else "",
         "start_title": title(facts, last[1]).strip("`") if last else "",
         "cases": _cases(facts, *last) if last else [],
+        "answers": len(facts.answers),
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
         "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
@@ -116,6 +117,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "losses": [plot for s in facts.of_kind("sft", "dpo") if (plot := charts.loss(facts, s))],
         "costs": _costs(facts),
         "data": [stage for stage in facts.stages if stage.data],
+        "machine": _machine(manifest.get("hardware") or {}),
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
         "missing": list(_missing(facts, last)),
@@ -132,6 +134,13 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")[:60_000]
     except OSError:
         return ""
+
+
+def _machine(hardware: Json) -> str:
+    memory, cores = number(hardware, "memory_bytes"), hardware.get("cores")
+    cards = hardware.get("gpus") or ["no GPU"]
+    parts = [hardware.get("system"), cores and f"{cores} cores", memory and size(memory), *cards]
+    return " · ".join(str(part) for part in parts if part)
 
 
 def ranged(share: Share | None) -> str:
