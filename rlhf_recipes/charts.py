@@ -112,7 +112,8 @@ def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
     """KL and gain over the first update as PPO went."""
     stage = facts.stage(name)
     (_, kl), (_, scores) = (stage.series(key) for key in ("KL", "score")) if stage else ((), ())
-    return [(k, s - scores[0]) for k, s in zip(kl, scores, strict=False)]
+    every = -(-len(kl) // plots.POINTS) or 1
+    return [(k, s - scores[0]) for k, s in list(zip(kl, scores, strict=False))[::every]]
 
 
 # ---- curves -------------------------------------------------------------------------------------

@@ -183,11 +183,17 @@ def _cases(facts: Facts, name: str, start: str) -> list[Json]:
         scores = row.get("scores") or row.get("judged") or {}
         return (number(scores, name) or 0.0) - (number(scores, start) or 0.0)
 
+    def lot(row: Json) -> bytes:
+        return hashlib.sha256(to_json(row.get("prompt")).encode("utf-8", "replace")).digest()
+
     rows = [row for row in facts.answers if isinstance(row.get("answers"), dict)]
     rows.sort(key=gain)
     half = len(rows) // 2
     picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
-    drawn = sorted(rows, key=lambda row: hashlib.sha256(str(row["prompt"]).encode()).digest())
+    drawn = sorted(rows, key=lot)
+        rows,
+        key=lambda row: hashlib.sha256(str(row.get("prompt")).encode("utf-8", "replace")).digest(),
+    )
     shown: list[Json] = []
     for label, chosen in {**picks, "drawn by lot": drawn}.items():
         fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]
@@ -297,19 +303,18 @@ def _comparison(runs: list[Facts], parts: dict[str, dict[str, list[Any]]]) -> di
         "names": names,
         "runs": [(facts, verdict(facts)) for facts in runs],
         "plots": made,
-        "parts": {part: _rows(rows) for part, rows in parts.items()},
+        "parts": {part: _rows(rows, runs) for part, rows in parts.items()},
     }
 
 
-def _rows(rows: dict[str, list[Any]]) -> dict[str, list[str]]:
+def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]:
     """Each key's values as text; the ends of an interval beside the value that they are around."""
-    ends = ("_low", "_high")
     made = {}
     for key, values in rows.items():
-        if key.endswith(ends) and key.rpartition("_")[0] in rows:
+        if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in rows:
             continue
-        around = [rows.get(key + end, [None] * len(values)) for end in ends]
-        made[key] = [_value(key, *cells) for cells in zip(values, *around, strict=True)]
+        ends = [[facts.number(key + end) for end in ("_low", "_high")] for facts in runs]
+        made[key] = [_value(key, value, *pair) for value, pair in zip(values, ends, strict=True)]
     return made
 
 

@@ -15,10 +15,10 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
 errors stopping intervals evidence guards fields lines tables validate wiring edit recipe identity
-rundir progress memory hub mirror sources fetch judge
+rundir progress memory hub mirror sources fetch judge stages
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
-stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
+stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
 history plan facts findings policy_rules verdict show plots charts house card report
 export chat runner later cli __main__
@@ -27,7 +27,7 @@ export chat runner later cli __main__
 LIGHT = [
     *ORDER[: ORDER.index("tokens")],
     *ORDER[ORDER.index("history") : ORDER.index("export")],
-    *"stages shared runner later cli".split(),
+    *"shared runner later cli".split(),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
