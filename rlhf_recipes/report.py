@@ -191,9 +191,6 @@ def _cases(facts: Facts, name: str, start: str) -> list[Json]:
     half = len(rows) // 2
     picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
     drawn = sorted(rows, key=lot)
-        rows,
-        key=lambda row: hashlib.sha256(str(row.get("prompt")).encode("utf-8", "replace")).digest(),
-    )
     shown: list[Json] = []
     for label, chosen in {**picks, "drawn by lot": drawn}.items():
         fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]
