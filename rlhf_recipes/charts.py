@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlhf_recipes import plots
 from rlhf_recipes.facts import Facts, Share, Stage, number
@@ -10,6 +11,7 @@ from rlhf_recipes.findings import percent, title
 from rlhf_recipes.plots import BASE, PPO, SFT, Plot
 
 LEAST = 4  # points: a curve of fewer says nothing
+ROUGH = 0.2  # of the tokens clipped, in an update
 UNITS = "gain, units of the reward"
 
 
@@ -20,11 +22,11 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _went(values: Sequence[float], form: str = ".2f") -> str:
-    """rose from 1.0 to 2.0, least 0.9, most 2.1"""
+    """rose from 1.00 to 2.00"""
     first, last = ends(values)
     verb = "rose" if last > first else "fell"
     text = f"{verb} from {first:{form}} to {last:{form}}"
-    return text.replace("-", "−")
+    return text.replace("-", "−").replace("%", " %")
 
 
 def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f") -> str:
@@ -39,8 +41,8 @@ def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f")
 def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
     """Every way of counting that there is: by whom, among which answers."""
     rows: list[tuple[str, float, float, float, str]] = []
-    among = {"": "all", "_ended": "both ended", "_like_length": "of like length"}
-    judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward model", SFT)}
+    among = {"": "all", "_ended": "both ended", "_like_length": "like length"}
+    judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward", SFT)}
     for by, (whose, colour) in judges.items():
         for which, words in among.items():
             count = f"{name}.{which[1:]}_pairs" if which else "evaluation.prompts"
@@ -76,7 +78,7 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
     low, high = (facts.number(f"{name}.{by}_gain_{end}") for end in ("low", "high"))
     whose = "the judge" if by == "judge" else "the reward model"
     who = title(facts, name).strip("`")
-    told, best, label = f"{who} gained {gain:+.2f} at {kl:.1f} nats by {whose}", [], ""
+    told, best, label = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats", [], ""
     known = facts.best_of or {}
     if known.get("against") == name and isinstance(known.get(f"{by}_gain"), list):
         columns = (known.get("n", []), known.get("kl", []), known[f"{by}_gain"])
@@ -85,8 +87,8 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
         most, dear, much = best[-1]
         label = f"best of {most}"
         if much > 0 and dear > 0:
-            told = f"{who} gained {percent(gain / much)} of what the best of {most} answers does, "
-            told += f"at {kl / dear:.1f} times the KL"
+            told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
+            told += f"answers does, at {kl / dear:.1f} times the KL"
     path = _path(facts, name) if by == "score" else []
     points = "; ".join(f"best of {n}: {g:+.2f} at {k:.2f}" for n, k, g in best)
     alt = f"Gain by {whose} against KL. {who}: {gain:+.2f} at {kl:.2f} nats. {points}"
@@ -110,7 +112,8 @@ def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
     """KL and gain over the first update as PPO went."""
     stage = facts.stage(name)
     (_, kl), (_, scores) = (stage.series(key) for key in ("KL", "score")) if stage else ((), ())
-    return [(k, s - scores[0]) for k, s in zip(kl, scores, strict=False)]
+    every = -(-len(kl) // plots.POINTS) or 1
+    return [(k, s - scores[0]) for k, s in list(zip(kl, scores, strict=False))[::every]]
 
 
 # ---- curves -------------------------------------------------------------------------------------
@@ -122,47 +125,68 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
     mark = (kept, "kept") if kept and kept != last else None
 
-    def add(key: str, words: str, form: str, told: str, limit=None, percent=False, look="") -> None:
+    def add(key: str, form: str, limit=None, look="", **words: Any) -> None:
         xs, ys = stage.series(key)
         if len(xs) < LEAST:
             return
-        first, end = ends(ys)
-        name = f"{stage.name}-{key.replace('/', '-')}"
-        made.append(
-            plots.curve(
-                name,
-                told.format(went=_went(ys, form), end=f"{end:{form}}", x=end / (first or 1)),
-                _alt(words, xs, ys, form),
-                [(xs, ys, PPO)],
-                x="update",
-                limit=limit(first) if limit else None,
-                mark=mark,
-                points=stage.series(look) if look else None,
-                percent=percent,
-            )
+        first, last = ends(ys)
+        plot = plots.curve(
+            f"{stage.name}-{key.replace('/', '-')}",
+            _meaning(key, ys, form),
+            _alt(CURVES[key], xs, ys, form),
+            [(xs, ys, PPO)],
+            x="update",
+            limit=limit(first) if limit else None,
+            mark=mark,
+            points=stage.series(look) if look else None,
+            from_0=key != "score",
+            **words,
         )
+        made.append(plot)
 
-    def floor(key: str, words: str):
+    def floor(key: str) -> Callable[[float], tuple[float, str] | None]:
         share = number(guard, key)
-        return lambda first: (share * first, words) if share else None
+        return lambda first: (share * first, "guard") if share else None
 
     most = number(guard, "max_kl")
-    add("score", "the score", "+.2f", "The score {went}", look="eval/score")
-    add(
-        "KL", "the KL", ".1f", "It moved {end} nats an answer away from its start",
-        limit=lambda _: (most, f"guard {most:g}") if most else None,
-    )  # fmt: skip
-    add(
-        "val/entropy_per_token", "entropy", ".2f", "Entropy {went} nats a token",
-        limit=floor("min_entropy", "guard"),
-    )  # fmt: skip
-    add("length", "length", ".0f", "Length {went} tokens", limit=floor("min_length", "guard"))
-    add("loss/value_avg", "the value model's loss", ".2f", "The value model's loss {went}")
-    add(
-        "policy/clipfrac_avg", "the clipped share", ".1%",
-        "{end} of the tokens' steps were clipped at the end", percent=True,
-    )  # fmt: skip
+    add("score", "+.2f", look="eval/score")
+    add("KL", ".1f", lambda _: (most, f"guard {most:g}") if most else None)
+    add("val/entropy_per_token", ".2f", floor("min_entropy"))
+    add("length", ".0f", floor("min_length"))
+    add("loss/value_avg", ".2f")
+    add("policy/clipfrac_avg", ".1%", percent=True)
     return made
+
+
+CURVES = {
+    "score": "the score",
+    "KL": "the KL",
+    "val/entropy_per_token": "entropy",
+    "length": "length",
+    "loss/value_avg": "the value model's loss",
+    "policy/clipfrac_avg": "the clipped share",
+}
+
+
+def _meaning(key: str, values: Sequence[float], form: str) -> str:
+    """What a curve of PPO's says, in a line."""
+    (first, last), went = ends(values), _went(values, form)
+    change = last / first if first else 1.0
+    if key == "score":
+        return f"The score {went}"
+    if key == "KL":
+        return f"It moved {last:.1f} nats an answer away from its start"
+    if key == "val/entropy_per_token":
+        start = "Its choices stay open" if change > 0.5 else "Its choices narrow"
+        return f"{start}: entropy {went} nats a token"
+    if key == "length":
+        verb = "grow" if change > 4 / 3 else "shrink" if change < 3 / 4 else "keep their length"
+        return f"Answers {verb}: from {first:.0f} to {last:.0f} tokens"
+    if key == "loss/value_avg":
+        start = "learns to foresee the score" if change < 0.9 else "does not learn"
+        return f"The value model {start}: its loss {went}"
+    start = "Updates are gentle" if last < ROUGH else "Updates are rough"
+    return f"{start}: {100 * last:.1f} % of the tokens are clipped"
 
 
 def loss(facts: Facts, stage: Stage) -> Plot | None:
@@ -193,12 +217,12 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
     shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
     if whole is None:
         return None
-    rows.append(_row("test pairs", whole, PPO))
+    rows.append(_row("all", whole, PPO))
     if shorter:
-        rows.append(_row("shorter preferred", shorter, PPO))
+        rows.append(_row("shorter preferred,", shorter, PPO))
     alone = facts.share(f"{name}.length_accuracy", f"{name}.test_pairs")
     if alone:
-        rows.append(_row("length alone", alone, BASE))
+        rows.append(_row("length alone,", alone, BASE))
     said = "; ".join(f"{row[0]}: {_between(row)}" for row in rows)
     told = f"It ranks {percent(whole.value)} of {whole.count} pairs right"
     if alone:
@@ -208,7 +232,7 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
 
 
 def _row(label: str, share: Share, colour: str) -> tuple[str, float, float, float, str]:
-    return (f"{label} ({share.count})", share.value, share.low, share.high, colour)
+    return (f"{label} {share.count}", share.value, share.low, share.high, colour)
 
 
 def margins(name: str, stage: Stage) -> Plot | None:

@@ -7,7 +7,10 @@ import functools
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 1500  # characters of a text; a page stays under 2 MB
@@ -24,6 +27,11 @@ def style() -> tuple[str, str]:
 
 def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
     """A template of this house, filled in. Every text in `values` comes out as text."""
+    return _environment().get_template(template).render(values, made_from=made_from)
+
+
+@functools.cache
+def _environment() -> Environment:
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
     from markupsafe import Markup, escape
 
@@ -36,7 +44,7 @@ def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
         more = f" … ({len(text) - SHOWN:,} characters more)" if len(text) > SHOWN else ""
         return text[:SHOWN] + more
 
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=ChainableUndefined,
@@ -44,8 +52,9 @@ def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
         lstrip_blocks=True,
         finalize=lambda value: UNSEEN.sub("", value) if type(value) is str else value,
     )
-    environment.filters |= {"words": words, "cut": cut}
-    text, style_digest = style()
-    return environment.get_template(template).render(
-        values, style=Markup(text), style_digest=style_digest, made_from=made_from
-    )
+    # A number keeps its unit on its line.
+    tight = functools.partial(re.sub, r"(?<=\d) (?=%)", "\u00a0")
+    made.filters |= {"words": words, "cut": cut, "tight": tight}
+    text, allowed = style()
+    made.globals |= {"style": Markup(text), "style_digest": allowed}
+    return made

@@ -66,7 +66,7 @@ class Canvas:
 
 
 @contextmanager
-def canvas(name: str, alt: str, width: int = 380, height: int = 230) -> Iterator[Canvas]:
+def canvas(name: str, alt: str, width: int = 330, height: int = 210) -> Iterator[Canvas]:
     """Points are the SVG's units. `name` is the plot's own on its page: ids are made of it."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
     import matplotlib
@@ -130,6 +130,7 @@ def curve(
     points: tuple[Sequence[float], Sequence[float]] | None = None,
     note: str = "",
     percent: bool = False,
+    from_0: bool = False,
 ) -> Plot:
     """Lines of (x, y, colour); a dashed `limit` across, a dotted `mark` down, single `points`."""
     with canvas(name, alt) as made:
@@ -148,8 +149,10 @@ def curve(
             axes.axvline(mark[0], color=MUTED, linestyle=":", linewidth=1.4)
             axes.annotate(
                 mark[1], (mark[0], 1), xycoords=("data", "axes fraction"), fontsize=10,
-                ha="right", va="top", xytext=(-4, 0), textcoords="offset points",
+                ha="center", va="bottom", xytext=(0, 2), textcoords="offset points",
             )  # fmt: skip
+        if from_0:
+            axes.set_ylim(bottom=0)
         if percent:
             _percents(axes.yaxis)
         _plot_house(axes, x)
@@ -168,9 +171,7 @@ def _plot_house(axes: Axes, x: str, y: str = "") -> None:
 
 
 def _percents(axis: Any) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
 
 
 def _thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -190,10 +191,9 @@ def ranges(
     alt: str,
     rows: Sequence[tuple[str, float, float, float, str]],
     note: str = "",
-    height: int = 0,
 ) -> Plot:
     """A row for each (label, share, low, high, colour), against one half."""
-    with canvas(name, alt, height=height or 70 + 30 * len(rows)) as made:
+    with canvas(name, alt, height=70 + 26 * len(rows)) as made:
         axes = made.axes
         for at, (_, value, low, high, colour) in enumerate(rows):
             y = len(rows) - 1 - at
@@ -206,6 +206,7 @@ def ranges(
         axes.grid(False, axis="y")
         axes.grid(True, axis="x")
         axes.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
+        axes.set_xticks([0, 0.5, 1])
         _percents(axes.xaxis)
     return Plot(title, alt, made.svg, note)
 
@@ -255,7 +256,7 @@ def price(
     note: str = "",
 ) -> Plot:
     """Gain against KL: best-of-n as (n, KL, gain), policies as (label, KL, gain, low, high)."""
-    with canvas(name, alt, 460, 290) as made:
+    with canvas(name, alt, height=240) as made:
         axes = made.axes
         axes.axhline(0, color=MUTED, linewidth=1)
         if path:

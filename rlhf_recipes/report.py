@@ -109,6 +109,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "last_title": title(facts, last[0]).strip("`") if last else "",
         "start_title": title(facts, last[1]).strip("`") if last else "",
         "cases": _cases(facts, *last) if last else [],
+        "answers": len(facts.answers),
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
         "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
@@ -116,6 +117,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "losses": [plot for s in facts.of_kind("sft", "dpo") if (plot := charts.loss(facts, s))],
         "costs": _costs(facts),
         "data": [stage for stage in facts.stages if stage.data],
+        "machine": _machine(manifest.get("hardware") or {}),
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
         "missing": list(_missing(facts, last)),
@@ -132,6 +134,13 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")[:60_000]
     except OSError:
         return ""
+
+
+def _machine(hardware: Json) -> str:
+    memory, cores = number(hardware, "memory_bytes"), hardware.get("cores")
+    cards = hardware.get("gpus") or ["no GPU"]
+    parts = [hardware.get("system"), cores and f"{cores} cores", memory and size(memory), *cards]
+    return " · ".join(str(part) for part in parts if part)
 
 
 def ranged(share: Share | None) -> str:
@@ -174,11 +183,14 @@ def _cases(facts: Facts, name: str, start: str) -> list[Json]:
         scores = row.get("scores") or row.get("judged") or {}
         return (number(scores, name) or 0.0) - (number(scores, start) or 0.0)
 
+    def lot(row: Json) -> bytes:
+        return hashlib.sha256(to_json(row.get("prompt")).encode("utf-8", "replace")).digest()
+
     rows = [row for row in facts.answers if isinstance(row.get("answers"), dict)]
     rows.sort(key=gain)
     half = len(rows) // 2
     picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
-    drawn = sorted(rows, key=lambda row: hashlib.sha256(str(row["prompt"]).encode()).digest())
+    drawn = sorted(rows, key=lot)
     shown: list[Json] = []
     for label, chosen in {**picks, "drawn by lot": drawn}.items():
         fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]
@@ -288,19 +300,18 @@ def _comparison(runs: list[Facts], parts: dict[str, dict[str, list[Any]]]) -> di
         "names": names,
         "runs": [(facts, verdict(facts)) for facts in runs],
         "plots": made,
-        "parts": {part: _rows(rows) for part, rows in parts.items()},
+        "parts": {part: _rows(rows, runs) for part, rows in parts.items()},
     }
 
 
-def _rows(rows: dict[str, list[Any]]) -> dict[str, list[str]]:
+def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]:
     """Each key's values as text; the ends of an interval beside the value that they are around."""
-    ends = ("_low", "_high")
     made = {}
     for key, values in rows.items():
-        if key.endswith(ends) and key.rpartition("_")[0] in rows:
+        if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in rows:
             continue
-        around = [rows.get(key + end, [None] * len(values)) for end in ends]
-        made[key] = [_value(key, *cells) for cells in zip(values, *around, strict=True)]
+        ends = [[facts.number(key + end) for end in ("_low", "_high")] for facts in runs]
+        made[key] = [_value(key, value, *pair) for value, pair in zip(values, ends, strict=True)]
     return made
 
 
