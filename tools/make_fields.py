@@ -191,6 +191,7 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
     ),
     ("sft", "assistant_only_loss", refused("it needs a chat template that TRL knows by heart")),
     ("sft dpo", "truncation_mode", refused("a row over the limit is dropped, not cut")),
+    (STOCK, "dataloader_drop_last", refused("which rows it drops hangs on the micro-batch")),
     (
         STOCK,
         "dataset_num_proc",
@@ -285,8 +286,7 @@ TABLE: list[tuple[str, str, dict[str, str]]] = [
     ),
     (
         STOCK,  # evaluating draws from the generator that dropout draws from: hence identity
-        "max_steps train_sampling_strategy dataloader_drop_last eval_strategy eval_steps "
-        "eval_delay eval_on_start",
+        "max_steps train_sampling_strategy eval_strategy eval_steps eval_delay eval_on_start",
         IDENTITY,
     ),
     (
