@@ -15,14 +15,14 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
 errors stopping guards fields lines tables validate wiring edit recipe identity rundir progress hub
-mirror sources fetch judge evidence
+mirror sources fetch judge evidence stages
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
-stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
-history plan show export chat runner cli __main__
+stages.common stages.sft stages.reward stages.ppo stages.dpo stages.evaluate
+history clean plan show export chat runner cli __main__
 """.split()
 
-LIGHT = [*ORDER[: ORDER.index("tokens")], *"stages shared history plan show runner cli".split()]
+LIGHT = [*ORDER[: ORDER.index("tokens")], *"shared history clean plan show runner cli".split()]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
 
