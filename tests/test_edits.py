@@ -142,8 +142,9 @@ def say_the_roles(world: World) -> set[str]:
 
 
 def leave_out_the_evaluation(world: World) -> set[str]:
-    there = world.tables["evaluation"]
-    world.tables["evaluation"] = False if there is not False else world.asked()
+    """Or put it back, as it last was."""
+    there = world.tables["evaluation"] is not False
+    world.tables["evaluation"] = False if there else world.asked()
     return set()
 
 

@@ -92,14 +92,15 @@ def test_stages_resolved(tmp_path: Path) -> None:
     assert "output_dir" not in sft.options and "packing" not in sft.options
     assert sft.extras == {}
     assert reward.given == {"learning_rate": 1e-4, "center_rewards_coefficient": 0.01} | SAVING
-    assert reward.extras == {"head_learning_rate": 1e-4}
+    assert reward.extras == {"head_learning_rate": 1e-4, "minimum_accuracy": 0.55}
     assert ppo.extras == {
         "value_learning_rate": 1e-4,
         "value_warmup_epochs": 0,
         "keep": "best",
+        "minimum_accuracy": None,  # the reward stage's
         "guard": GUARD | {"max_kl": 8.0},
     }
-    assert {k: recipe.resolved()["ppo"][k] for k in ppo.extras} == ppo.extras
+    assert {k: recipe.resolved()["ppo"].get(k) for k in ppo.extras} == ppo.extras
     assert (ppo.given["eval_strategy"], ppo.given["eval_steps"]) == ("steps", 0.2)
     assert ppo.options["lam"] == 1.0 and ppo.options["num_ppo_epochs"] == 2
     roles = [(t.policy, t.reward_model, t.reference) for t in (sft, reward, ppo)]

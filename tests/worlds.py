@@ -153,10 +153,8 @@ def owners(tables: dict[str, Any], path: Key, effect: str) -> set[str]:
         return set()
     if head in ("seed", "model", "lora"):
         return everyone
-    if path == ("evaluation", "best_of"):
-        return {"best_of"}
-    if path == ("evaluation", "prompts"):
-        return {"evaluation", "best_of"}
+    if head == "evaluation" and key in ("prompts", "best_of"):
+        return {"best_of", *([] if key == "best_of" else ["evaluation"])}
     if head != "dataset":
         alone = effect == "identity" or key in BATCH  # of a batch its size counts
         also = {"judge"} if kinds.get(str(head)) == "reward" else set()
