@@ -9,6 +9,7 @@ import pytest
 import tomlkit
 
 from rlhf_recipes import history
+from rlhf_recipes.clean import unused
 from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import Recipe, load_recipe, smaller_layout
 from tests.counting import RECIPE, toy
@@ -136,7 +137,7 @@ def test_the_judge_learns_as_the_last_reward_stage_does(recipe: Path) -> None:
     own = (second.options, second.extras, second.given, second.dataset)
     assert table_of(loaded) == ("reward", None, *own)
     assert loaded.table("judge").options["max_steps"] == 7 and loaded.table("judge").dataset
-    assert "--set second." in smaller_layout(loaded, "judge")
+    assert "--set second." in smaller_layout(loaded, "judge", "two")
 
 
 def test_without_a_reward_stage_it_learns_as_one_would(recipe: Path) -> None:
@@ -158,7 +159,8 @@ def test_resolved_is_the_same_recipe(recipe: Path) -> None:
     file.parent.mkdir()
     file.write_text(tomlkit.dumps(resolved))
     again = load_recipe(file)
-    assert again.all_stages == loaded.all_stages and again.table("judge") == loaded.table("judge")
+    assert again.all_stages == loaded.all_stages and again.resolved() == resolved
+    assert again.table("judge").options == loaded.table("judge").options
 
 
 def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> None:
@@ -178,6 +180,4 @@ def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> No
     # A stage whose kind is of two words is known for one, too, and goes when no run refers to it.
     entries.pop()
     (made.run_folder / "manifest.json").write_text(json.dumps({"format": 1, "stages": entries}))
-    assert [spare[0].name for spare in history.unused(made.runs)[0]] == [
-        made.stages[-1].folder.name
-    ]
+    assert [spare[0].name for spare in unused(made.runs)[0]] == [made.stages[-1].folder.name]

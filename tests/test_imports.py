@@ -15,17 +15,17 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
 errors stopping guards fields lines tables validate wiring edit recipe identity rundir progress hub
-mirror sources fetch judge evidence
+mirror sources fetch judge evidence stages
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
-stages stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
+stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-history plan show export chat runner later cli __main__
+history clean plan show export chat runner later cli __main__
 """.split()
 
 LIGHT = [
     *ORDER[: ORDER.index("tokens")],
-    *"stages shared history plan show runner later cli".split(),
+    *"shared history clean plan show runner later cli".split(),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
 
