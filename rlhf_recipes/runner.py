@@ -138,9 +138,8 @@ class _Run:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 self._write("interrupted" if interrupted else "failed", error)
                 if self._report():
-                    self.screen.line(
-                        f"  report: {plain(str(self.plan.run_folder / rundir.REPORT))}"
-                    )
+                    file = self.plan.run_folder / rundir.REPORT
+                    self.screen.line(f"  report: {plain(str(file))}")
             raise
         results = self._write("finished")
         rundir.remove(self.plan.run_folder / rundir.FRESH)
