@@ -189,10 +189,9 @@ def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def smaller_layout(recipe: Recipe, stage: str) -> str:
     """What to type where a stage's memory runs out: layout settings that ask for less."""
-    options = recipe.tables[stage].options if stage in recipe.tables else {}
     if stage == JUDGE:  # its settings are the last reward stage's
-        rewards = [name for name in recipe.stages if recipe.table(name).kind == "reward"]
-        stage, options = (rewards[-1], options) if rewards else (stage, {})
+        stage = next((s for s in recipe.stages[::-1] if recipe.table(s).kind == "reward"), "")
+    options = recipe.tables[stage].options if stage in recipe.tables else {}
     rows, words = options.get("per_device_train_batch_size", 1), {}
     if rows > 1:
         part = next(n for n in range(2, rows + 1) if rows % n == 0)

@@ -10,7 +10,6 @@ import pytest
 
 from rlhf_recipes.errors import GateError
 from rlhf_recipes.evidence import (
-    bootstrap,
     calibration,
     calibration_error,
     gate,
@@ -45,24 +44,6 @@ def test_wilson_holds_the_truth_95_times_in_100(share: float) -> None:
 
 def test_of_no_pairs_anything_may_be_true() -> None:
     assert wilson(0.0, 0) == (0.0, 1.0)
-
-
-def test_bootstrap_is_the_mean_s_interval_and_of_its_seed() -> None:
-    draw = random.Random(0)
-    values = [draw.gauss(1.0, 2.0) for _ in range(400)]
-    low, high = bootstrap(values, seed=1)
-    half = 1.96 * np.std(values) / 20
-    assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=0.03)
-    assert bootstrap(values, seed=1) == (low, high) != bootstrap(values, seed=2)
-
-
-def test_bootstrap_holds_the_truth_of_win_rates_95_times_in_100() -> None:
-    draw, held = random.Random(0), 0
-    for case in range(200):
-        wins = draw.choices([1.0, 0.5, 0.0], [0.6, 0.1, 0.3], k=128)
-        low, high = bootstrap(wins, seed=case)
-        held += low <= 0.65 <= high
-    assert 182 <= held <= 198
 
 
 def said(count: int, factor: float) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def test_its_worst_pairs_are_those_that_people_saw_otherwise(
 ) -> None:
     odd = sorted({e.prompt for e in rows_of(chain).test})[:3]
     file = backwards(tiny_pairs, tmp_path, lambda prompt: prompt in odd)
-    changes = [f"dataset.path={file}", "reward.max_steps=20"]
+    changes = [f"dataset.path={file}", "reward.max_steps=40"]
     other = Chain(load_recipe(chain.recipe.path, set=changes), tmp_path / "other")
     other.run("reward", {})
     worst = found(other, "reward")["worst"]
@@ -176,6 +177,7 @@ def test_whose_minimum_holds(chain: Chain, tmp_path: Path) -> None:
             with pytest.raises(GateError, match=f"under {under}"):
                 chain.run("ppo", SCORED)
         else:
+            shutil.rmtree(chain.folder / "ppo")
             assert chain.run("ppo", SCORED).metrics["updates"] == 1
 
 

@@ -158,7 +158,8 @@ def test_resolved_is_the_same_recipe(recipe: Path) -> None:
     file.parent.mkdir()
     file.write_text(tomlkit.dumps(resolved))
     again = load_recipe(file)
-    assert again.all_stages == loaded.all_stages and again.table("judge") == loaded.table("judge")
+    assert again.all_stages == loaded.all_stages and again.resolved() == resolved
+    assert again.table("judge").options == loaded.table("judge").options
 
 
 def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> None:
