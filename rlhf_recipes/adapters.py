@@ -89,7 +89,10 @@ class Base:
         return Role(self.lm, name, self.dtype, self._layers, self._lean)
 
     def close(self, *roles: Role) -> None:
-        """Take the roles' adapters off the base, and what a stock trainer hung on it."""
+        """Take the roles' adapters off the base, and what a stock trainer hung on it.
+
+        A role that is a model of its own is gone.
+        """
         for role in roles:
             role.lm.gradient_checkpointing_disable()
             # accelerate wraps `forward` and SFTTrainer's chunked loss replaces it, both on the
@@ -106,6 +109,8 @@ class Base:
                 for layer in self._layers:
                     layer._active_adapter = []
                 self.peft.base_model.delete_adapter(role.adapter)
+            if role.lm is not self.lm:
+                models.empty(role.lm)
 
     def _add(self, name: str) -> None:
         config = LoraConfig(task_type="CAUSAL_LM", **self.lora)

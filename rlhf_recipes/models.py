@@ -91,6 +91,12 @@ def load_reward_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedMo
     return model.requires_grad_(False).eval()
 
 
+def empty(lm: PreTrainedModel) -> None:
+    """Let go of a model's weights now; circles of references may hold the rest for a while."""
+    for tensor in (*lm.parameters(), *lm.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+
+
 def new_head(lm: PreTrainedModel, *, bias: bool = False) -> nn.Linear:
     """A scalar head for `lm`, float32, N(0, 1/(d+1)) as in arXiv 2403.17031."""
     size = lm.config.get_text_config().hidden_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -58,12 +57,12 @@ class Shared:
         return self.load_base(self.recipe.model.quantization)
 
     def release(self) -> None:
-        """Let go of the base model and of what is no more in use: who needs it, reads it anew."""
-        import torch
+        """Let go of the base model: who needs it next reads it anew."""
+        from rlhf_recipes.models import empty
 
-        vars(self).pop("base", None)
-        gc.collect()  # a model's parts refer to one another in circles
-        torch.cuda.empty_cache()
+        base = vars(self).pop("base", None)
+        if base is not None and base.lm is not None:
+            empty(base.lm)
 
     def exported(self, output: Path | None) -> PreTrainedModel:
         """The causal model of a stage's output (None: of nothing trained), merged, unquantized."""

@@ -17,6 +17,7 @@ from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Example, unique_prompts
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.judge import load_judge
+from rlhf_recipes.models import empty
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.rewards import open_foreign, open_reward
 from rlhf_recipes.sequences import sample, score_ids
@@ -91,8 +92,7 @@ def ask(
             batch=max(1, min(SAMPLED, TOKENS // longest)),
             seed=seed,
         )
-    del policy
-    shared.release()
+    empty(policy.lm)
 
 
 def score(
@@ -123,21 +123,18 @@ def reward_model_name(recipe: Recipe) -> str:
     return named[-1] if named else next(iter(trained), "")
 
 
-def open_scorer(context: StageContext, role: str, name: str) -> Role:
-    """The reward model that serves `role`: of a stage, else the folder or hub id that it names."""
-    base = context.shared.base
-    if role in context.inputs:
-        return open_reward(base, context.inputs[role])
-    return open_foreign(sources.model_folder(name, context.recipe), base, context.shared.tokens)
-
-
 def _scores(
     context: StageContext, role: str, name: str, rows: Sequence[tuple[Example, list[int]]]
 ) -> list[float]:
-    tokens = context.shared.tokens
-    if judge := load_judge(name, context.recipe.model.base):
+    """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
+    recipe, tokens = context.recipe, context.shared.tokens
+    if judge := load_judge(name, recipe.model.base):
         return [judge(example.prompt, tokens.decode(ids)) for example, ids in rows]
-    model = open_scorer(context, role, name)
+    base = context.shared.base
+    if role in context.inputs:
+        model = open_reward(base, context.inputs[role])
+    else:
+        model = open_foreign(sources.model_folder(name, recipe), base, tokens)
     scores = score_ids(model, [(e.prompt_ids, ids) for e, ids in rows], tokens.pad_id, BATCH)
-    context.shared.base.close(model)
+    base.close(model)
     return [round(number, 4) for number in scores.tolist()]

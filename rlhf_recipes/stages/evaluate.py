@@ -17,6 +17,7 @@ import torch
 from rlhf_recipes import evidence
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Example
+from rlhf_recipes.models import empty
 from rlhf_recipes.passes import logits, logprobs
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.sequences import join
@@ -66,8 +67,6 @@ def run(context: StageContext) -> StageResult:
     # ---- how far it went, and what is said of it
     numbers = _distances(context, policies, examples, ids, setting)
     context.progress.update(len(policies) + 1, len(policies) + 2)
-    if recipe.model.quantization != "none":
-        shared.release()  # the base that the distances were measured on
     said = score(
         context, [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
     )
@@ -162,6 +161,8 @@ def _distances(
             found[name]["kl"] = exact_kl(policy, start, examples, ids[name], setting)
             base.close(policy, start)
     base.close(bare)
+    if quantized:
+        empty(base.lm)
     return found
 
 
