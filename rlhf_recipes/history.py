@@ -17,7 +17,7 @@ from rlhf_recipes.tables import JUDGE, POLICY_KINDS
 
 STAGE = re.compile(r"[a-z_]+-[0-9a-f]{12}")
 ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
-HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml)\.\d+"
+HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml|html|md)\.\d+"
 ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference, what it holds is
 
 
