@@ -29,7 +29,9 @@ def write(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
     file = facts.folder / "model" / "README.md"
     text = "\n".join(_lines(facts, found, policies, str(source.get("stage")))) + "\n"
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        rundir.write_text(file, text)
+        aside = facts.folder / ".card.md"  # nothing half-written lies where the model goes from
+        rundir.write_text(aside, text)
+        aside.replace(file)
 
 
 def _lines(

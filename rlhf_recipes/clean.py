@@ -12,7 +12,7 @@ from rlhf_recipes.history import run_folders, stage_folders
 
 STAGE = re.compile(r"[a-z_]+-[0-9a-f]{12}")
 ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
-HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml)\.\d+"
+HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml|html|md)\.\d+"
 Spare = tuple[Path, str, Path]  # what can go, why, and the run or stage whose lock it takes
 
 

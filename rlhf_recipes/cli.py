@@ -257,6 +257,8 @@ def compare(
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
     print(show.comparison([folder.name for folder in folders], parts))
+    if page:
+        print(f"\npage  {page}")
 
 
 @app.command()

@@ -137,13 +137,12 @@ class _Run:
                 interrupted = isinstance(error, KeyboardInterrupt)
                 self._write("interrupted" if interrupted else "failed", error)
                 if self._report():
-                    self.screen.line(
-                        f"  report: {plain(str(self.plan.run_folder / rundir.REPORT))}"
-                    )
+                    file = self.plan.run_folder / rundir.REPORT
+                    self.screen.line(f"  report: {plain(str(file))}")
             raise
-        results = self._write("finished")
+        results, verdict = self._write("finished"), tuple(self._report())
         rundir.remove(self.plan.run_folder / rundir.FRESH)
-        stages, verdict = tuple(self.done.values()), tuple(self._report())
+        stages = tuple(self.done.values())
         return RunOutcome(self.plan.run_folder, stages, results, model, verdict)
 
     # ---- one stage ------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def sft_loss(facts: Facts) -> Found:
         name, trained = stage.name, stage.series("loss")[1]
         before = facts.number(f"{name}.validation_loss_before")
         after, whose = facts.number(f"{name}.validation_loss"), "validation"
-        if (before is None or after is None) and stage.record and len(trained) > 1:
+        if (before is None or after is None) and stage.record and len(trained) > 3:
             before, after, whose = trained[0], trained[-1], "training"
         if before is None or after is None:
             continue

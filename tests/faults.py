@@ -156,7 +156,7 @@ def outputs(runs: Path) -> dict[str, bytes]:
     return {
         file.relative_to(runs).as_posix(): file.read_bytes()
         for file in made
-        if file.is_file() and file.name != "source.json"
+        if file.is_file() and file.name not in ("source.json", "README.md")
     }
 
 

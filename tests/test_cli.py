@@ -18,7 +18,7 @@ from rlhf_recipes.recipe import shipped_recipes
 from tests.counting import RECIPE, Counting, toy
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = "run plan check fork fetch recipes runs compare clean chat export".split()
+COMMANDS = "run plan check fork fetch recipes runs compare report clean chat export".split()
 
 
 def environment(fault: str = "") -> dict[str, str]:
@@ -55,14 +55,20 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def test_a_run_ends_in_a_table_and_what_to_type_next(here: Path) -> None:
     done = command("run", "toy.toml", cwd=here)
     assert done.returncode == 0
-    table, rest = done.stdout.strip("\n").split("\n\n")
+    table, verdict, rest = done.stdout.strip("\n").split("\n\n")
     rows = [line.split(maxsplit=4) for line in table.splitlines()]
     assert rows[0] == ["stage", "time", "result"]
     for row, name in zip(rows[1:], ("sft", "reward", "ppo", "evaluation"), strict=True):
         assert row[2].isdecimal()
         assert [*row[:2], *row[3:]] == [name, "ran", "s", "loss 0.50 → 0.25"]
+    assert verdict.splitlines() == [
+        "? PPO wins against SFT on 75 % of 8 prompts (41–93) by the reward model: too few prompts "
+        "to tell.",
+        "  → Raise `evaluation.prompts` (8 now): 100 prompts tell 60 % from chance, 400 tell 55 %.",
+    ]
     assert rest.splitlines() == [
         "results  runs/toy/results.json",
+        "report   runs/toy/report.html",
         "model    runs/toy/model",
         "next     rlhf-recipes chat runs/toy",
         "         rlhf-recipes fork toy.toml my-recipe.toml",
@@ -79,8 +85,9 @@ def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(here: Path) 
     done = command("run", "toy.toml", cwd=here, fault="fail:reward")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-2:] == [
+    assert done.stderr.splitlines()[-3:] == [
         "Stage 2 of 4 · reward — new",
+        "  report: runs/toy/report.html",
         "stage reward failed: ValueError: the loss is NaN (log: runs/toy/log.txt)",
     ]
     shown = command("run", "toy.toml", "--debug", cwd=here, fault="fail:reward")

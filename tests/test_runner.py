@@ -67,7 +67,8 @@ def test_the_run_s_folder(tmp_path: Path, count: Counting) -> None:
     folder = tmp_path / "runs" / "toy"
     assert (outcome.run_folder, outcome.model) == (folder, folder / "model")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "log.txt", "manifest.json", "model", "recipe.toml", "resolved.toml", "results.json"
+        "log.txt", "manifest.json", "model", "recipe.toml", "report.html", "resolved.toml",
+        "results.json",
     ]  # fmt: skip
     assert (folder / "recipe.toml").read_text() == recipe.read_text()
     assert load_recipe(folder / "resolved.toml").model.folder == tmp_path / "model"

@@ -74,6 +74,7 @@ def test_a_run_leaves_what_it_promises(done: Path) -> None:
         "manifest.json",
         "model",
         "recipe.toml",
+        "report.html",
         "resolved.toml",
         "results.json",
     ]
