@@ -106,13 +106,15 @@ def test_a_cleared_stage_is_as_new(tmp_path: Path) -> None:
 
 def test_checkpoints_stay_with_what_led_to_them_unless_begun_before(tmp_path: Path) -> None:
     def made() -> None:
-        for name in ("work/checkpoint-000002/weights", "metrics.jsonl", "output/half"):
+        names = ("work/checkpoint-000002/weights", "metrics.jsonl", "tensorboard/1", "output/half")
+        for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("")
 
     def kept(**words: str) -> list[bool]:
         rundir.clear_stage(tmp_path, **words)
         names = ("work/checkpoint-000002", "metrics.jsonl", "output/half")
+        assert (tmp_path / "tensorboard/1").exists() == (tmp_path / "metrics.jsonl").exists()
         return [(tmp_path / name).exists() for name in names]
 
     made()
