@@ -21,7 +21,7 @@ shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
 history plan facts findings policy_rules verdict show plots charts house card report
-export chat runner later cli __main__
+comparison export chat runner later cli __main__
 """.split()
 
 LIGHT = [

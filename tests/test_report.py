@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import report
+from rlhf_recipes import comparison, report
 from rlhf_recipes.rundir import read_json
 from tests.told import told
 
@@ -300,7 +300,7 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     other = whole(tmp_path / "b", recipe={"ppo": {"kl_coef": 0.3}})
     results = json.loads((other / "results.json").read_text())
     (other / "results.json").write_text(json.dumps(results | {"ppo.judge_win_rate": 0.55}))
-    report.write_comparison([one, other], tmp_path / "page.html")
+    comparison.write([one, other], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     text = " ".join(harmless(html).text)
     assert "ppo.kl_coef" in text and "0.15" in text and "0.3" in text
