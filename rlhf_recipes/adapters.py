@@ -35,6 +35,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_recipes import models
+from rlhf_recipes.errors import lost
 from rlhf_recipes.passes import score
 
 ADAPTER = "adapter_model.safetensors"
@@ -131,6 +132,8 @@ class Base:
             role.lm.save_pretrained(folder)
         else:
             state = get_peft_model_state_dict(self.peft, adapter_name=role.adapter)
+            if not all(tensor.isfinite().all() for tensor in state.values()):
+                raise lost("weights")
             save_file({k: v.contiguous() for k, v in sorted(state.items())}, folder / ADAPTER)
             config = self.peft.peft_config[role.adapter].to_dict()
             # PEFT writes this set in hash order, so two equal runs would give two files.

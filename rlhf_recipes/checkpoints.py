@@ -8,8 +8,11 @@ began with the same weights. One that is damaged, or another run's, is named and
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations import TensorBoardCallback
 
 from rlhf_recipes import rundir
-from rlhf_recipes.errors import StageError
+from rlhf_recipes.errors import lost
 from rlhf_recipes.stages import Progress
 
 RECORD = "checkpoint.json"
@@ -36,16 +39,12 @@ def written(work: Path, step: int, start: str, keep: int | None) -> Iterator[Pat
         yield aside
         for file in (*work.parent.glob("*.jsonl"), *aside.iterdir()):  # what led to it is kept too
             rundir._sync(file)
+            if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))  # torch is silent
         files = {file.name: _digest(file) for file in sorted(aside.iterdir())}
         rundir.write_json(aside / RECORD, {"start": start, "step": step, "files": files})
         aside.rename(work / f"checkpoint-{step:06d}")
         rundir._sync(work)
-    except Exception as error:
-        why = str(error).partition("\n")[0]
-        raise StageError(
-            f"the checkpoint of step {step} could not be written: {why}",
-            "the same command goes on from the one before it",
-        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in _folders(work)[:-keep] if keep else ():
@@ -78,22 +77,22 @@ def _folders(work: Path) -> list[Path]:
 
 def _wrong(folder: Path, start: str) -> str:
     """What is wrong with a checkpoint, as a phrase; nothing where it is whole."""
-    record = rundir.read_json(folder / RECORD)
-    if record is None:
-        return f"{RECORD} is missing or damaged"
-    name = f"checkpoint-{str(record.get('step')).zfill(6)}"
-    if (record.get("start"), name) != (start, folder.name):
-        return "it is another run's"
-    files = record.get("files") or {}
-    there = {file.name for file in folder.iterdir()} - {RECORD}
-    for name in sorted(there | set(files)):
-        if name not in there:
-            return f"{name} is missing"
-        try:
+    try:
+        record = rundir.read_json(folder / RECORD)
+        if record is None:
+            return f"{RECORD} is missing or damaged"
+        name = f"checkpoint-{str(record.get('step')).zfill(6)}"
+        if (record.get("start"), name) != (start, folder.name):
+            return "it is another run's"
+        files = record.get("files") or {}
+        there = {file.name for file in folder.iterdir()} - {RECORD}
+        for name in sorted(there | set(files)):
+            if name not in there:
+                return f"{name} is missing"
             if _digest(folder / name) != files.get(name):
                 return f"{name} is not what was written"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     return ""
 
 
@@ -132,6 +131,8 @@ class Resumable:
 
     def _save_checkpoint(self, *_: Any) -> None:
         folder, state, args = Path(self.args.output_dir), self.state, self.args
+        if not all(tensor.isfinite().all() for tensor in self.tensors().values()):
+            raise lost("weights")
         with written(folder, state.global_step, self.start, args.save_total_limit) as aside:
             tensors = self.tensors().items()
             save_file({name: t.detach().contiguous() for name, t in tensors}, aside / WEIGHTS)

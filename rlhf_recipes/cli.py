@@ -21,7 +21,7 @@ from rlhf_recipes.errors import (
 )
 
 if TYPE_CHECKING:
-    from rlhf_recipes.history import Spare
+    from rlhf_recipes.clean import Spare
     from rlhf_recipes.runner import RunOutcome
 
 app = typer.Typer(
@@ -293,7 +293,7 @@ def clean(
     runs: Runs = None,
 ) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
-    from rlhf_recipes.history import unused
+    from rlhf_recipes.clean import unused
     from rlhf_recipes.rundir import runs_folder
 
     folder = runs_folder(runs)
@@ -307,11 +307,13 @@ def clean(
 
 def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     """Shows what can go and, once that is agreed to, removes it."""
-    from rlhf_recipes import history, show
+    from rlhf_recipes import show
+    from rlhf_recipes.clean import remove
+    from rlhf_recipes.history import size
 
     if not found:
         return print(f"nothing to remove in {runs}")
-    sizes = [history.size(path) for path, _, _ in found]
+    sizes = [size(path) for path, _, _ in found]
     rows = [[show.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)]
     rows = [["size", "what", "why"], *rows, [show.size(sum(sizes)), "in all", ""]]
     print(show.table(rows, right=(0,)))
@@ -320,7 +322,7 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     if not yes and not typer.confirm("Remove all of it?"):
         return print("nothing was removed")
     for spare in found:
-        done = history.remove(spare, runs)
+        done = remove(spare, runs)
         print(f"{'removed' if done else 'in use by now, kept:'} {spare[0]}")
 
 

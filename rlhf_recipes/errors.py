@@ -7,6 +7,7 @@
     ├── ModelError                1    the model cannot be used
     ├── StageError                1    a stage failed
     │   └── GateError             3    a stage saw no sense in going on
+    ├── MachineError              1    disk or memory gave out
     ├── BusyError                75    another process holds the run
     └── Interrupted         130/143    stopped by a signal; the same command goes on from there
 
@@ -28,6 +29,7 @@ FAULTS = {
     errno.EIO: "the disk may be failing; the same command goes on from what is whole",
 }
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries say it
+NOT_WRITTEN = re.compile(r"inline_container|iostream error")  # torch.save says no more than that
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
@@ -84,6 +86,12 @@ class GateError(StageError):
     exit_code = 3
 
 
+def lost(what: str) -> StageError:
+    """For a training that came to what is no number: it is kept nowhere."""
+    hint = 'lower learning_rate, or set dtype = "float32" in [model]'
+    return StageError(f"{what} that are no numbers", hint)
+
+
 class MachineError(RlhfRecipesError):
     pass
 
@@ -114,6 +122,8 @@ def machine_error(error: BaseException, what: str = "", smaller: str = "") -> Ma
             place = getattr(cause, "filename", None)
             words = os.strerror(number) + (f": {str(place)!r}" if place else "")
             hint = FAULTS[number]
+        elif isinstance(cause, RuntimeError) and NOT_WRITTEN.search(str(cause)):
+            words, hint = "a file could not be written whole: the disk may be full", FREE
         elif isinstance(cause, MemoryError):
             words = "out of memory"
         elif isinstance(cause, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(str(cause)):

@@ -1,23 +1,19 @@
-"""What was run, what differs between runs, and what no run refers to. No torch in here."""
+"""What was run, and what differs between runs. No torch in here."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import rundir
-from rlhf_recipes.errors import BusyError, UsageError
+from rlhf_recipes.errors import UsageError
 from rlhf_recipes.tables import JUDGE, POLICY_KINDS
 
-STAGE = re.compile(r"[a-z_]+-[0-9a-f]{12}")
-ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
-HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml|html|md)\.\d+"
 ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference, what it holds is
 
 
@@ -59,7 +55,7 @@ def list_runs(runs: Path) -> dict[str, Any]:
             why = "is running" if rundir.held(folder) else "has no manifest.json that can be read"
             others.append({"name": folder.name, "why": why})
             continue
-        stages = _stages(runs, manifest)
+        stages = stage_folders(runs, manifest)
         known |= {stage: size(stage) for stage in stages if stage not in known}
         done = sum(rundir.read_record(stage) is not None for stage in stages)
         found.append(
@@ -79,7 +75,7 @@ def list_runs(runs: Path) -> dict[str, Any]:
     return {"runs": found, "others": others, "stages_bytes": sum(known.values())}
 
 
-def _stages(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
+def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
     """The folders of a run's stages."""
     entries = manifest["stages"] if manifest else []
     return {runs / ".stages" / Path(entry["folder"]).name for entry in entries}
@@ -152,81 +148,3 @@ def _contents(manifest: dict[str, Any]) -> dict[str, Any]:
         for key, value in found.items()
         if key.rpartition(".")[2] in ("content", "revision", "mirror")
     }
-
-
-# ---- what no run refers to ----------------------------------------------------------------------
-
-Spare = tuple[Path, str, Path]  # what can go, why, and the run or stage whose lock it takes
-
-
-def unused(runs: Path) -> tuple[list[Spare], list[str]]:
-    """What can go, less what a live process holds; and what speaks against letting any stage go."""
-    found, doubts = _unused(runs)
-    return [spare for spare in found if not rundir.held(spare[2])], doubts
-
-
-def remove(spare: Spare, runs: Path) -> bool:
-    """Remove what `unused` found, unless it is held or referred to by now."""
-    path, _, owner = spare
-    try:
-        with rundir.lock(owner, owner.name):
-            if spare not in _unused(runs)[0]:
-                return False
-            if path.parent == runs / ".stages":  # cut off half-way, it must not look whole
-                gone = path.with_name(f".{owner.name}.gone")
-                if path != gone:
-                    shutil.rmtree(gone, ignore_errors=True)
-                path = path.rename(gone)
-                rundir.lock_file(owner).unlink(missing_ok=True)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except BusyError:
-        return False
-    return True
-
-
-def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
-    found, doubts, used, stages = [], [], set(), runs / ".stages"
-    goes_on = set()  # what a `--fresh` that was cut off goes on with
-    for folder, manifest in run_folders(runs):
-        names = {stage.name for stage in _stages(runs, manifest)}
-        used |= names
-        goes_on |= names if (folder / ".fresh").exists() else set()
-        live = rundir.held(folder)
-        ours = live or any((folder / name).exists() for name in (rundir.MANIFEST, "recipe.toml"))
-        if ours:
-            found += _left(folder, rf"\.model(\.fresh|\.old)?|{HALF_A_FILE}", folder)
-        if ours and manifest is None:
-            doubts.append(f"{folder} has no manifest that can be read: any stage may be its own")
-        elif live and not _says_what_it_runs(folder):
-            doubts.append(f"{folder} is only just beginning: any stage may be its own")
-    if stages.is_symlink():
-        return found, [*doubts, f"{stages} is a link: what it leads to is left alone"]
-    for path in sorted(stages.glob("*")):
-        aside = ASIDE.fullmatch(path.name)
-        stage = stages / aside[1] if aside else path
-        if path.is_symlink() or not STAGE.fullmatch(stage.name):
-            continue
-        whole = rundir.read_record(path) is not None
-        if stage.name not in used and not doubts:
-            found.append((path, f"no run refers to it{'' if whole else ', unfinished'}", stage))
-        elif not aside:
-            found += _left(path, HALF_A_FILE, path)
-            found += _left(path / "work", ".*" if whole else r"partial|damaged-.*", path)
-        else:
-            idle = not whole and stage.name not in goes_on
-            if {"fresh": idle, "old": stage.is_dir(), "gone": True}[aside[2]]:
-                found.append((path, "left over", stage))
-    return found, doubts
-
-
-def _left(folder: Path, names: str, owner: Path) -> list[Spare]:
-    """What a process that was killed left in a folder of its own; links are left alone."""
-    there = [] if folder.is_symlink() else sorted(folder.glob("*"))
-    found = [path for path in there if re.fullmatch(names, path.name) and not path.is_symlink()]
-    return [(path, "left over", owner) for path in found]
-
-
-def _says_what_it_runs(folder: Path) -> bool:
-    """Whether a live run has written its manifest since it began."""
-    began, wrote = rundir.lock_file(folder).stat(), (folder / rundir.MANIFEST).stat()
-    return wrote.st_mtime_ns >= began.st_mtime_ns

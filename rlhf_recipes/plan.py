@@ -205,10 +205,9 @@ def _reasons(
     """What differs from this stage of this run before, else from its nearest kin in any run."""
     work = folder / "work"
     if work.exists():
-        found = [re.fullmatch(r"checkpoint-(\d{6,})", path.name) for path in work.iterdir()]
-        steps = [int(name[1]) for name in found if name]
-        goes_on = f": goes on from its checkpoint after step {max(steps)}" if steps else ""
-        return [f"was not finished{goes_on}"]
+        steps = [int(path.name.rpartition("-")[2]) for path in work.glob(rundir.CHECKPOINTS)]
+        kept = f", has a checkpoint of step {max(steps)}" if steps else ""
+        return [f"was not finished{kept}"]
     before = _last_of_run(stage, run_folder)
     if before is None:
         kin = [

@@ -119,6 +119,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             self.carry(self.state.stateful_callbacks["carried"])
             self._load_from_checkpoint(folder)
             self._load_optimizer_and_scheduler(folder)
+            self._load_rng_state(folder)  # of a base's own dropout
         args, state = self.args, self.state
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
@@ -146,9 +147,10 @@ class PPOTrainer(Resumable, StockPPOTrainer):
                 self.log(dict(self.metrics))
             self.control = self.callback_handler.on_step_end(args, state, self.control)
             due = update % self._every(args.save_steps) == 0
-            if args.save_strategy == "steps" and (due or stopping.requested()):
+            saves = args.save_strategy == "steps" and not self.guard.broken
+            if saves and (due or stopping.requested()):
                 self._save_checkpoint()
-            if self.control.should_training_stop or stopping.requested():
+            if stopping.requested():
                 break
         if self.keep == "best" and self.best is not None:
             for mine, best in zip(self.policy_model.trainable(), self.best.policy, strict=True):

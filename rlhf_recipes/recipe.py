@@ -1,6 +1,7 @@
 """A recipe: one TOML file that names a model, a dataset and the stages. No torch in here."""
 
 import re
+import shlex
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -187,8 +188,8 @@ def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     return _of_effect(recipe.table(stage), "layout") if stage in recipe.tables else {}
 
 
-def smaller_layout(recipe: Recipe, stage: str) -> str:
-    """What to type where a stage's memory runs out: layout settings that ask for less."""
+def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
+    """What to type where a stage of a run lacks memory: layout settings that ask for less."""
     if stage == JUDGE:  # its settings are the last reward stage's
         stage = next((s for s in recipe.stages[::-1] if recipe.table(s).kind == "reward"), "")
     options = recipe.tables[stage].options if stage in recipe.tables else {}
@@ -204,7 +205,9 @@ def smaller_layout(recipe: Recipe, stage: str) -> str:
     if not words:
         return "end what else holds memory, and the same command goes on"
     changes = " ".join(f"--set {stage}.{key}={value}" for key, value in words.items())
-    return f"the same command with {changes} needs less, and goes on from the last checkpoint"
+    # With `--set` alone the run would have another name, and be another pass of `--fresh`.
+    words = f"{changes} --name {shlex.quote(run)}"
+    return f"the same command with {words} needs less, and goes on from the last checkpoint"
 
 
 def _of_effect(table: StageTable, effect: str) -> dict[str, Any]:

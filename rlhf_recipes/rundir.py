@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,6 +141,7 @@ def clear_stage(folder: Path, *, begun: str = "") -> None:
     """
     work, folder = folder / "work", folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    _sync(folder.parent)
     goes_on = any(work.glob(CHECKPOINTS)) and begun in ("", _read(work / BEGUN))
     for path in folder.iterdir():
         if not (goes_on and path.name in ("work", "metrics.jsonl", "samples.jsonl", "tensorboard")):
@@ -171,7 +173,8 @@ def swap(new: Path, folder: Path) -> None:
         folder.rename(old)
     new.rename(folder)
     _sync(folder.parent)
-    remove(old)
+    with contextlib.suppress(OSError):  # another process may be at it; `tidy` comes again
+        remove(old)
 
 
 def settle(folder: Path) -> None:
@@ -220,14 +223,12 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with file.open("a+", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _got(stream):
                 stream.seek(0)
                 held = f"{what} is held by {stream.read().strip() or 'another process'}"
                 if waiting is None:
                     hint = "--wait waits for it; nothing needs to be cleared by hand"
-                    raise BusyError(held, hint) from None
+                    raise BusyError(held, hint)
                 waiting(f"{held}: waiting for it")
                 fcntl.flock(stream, fcntl.LOCK_EX)
             if not _is_still(file, stream):
@@ -237,6 +238,16 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
             stream.flush()
             yield
             return
+
+
+def _got(stream: IO[str]) -> bool:
+    """Whether the lock is ours now. Asked twice: who only looks (`held`) has it for an instant."""
+    for pause in (0.05, 0.0):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(pause)
+    return False
 
 
 def held(folder: Path) -> bool:

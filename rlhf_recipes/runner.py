@@ -124,8 +124,7 @@ class _Run:
 
     def go(self, wanted: list[str]) -> RunOutcome:
         try:
-            if not all(stage.done for stage in self.plan.stages):
-                self._write("unfinished")  # from here on, the run refers to its stages
+            self._write("unfinished")  # from here on, the run refers to its stages
             for stage in self.plan.stages:
                 if stage.name not in wanted and not stage.done:
                     break  # what is done after `until` is no less done
@@ -169,7 +168,7 @@ class _Run:
         record = rundir.read_record(stage.folder)
         if record is None or record["key"] != stage.key:
             return None
-        return record if not self.since or record["started"] >= self.since else None
+        return record if self.since in ("", record.get("begun")) else None
 
     def _heading(self, stage: PlannedStage, reason: str) -> None:
         place = f"Stage {stage.index + 1} of {len(self.plan.stages)}"
@@ -188,7 +187,7 @@ class _Run:
         started, clock = rundir.now(), time.monotonic()
         memory.begin()
         outputs = {other.name: other.folder / "output" for other in self.plan.stages}
-        smaller = smaller_layout(self.plan.recipe, stage.name)
+        smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
         with self._failing_as(f"stage {stage.name}", smaller), self.screen.quiet():
             with StageProgress(self.screen, folder) as progress:
                 stopping.tell = progress.note
@@ -208,6 +207,7 @@ class _Run:
             "name": stage.name,
             "key": stage.key,
             "run": self.plan.run_folder.name,
+            "begun": self.since,  # the pass of `--fresh`, if it was made in one
             "started": started,
             "seconds": round(time.monotonic() - clock, 3),
             "memory": memory.peak(),

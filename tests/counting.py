@@ -96,15 +96,14 @@ def steady(context: stages.StageContext) -> stages.StageResult:
 
     Beside the recipe, each step is a line in `steps`, and none ends while there is a file `hold`.
     """
-    import torch
-
     from rlhf_recipes import checkpoints
 
     work, output = context.folder / "work", context.folder / "output"
     read = [(source / "weights").read_text() for source in context.inputs.values()]
     start = identity.digest([context.name, *read])
-    kept = checkpoints.newest(work, start, torch.device("cpu")) or {"step": 0, "weights": start}
-    step, weights = kept["step"], kept["weights"]
+    kept = checkpoints.newest(work, start, context.progress.note)
+    step = checkpoints.step_of(kept) if kept else 0
+    weights = (kept / "weights").read_text() if kept else start
     context.progress.resume(step)
     beside = context.recipe.path.parent
     with stopping.deferred():
@@ -115,7 +114,8 @@ def steady(context: stages.StageContext) -> stages.StageResult:
             while (beside / "hold").exists():
                 time.sleep(0.01)
             context.progress.update(step, STEPS, loss=1 / step)
-            checkpoints.save(work, step, {"start": start, "step": step, "weights": weights}, keep=2)
+            with checkpoints.written(work, step, start, keep=2) as aside:
+                (aside / "weights").write_text(weights)
     (output / "weights").write_text(weights)
     (output / "more").mkdir()
     (output / "more" / "weights").write_text(weights[::-1])

@@ -130,6 +130,12 @@ def left(runs: Path, stage: str) -> dict[str, Any]:
     return found | {"metrics": record["metrics"], "summary": record["summary"]}
 
 
+def saved(runs: Path, stage: str) -> int:
+    """How many steps its last checkpoint holds."""
+    found = (runs / ".stages").glob(f"{stage}-*/work/checkpoint-*")
+    return max((int(path.name.rpartition("-")[2]) for path in found), default=0)
+
+
 def spread(count: int, points: int) -> list[int]:
     """`points` places of 1 … count, from the first to the last."""
     if points == 1:
@@ -157,8 +163,12 @@ def main(recipe: Path, folder: Path, points: int) -> None:
                 runs = folder / "runs"
                 shutil.copytree(before, runs)
                 status = forked(recipe, runs, stage, Places((kind, number), None), log)
-                again = forked(recipe, runs, stage, None, log)
+                kept, counts = saved(runs, stage), folder / "again.json"
+                counts.write_text("{}")
+                again = forked(recipe, runs, stage, Places(None, counts), log)
                 differs = ["it was not killed"] if not os.WIFSIGNALED(status) else []
+                if json.loads(counts.read_text()).get("step", 0) > seen["step"] - kept:
+                    differs.append(f"it began anew, with {kept} steps saved")
                 if again:
                     differs.append("it did not end well")
                 else:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from rlhf_recipes import checkpoints
-from rlhf_recipes.errors import StageError
 from rlhf_recipes.guards import Limits
 from rlhf_recipes.ppo_trainer import PPOTrainer
 from rlhf_recipes.recipe import load_recipe
@@ -262,12 +261,32 @@ def test_a_write_that_fails_leaves_those_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {"write": (Path, "write_text"), "fsync": (os, "fsync"), "rename": (Path, "rename")}
-    with monkeypatch.context() as patch, pytest.raises(StageError, match="No space left") as error:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(*target[call], full)
         write(tmp_path, 3)
-    assert "checkpoint of step 3 could not be written" in error.value.message
     assert there(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
     assert checkpoints.newest(tmp_path, "start", print).name == "checkpoint-000002"
+
+
+def test_a_disk_that_is_full_without_a_word_is_noticed(tmp_path: Path) -> None:
+    """torch does not look at whether the last bytes of its archive were written."""
+    write(tmp_path, 1)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        checkpoints.written(tmp_path, 2, "start", 2) as aside,
+    ):
+        torch.save({"step": 2}, aside / "scheduler.pt")
+        os.truncate(aside / "scheduler.pt", (aside / "scheduler.pt").stat().st_size - 9)
+    assert there(tmp_path) == ["checkpoint-000001"]
+
+
+def test_a_record_that_cannot_be_read_is_damage_as_any_other(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2)
+    (tmp_path / "checkpoint-000002" / "checkpoint.json").unlink()
+    (tmp_path / "checkpoint-000002" / "checkpoint.json").mkdir()
+    said: list[str] = []
+    assert checkpoints.newest(tmp_path, "start", said.append).name == "checkpoint-000001"
+    assert "checkpoint.json cannot be read (Is a directory)" in said[0]
 
 
 def test_what_a_kill_left_of_a_write_is_in_nobodys_way(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rlhf_recipes.edit import edit
 from rlhf_recipes.errors import RecipeError, UsageError
 from rlhf_recipes.recipe import fork_recipe, load_recipe
-from tests.test_recipe import MINIMAL, problems, write
+from tests.test_recipe import MINIMAL, SAVING, problems, write
 
 COMMENTED = """\
 # A recipe.
@@ -118,7 +118,7 @@ def test_set_in_every_way_to_write_a_table(text: str) -> None:
 def test_a_new_stage_by_words_in_any_order(tmp_path: Path) -> None:
     words = ["warm.max_steps=3", "warm.kind=sft", 'stages=["warm"]']
     recipe = load_recipe(write(tmp_path, MINIMAL), set=words)
-    assert recipe.table("warm").given == {"learning_rate": 2e-4, "max_steps": 3}
+    assert recipe.table("warm").given == {"learning_rate": 2e-4, "max_steps": 3} | SAVING
 
 
 @pytest.mark.parametrize(

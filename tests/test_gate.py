@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 
 from rlhf_recipes import evidence
 from rlhf_recipes.data import Data, pairs
 from rlhf_recipes.errors import GateError, StageError
-from rlhf_recipes.export import write_reward_model
+from rlhf_recipes.export import export, write_reward_model
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import open_reward
 from rlhf_recipes.sequences import score_ids
@@ -126,6 +127,20 @@ def test_the_judge_learns_from_its_share_and_from_nothing_else(
     assert judge("others", lambda prompt: prompt in trained - share) == first
     assert judge("after", lambda prompt: False, before=True) == first
     assert judge("own", lambda prompt: prompt in share) != first
+
+
+def test_the_judge_is_exported_as_the_reward_model_that_it_is(chain: Chain, tmp_path: Path) -> None:
+    recipe = load_recipe(chain.recipe.path, set=["evaluation.judge=independent"])
+    other, run = Chain(recipe, tmp_path / "runs" / ".stages"), tmp_path / "runs" / "tiny"
+    other.run("judge", {})
+    run.mkdir()
+    (run / "resolved.toml").write_text(tomlkit.dumps(recipe.resolved()))
+    entry = {"name": "judge", "kind": "judge", "outcome": "ran", "folder": ".stages/judge"}
+    manifest = {"format": 1, "model": {}, "stages": [entry]}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    export(run_folder=run, folder=tmp_path / "out", stage="judge", form="adapter")
+    heads = [f / "head.safetensors" for f in (tmp_path / "out", other.outputs["judge"])]
+    assert heads[0].read_bytes() == heads[1].read_bytes()
 
 
 def test_a_share_without_pairs_is_told(chain: Chain, tmp_path: Path) -> None:

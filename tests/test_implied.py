@@ -9,6 +9,8 @@ import pytest
 import tomlkit
 
 from rlhf_recipes import history
+from rlhf_recipes.clean import unused
+from rlhf_recipes.fetch import _others
 from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import Recipe, load_recipe, smaller_layout
 from tests.counting import RECIPE, toy
@@ -136,7 +138,7 @@ def test_the_judge_learns_as_the_last_reward_stage_does(recipe: Path) -> None:
     own = (second.options, second.extras, second.given, second.dataset)
     assert table_of(loaded) == ("reward", None, *own)
     assert loaded.table("judge").options["max_steps"] == 7 and loaded.table("judge").dataset
-    assert "--set second." in smaller_layout(loaded, "judge")
+    assert "--set second." in smaller_layout(loaded, "judge", "two")
 
 
 def test_without_a_reward_stage_it_learns_as_one_would(recipe: Path) -> None:
@@ -162,6 +164,14 @@ def test_resolved_is_the_same_recipe(recipe: Path) -> None:
     assert again.table("judge").options == loaded.table("judge").options
 
 
+def test_fetch_brings_a_judge_from_the_hub(recipe: Path) -> None:
+    both = 'evaluation.judge=["python:./rule.py:score", "me/judge"]'
+    names = [repo.name for repo in _others(load_recipe(recipe, set=[both]))]
+    assert names == ["me/judge"]
+    for none in (INDEPENDENT, "evaluation.judge=./other", "evaluation=false"):
+        assert list(_others(load_recipe(recipe, set=[none]))) == []
+
+
 def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> None:
     made = finish(plan(recipe, INDEPENDENT, "evaluation.best_of=2"))
     entries = [
@@ -179,6 +189,4 @@ def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> No
     # A stage whose kind is of two words is known for one, too, and goes when no run refers to it.
     entries.pop()
     (made.run_folder / "manifest.json").write_text(json.dumps({"format": 1, "stages": entries}))
-    assert [spare[0].name for spare in history.unused(made.runs)[0]] == [
-        made.stages[-1].folder.name
-    ]
+    assert [spare[0].name for spare in unused(made.runs)[0]] == [made.stages[-1].folder.name]

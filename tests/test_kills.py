@@ -13,7 +13,7 @@ import pytest
 LONGER = {
     "[sft]\nmax_steps = 4": "[sft]\nmax_steps = 20",
     "[reward]\nmax_steps = 6": "[reward]\nmax_steps = 20",
-    "total_episodes = 32": "total_episodes = 160",
+    "total_episodes = 32": "total_episodes = 320",
 }
 
 

@@ -196,7 +196,7 @@ def test_an_unfinished_stage_and_a_fresh_run_say_so(tmp_path: Path) -> None:
     assert reasons(plan(recipe))["sft"] == "was not finished"
     for name in ("checkpoint-000004", "checkpoint-000012", "damaged-000016", "partial"):
         (planned.stages[0].folder / "work" / name).mkdir()
-    goes_on = "was not finished: goes on from its checkpoint after step 12"
+    goes_on = "was not finished, has a checkpoint of step 12"
     assert reasons(plan(recipe))["sft"] == goes_on
     finish(planned)
     assert reasons(plan(recipe)) == {}

@@ -25,6 +25,7 @@ from rlhf_recipes.sequences import sampling
 from rlhf_recipes.tokens import settle
 from tests.test_adapters import make_base
 from tests.test_ppo_trainer import PROMPTS, make_trainer
+from tests.test_stages import Silent
 
 UPDATES, BATCH, LENGTH = 5, 4, 6
 NO_LIMITS = Limits(max_kl=1e9, min_entropy=0.0, min_length=0.0, max_score_drop=1e9)
@@ -114,6 +115,8 @@ def run_ours(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list
         train_dataset=PROMPTS[:BATCH],
         limits=NO_LIMITS,
         on_update=lambda _, __, metrics: logged.append(metrics),
+        key="the stage's",
+        progress=Silent(),
     )
     trainer.train()
     return logged

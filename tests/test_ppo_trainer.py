@@ -311,7 +311,8 @@ def test_a_reward_that_is_not_a_number_stops_with_a_line(make) -> None:
 def test_weights_that_are_lost_end_the_stage_with_the_best_that_was_kept(make) -> None:
     """A NaN in the policy after two updates; its start, or an earlier policy, is what remains."""
     words = {"keep": "best", "validation_prompts": [p["input_ids"] for p in PROMPTS]}
-    trainer = make(total_episodes=48, eval_strategy="steps", eval_steps=1, words=words)
+    when = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(total_episodes=48, words=words, **when)
     explore = trainer.explore
 
     def lose(prompts: list, seed: int) -> Rollout:
@@ -374,7 +375,8 @@ def test_the_policy_kept_is_the_best_on_validation_or_the_last(
     """Validation scores given for updates 0 to 6: it ends as it was after `update`."""
     given = [0.0, 1.0, 3.0, 2.0, 3.0, 9.0, -1.0]  # the 9 is beyond max_kl
     words = {"keep": keep, "validation_prompts": [[1, 4, 7, 5]], "limits": Limits(max_kl=2.0)}
-    trainer = make(total_episodes=48, eval_strategy="steps", eval_steps=1, words=words)
+    when = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(total_episodes=48, words=words, **when)
     explore = trainer.explore
     after: list[list[torch.Tensor]] = []
 

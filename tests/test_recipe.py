@@ -19,6 +19,7 @@ from rlhf_recipes.recipe import (
 )
 from rlhf_recipes.tables import MirrorTable
 
+SAVING = {"save_steps": 0.1, "save_total_limit": 2}
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 JUDGES = '"none", "independent", "python:FILE.py:FUNCTION", or a model\'s folder or id'
 MINIMAL = """\
@@ -86,19 +87,20 @@ def test_stages_resolved(tmp_path: Path) -> None:
     text = MINIMAL + "[sft]\nmax_steps = 5\n[ppo]\nnum_ppo_epochs = 2\n[ppo.guard]\nmax_kl = 8\n"
     recipe = load(tmp_path, text)
     sft, reward, ppo = map(recipe.table, recipe.stages)
-    assert sft.given == {"learning_rate": 2e-4, "max_steps": 5}
+    assert sft.given == {"learning_rate": 2e-4, "max_steps": 5} | SAVING
     assert sft.options["weight_decay"] == 0.0
     assert "output_dir" not in sft.options and "packing" not in sft.options
     assert sft.extras == {}
-    assert reward.given == {"learning_rate": 1e-4, "center_rewards_coefficient": 0.01}
-    assert reward.extras == {"head_learning_rate": 1e-4}
+    assert reward.given == {"learning_rate": 1e-4, "center_rewards_coefficient": 0.01} | SAVING
+    assert reward.extras == {"head_learning_rate": 1e-4, "minimum_accuracy": 0.55}
     assert ppo.extras == {
         "value_learning_rate": 1e-4,
         "value_warmup_epochs": 0,
         "keep": "best",
+        "minimum_accuracy": None,  # the reward stage's
         "guard": GUARD | {"max_kl": 8.0},
     }
-    assert {k: recipe.resolved()["ppo"][k] for k in ppo.extras} == ppo.extras
+    assert {k: recipe.resolved()["ppo"].get(k) for k in ppo.extras} == ppo.extras
     assert (ppo.given["eval_strategy"], ppo.given["eval_steps"]) == ("steps", 0.2)
     assert ppo.options["lam"] == 1.0 and ppo.options["num_ppo_epochs"] == 2
     roles = [(t.policy, t.reward_model, t.reference) for t in (sft, reward, ppo)]

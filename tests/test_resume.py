@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import re
 from collections import defaultdict
@@ -16,7 +17,7 @@ import pytest
 
 from rlhf_recipes import checkpoints, runner, stopping
 from rlhf_recipes.adapters import Base
-from rlhf_recipes.errors import Interrupted, StageError
+from rlhf_recipes.errors import Interrupted, MachineError, StageError
 from rlhf_recipes.progress import StageProgress
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.stages.sft import Trainer
@@ -72,7 +73,7 @@ def train(recipe: str, folder: Path, sets: dict[str, Any]) -> dict[str, Any]:
     told = [f"{key}={json.dumps(value)}" for key, value in sets.items()]
     runner.run(load_recipe(folder / "tiny.toml", set=told), runs=folder)
     found: dict[str, Any] = {}
-    for stage in sorted((folder / ".stages").iterdir()):
+    for stage in sorted((folder / ".stages").glob("[!.]*-*")):
         for file in sorted((stage / "output").rglob("*.*")):
             name = str(file.relative_to(stage.parent))
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -163,6 +164,7 @@ def test_every_kind_of_stage_ends_as_in_one_piece(whole: Go, go: Go, tmp_path: P
     ("steps", "sets"),
     [
         ([4], {"lora": False}),
+        ([4], {"model.quantization": "4bit"}),
         # What is logged, evaluated and drawn between two epochs.
         ([6], {"sft.logging_strategy": "epoch", "sft.eval_strategy": "epoch", "sft.save_steps": 1}),
         ([7], {"sft.eval_strategy": "epoch", "sft.save_strategy": "epoch"}),
@@ -215,14 +217,40 @@ def test_a_full_disk_stops_the_stage_and_loses_nothing(
         save(tensors, file)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    said = "stage sft: the checkpoint of step 4 could not be written: .*No space left on device"
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(MachineError, match="stage sft: No space left on device"):
         go(SFT)
     assert [folder.name for folder in left(tmp_path, "sft")] == ["checkpoint-000002"]
     with cut("sft", 6):
         go(SFT | {"sft.save_steps": 3})  # how often they are written is heeded at once
     assert left(tmp_path, "sft")[-1].name == "checkpoint-000003"
     assert go(SFT) == whole(SFT)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_what_is_no_number_ends_the_stage_and_no_checkpoint_holds_it(
+    whole: Go, go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Weights after the fourth step, at whose end a checkpoint is due; then a loss."""
+    chain = {**CHAIN, "stages": ["sft", "reward"]}
+    chain = {key: value for key, value in chain.items() if key.split(".")[0] not in ("ppo", "dpo")}
+
+    def spoil(self: Any, *rest: Any) -> Any:
+        loss = stock(self, *rest)
+        if self.state.global_step == 3:
+            for parameter in self.role.trainable():
+                parameter.grad.fill_(float("nan"))
+        return loss
+
+    module = importlib.import_module(f"rlhf_recipes.stages.{kind}")
+    stock = module.Trainer.training_step
+    for save_steps, said in [(2, "weights"), (3, "losses")]:
+        with monkeypatch.context() as patch, pytest.raises(StageError) as caught:
+            patch.setattr(module.Trainer, "training_step", spoil)
+            go(chain | {f"{kind}.save_steps": save_steps})
+        assert caught.value.message == f"stage {kind}: {said} that are no numbers"
+        assert "lower learning_rate" in caught.value.hint
+        assert checkpoints.step_of(left(tmp_path, kind)[-1]) == save_steps
+    assert go(chain) == whole(chain)
 
 
 def test_out_of_memory_a_smaller_micro_batch_goes_on_with_the_same_rows(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -105,13 +106,15 @@ def test_a_cleared_stage_is_as_new(tmp_path: Path) -> None:
 
 def test_checkpoints_stay_with_what_led_to_them_unless_begun_before(tmp_path: Path) -> None:
     def made() -> None:
-        for name in ("work/checkpoint-000002/weights", "metrics.jsonl", "output/half"):
+        names = ("work/checkpoint-000002/weights", "metrics.jsonl", "tensorboard/1", "output/half")
+        for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("")
 
     def kept(**words: str) -> list[bool]:
         rundir.clear_stage(tmp_path, **words)
         names = ("work/checkpoint-000002", "metrics.jsonl", "output/half")
+        assert (tmp_path / "tensorboard/1").exists() == (tmp_path / "metrics.jsonl").exists()
         return [(tmp_path / name).exists() for name in names]
 
     made()
@@ -195,6 +198,18 @@ def test_who_waits_says_for_whom_and_holds_the_lock_then(
             pass
     assert len(said) == 1 and said[0].startswith(f"run x is held by process {other.pid} on ")
     assert said[0].endswith(": waiting for it")
+
+
+def test_who_only_looks_is_in_nobodys_way(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with rundir.lock(folder, "run x"):
+        assert rundir.held(folder)
+    with rundir.lock_file(folder).open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.02, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with rundir.lock(folder, "run x"):
+            pass
+    assert not rundir.held(folder)
 
 
 def test_waiting_is_ended_by_a_signal(tmp_path: Path, other: subprocess.Popen) -> None:

@@ -145,6 +145,10 @@ def test_fresh_computes_all_again(tmp_path: Path, count: Counting) -> None:
     assert (outcome.model / "model.safetensors").read_text() == "ppo 7"
     go(recipe, fresh=True)
     assert count.ran == STAGES * 3
+    for record in (tmp_path / "runs" / ".stages").glob("[!.]*/stage.json"):  # by a clock ahead
+        record.write_text(record.read_text().replace('"started": "20', '"started": "30'))
+    go(recipe, fresh=True)
+    assert count.ran == STAGES * 4
     left = [path.name for path in (tmp_path / "runs" / ".stages").iterdir()]
     assert not [name for name in left if name.endswith((".fresh", ".old"))]
 
@@ -253,6 +257,7 @@ RAISED = {
     "full": OSError(errno.ENOSPC, "No space left on device", "/d/weights"),
     "quota": OSError(errno.EDQUOT, "Disk quota exceeded", "/d/weights"),
     "in Rust": RuntimeError("I/O error: No space left on device (os error 28)"),
+    "in C++": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
     "read-only": OSError(errno.EROFS, "Read-only file system", "/d/weights"),
     "memory": MemoryError(),
     "on a CPU": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"
@@ -263,12 +268,14 @@ FREE = "free some space there, and the same command goes on"
 LESS = (
     "the same command with --set ppo.per_device_train_batch_size=4 --set "
     "ppo.gradient_accumulation_steps=2 --set ppo.gradient_checkpointing=true --set "
-    "ppo.local_rollout_forward_batch_size=32 needs less, and goes on from the last checkpoint"
+    "ppo.local_rollout_forward_batch_size=32 --name toy needs less, and goes on from the last "
+    "checkpoint"
 )
 SAID = {
     "full": f"No space left on device: '/d/weights' ({FREE}",
     "quota": f"Disk quota exceeded: '/d/weights' ({FREE}",
     "in Rust": f"No space left on device ({FREE}",
+    "in C++": f"a file could not be written whole: the disk may be full ({FREE}",
     "read-only": "Read-only file system: '/d/weights' (see who may read and write it; --runs DIR "
     "keeps runs elsewhere",
     "memory": f"out of memory ({LESS}",
@@ -303,10 +310,11 @@ def test_what_the_machine_lacks_is_one_line_that_says_what_to_do(
 
 def test_what_can_be_made_smaller_is_what_is_there(tmp_path: Path) -> None:
     def advice(stage: str, *changes: str) -> str:
-        return smaller_layout(load_recipe(toy(tmp_path), set=changes), stage)
+        return smaller_layout(load_recipe(toy(tmp_path), set=changes), stage, "my run")
 
     nine = ["sft.per_device_train_batch_size=9", "sft.gradient_accumulation_steps=2"]
     assert "size=3 --set sft.gradient_accumulation_steps=6 " in advice("sft", *nine)
+    assert " --name 'my run' needs less" in advice("sft", *nine)
     least = ["sft.per_device_train_batch_size=1", "sft.gradient_checkpointing=true"]
     nothing = "end what else holds memory, and the same command goes on"
     assert advice("sft", *least) == advice("evaluation") == nothing

@@ -17,7 +17,7 @@ from rlhf_recipes import models, stopping
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.data import Data
-from rlhf_recipes.errors import StageError
+from rlhf_recipes.errors import StageError, lost
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext
 
@@ -106,6 +106,12 @@ class Stock(Resumable):
             self.args.eval_on_start = False  # it was
         with stopping.deferred():
             return super().train(resume_from_checkpoint=folder and str(folder))
+
+    def training_step(self, *inputs: Any) -> torch.Tensor:
+        loss = super().training_step(*inputs)
+        if not loss.isfinite():  # transformers would leave it out of what it logs
+            raise lost("losses")
+        return loss
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**{str(i): p for i, p in enumerate(self.role.trainable())}, "rng": self.rng}

@@ -1,0 +1,337 @@
+"""Recipes as tables, with the files around them, and the rule: which stages is a key or a file of?
+
+The rule is what the README and `fields.json` say, said once more for `test_edits.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rlhf_recipes import rundir
+from rlhf_recipes.fields import Field, fields_of, trl_fields
+from rlhf_recipes.plan import Plan, make_plan
+from rlhf_recipes.recipe import Recipe, load_recipe
+from rlhf_recipes.tables import EXTRAS, EvaluationTable, ModelTable, dataset_keys
+
+ALL = "every stage"
+
+# Recipes as tables, the bytes of the files around them, and whose each file is.
+CHAIN = {
+    "title": "Chain",
+    "stages": ["sft", "reward", "ppo"],
+    "model": {"name": "./model"},
+    "dataset": [{"path": "./pairs.jsonl"}],
+    "ppo": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+    "evaluation": {"judge": ["independent", "python:./rule.py:score"], "best_of": 4},
+}
+RICH = {
+    "title": "Rich",
+    "stages": ["warmup", "sft", "reward", "dpo", "ppo"],
+    "model": {"name": "./model"},
+    "dataset": [
+        {
+            "path": "./data",
+            "data_files": {"train": "train.jsonl", "test": "test.jsonl"},
+            "test_split": "test",
+        },
+        {"path": "./more.jsonl", "weight": 0.5},
+    ],
+    "warmup": {"kind": "sft", "dataset": {"path": "./data/demos.jsonl"}},
+    "dpo": {"policy": "sft", "reference": "warmup"},
+    "ppo": {"guard": {"max_kl": 9.0}},
+    "evaluation": {"judge": ["python:./data/rule.py:score", "independent"], "best_of": 2},
+}
+FOREIGN = {
+    "title": "Foreign",
+    "stages": ["sft", "ppo"],
+    "model": {"name": "./model"},
+    "dataset": [{"path": "./pairs"}],
+    "sft": {"dataset": {"path": "./demos.jsonl"}},
+    "ppo": {"reward_model": "./scorer"},
+    "evaluation": {"judge": "./judge", "best_of": 2},
+}
+WHOLE = {
+    "title": "Whole",
+    "stages": ["sft", "dpo"],
+    "lora": False,
+    "model": {"name": "./model"},
+    "dataset": [{"path": "./pairs.jsonl"}],
+    "evaluation": {},
+}
+MODEL = {"model/config.json": ALL, "model/model.safetensors": ALL, "model/README.md": ""}
+GRAPHS = [
+    (CHAIN, {**MODEL, "pairs.jsonl": ALL, "rule.py": "evaluation best_of"}),
+    (
+        RICH,
+        {
+            **MODEL,
+            "data/train.jsonl": "sft reward dpo ppo judge evaluation best_of",
+            "data/test.jsonl": ALL,  # no stage may train on its prompts
+            "data/demos.jsonl": "warmup",
+            "data/feedback.jsonl": "",
+            "data/rule.py": "evaluation best_of",
+            "more.jsonl": "sft reward dpo ppo judge evaluation best_of",
+        },
+    ),
+    (
+        FOREIGN,
+        {
+            **MODEL,
+            "pairs/a.jsonl": "ppo evaluation best_of",
+            "pairs/b.jsonl": "ppo evaluation best_of",
+            "pairs/make.py": "",
+            "demos.jsonl": "sft",
+            "scorer/config.json": "ppo evaluation best_of",
+            "scorer/model.safetensors": "ppo evaluation best_of",
+            "judge/config.json": "evaluation best_of",
+            "judge/model.safetensors": "evaluation best_of",
+        },
+    ),
+    (WHOLE, {**MODEL, "pairs.jsonl": ALL}),
+]
+# What one key cannot be without.
+NEEDS = {
+    ("ppo", "eval_strategy"): {"keep": "last"},
+    ("lora", "layers_pattern"): {"layers_to_transform": [0], "target_modules": ["q_proj"]},
+    ("lora", "layers_to_transform"): {"target_modules": ["q_proj"]},
+}
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+Key = tuple[str | int, ...]
+
+
+# ---- the rule -----------------------------------------------------------------------------------
+
+
+def kind_of(tables: dict[str, Any], stage: str) -> str:
+    table = tables.get(stage)
+    return table.get("kind", stage) if isinstance(table, dict) else stage
+
+
+def inputs(tables: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What each stage takes from which, by role: as it says, else from the latest before it."""
+    taken: dict[str, dict[str, str]] = {}
+    policies, rewards, scorer = [], [], None
+    for stage in tables["stages"]:
+        kind, table = kind_of(tables, stage), tables.get(stage, {})
+        roles = {"policy": table.get("policy", policies[-1] if policies else None)}
+        roles["reference"] = table.get("reference")
+        if kind == "ppo":
+            scorer = table.get("reward_model", rewards[-1] if rewards else None)
+            roles["reward_model"] = scorer
+        taken[stage] = {role: one for role, one in roles.items() if one}
+        (rewards if kind == "reward" else policies).append(stage)
+    scorer = scorer or (rewards[0] if rewards else None)
+    asked = str(tables["evaluation"])
+    judges = {"scorer": scorer or "", "judge": "judge" if "independent" in asked else ""}
+    taken["judge"] = {}
+    taken["evaluation"] = {policy: policy for policy in policies} | judges
+    ppo = [stage for stage in tables["stages"] if kind_of(tables, stage) == "ppo"]
+    taken["best_of"] = judges | {"policy": taken[ppo[-1]].get("policy", "") if ppo else ""}
+    return taken
+
+
+def below(tables: dict[str, Any], roots: set[str]) -> set[str]:
+    """The stages at `roots`, and those that take anything from them, however far down."""
+    for stage, roles in inputs(tables).items():  # inputs come before who takes them
+        if set(roles.values()) & roots:
+            roots = roots | {stage}
+    return roots
+
+
+def owners(tables: dict[str, Any], path: Key, effect: str) -> set[str]:
+    """The stages whose result a key determines."""
+    stages, head, key = tables["stages"], path[0], path[min(2, len(path) - 1)]
+    everyone = {*stages, "judge", "evaluation", "best_of"}
+    kinds = {stage: kind_of(tables, stage) for stage in stages} | {"judge": "reward"}
+    if head == "title":
+        return set()
+    if head in ("seed", "model", "lora"):
+        return everyone
+    if head == "evaluation" and key in ("prompts", "best_of"):
+        return {"best_of", *([] if key == "best_of" else ["evaluation"])}
+    if head != "dataset":
+        alone = effect == "identity" or key in BATCH  # of a batch its size counts
+        also = {"judge"} if kinds.get(str(head)) == "reward" else set()
+        return {str(head)} | also if alone else set()
+    table = tables["dataset"][path[1]]
+    own = {stage for stage in stages if "dataset" in tables.get(stage, {})}
+    if key == "judge_fraction":
+        return {stage for stage, kind in kinds.items() if kind in ("reward", "dpo")}
+    if key in ("validation_fraction", "test_fraction"):
+        return everyone
+    found = everyone - own
+    if path[1] == 0 and key in ("max_prompt_tokens", "max_answer_tokens", "system"):
+        found |= {stage for stage in own if key not in tables[stage]["dataset"]}
+    tested = "test_split" in table and key not in ("max_rows", "split")
+    return found | own if tested or key == "test_split" else found
+
+
+# ---- a recipe and what lies around it ------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """Tables and files as they are meant to be: edits change them, and `plan` writes them down."""
+
+    home: Path
+    tables: dict[str, Any]
+    whose: dict[str, str]  # of a file: ALL, or the stages that it determines
+    draw: Random
+    files: dict[str, bytes] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)  # changed while they were not in the recipe
+    before: list[Any] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> Path:
+        return self.home / "a recipe.toml"
+
+    @property
+    def runs(self) -> Path:
+        return self.home.parent / "runs"
+
+    def keep(self) -> None:
+        self.before.append(copy.deepcopy((self.tables, self.files, self.waiting)))
+
+    def asked(self) -> dict[str, Any]:
+        """[evaluation], or what it was before it was left out; best_of where there is a PPO."""
+        tables = [self.tables, *(before[0] for before in reversed(self.before))]
+        asked = next(one["evaluation"] for one in tables if one["evaluation"] is not False)
+        ppo = any(kind_of(self.tables, stage) == "ppo" for stage in self.tables["stages"])
+        return {key: value for key, value in asked.items() if ppo or key != "best_of"}
+
+    def sampled(self) -> tuple[Any, ...]:
+        """From what, how long and at which temperature the best of several is sampled."""
+        ppo = [s for s in self.tables["stages"] if kind_of(self.tables, s) == "ppo"][-1:]
+        trained = effective(self.load())[ppo[0]] if ppo else {}
+        words = {key: trained.get(key) for key in ("response_length", "temperature")} | self.asked()
+        policy = inputs(self.tables)["best_of"]["policy"]
+        return policy, words["response_length"], words["temperature"]
+
+    def load(self) -> Recipe:
+        text = written(self.tables, self.draw)
+        read = tomllib.loads(text)
+        read["dataset"] = (
+            read["dataset"] if isinstance(read["dataset"], list) else [read["dataset"]]
+        )
+        assert read == self.tables
+        for name, content in self.files.items():
+            file = self.home / name
+            if not file.exists() or file.read_bytes() != content:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+        self.recipe.write_text(text)
+        return load_recipe(self.recipe)
+
+    def plan(self) -> Plan:
+        return make_plan(self.load(), self.runs, name="run")
+
+
+def finish(made: Plan) -> None:
+    """What a run would leave: the records of its stages, and the manifest that names them."""
+    for stage in made.stages:
+        if not stage.done:
+            record = {"name": stage.name, "key": stage.key, "payload": stage.payload}
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            rundir.write_record(stage.folder, record)
+    entries = [{"name": s.name, "folder": f".stages/{s.folder.name}"} for s in made.stages]
+    rundir.write_json(made.run_folder / "manifest.json", {"stages": entries})
+
+
+def written(tables: dict[str, Any], draw: Random) -> str:
+    """A recipe's text in any order and layout, with comments anywhere."""
+
+    def shuffled(table: dict[str, Any]) -> list[tuple[str, Any]]:
+        return draw.sample(list(table.items()), len(table))
+
+    def remark() -> str:
+        return draw.choice(["", "", "", "# seed = 7", "\n\n", "  # [ppo]\n"])
+
+    def line(key: str, value: Any) -> str:
+        if isinstance(value, dict) and value and draw.random() < 0.3:
+            return "".join(line(f"{key}.{inner}", one) for inner, one in shuffled(value))
+        equals = draw.choice(["=", " = ", "   =  "])
+        return f"{draw.choice(['', '  '])}{key}{equals}{toml(value)} {remark()}\n"
+
+    def toml(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{{ {', '.join(f'{key} = {toml(one)}' for key, one in shuffled(value))} }}"
+        if isinstance(value, list):
+            return f"[{draw.choice(['', ' '])}{', '.join(map(toml, value))}]"
+        return json.dumps(value)
+
+    top, blocks = [], []
+    for key, value in shuffled(tables):
+        many = key == "dataset" and (len(value) > 1 or draw.random() < 0.3)
+        tablelike = isinstance(value, dict) or key == "dataset"
+        if not tablelike:
+            top.append(line(key, value))
+            continue
+        block = ""
+        for table in value if key == "dataset" else [value]:
+            block += f"{remark()}\n{f'[[{key}]]' if many else f'[{key}]'}\n"
+            last = ""  # a table of its own inside this one ends it
+            for inner, one in shuffled(table):
+                if isinstance(one, dict) and not last and not many and draw.random() < 0.3:
+                    last = f"[{key}.{inner}]\n" + "".join(line(k, v) for k, v in shuffled(one))
+                else:
+                    block += line(inner, one)
+            block += last
+        blocks.append(block)
+    return "".join([*top, *blocks])
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+PLACES = {"path", "revision", "judge", "kind", "policy", "reward_model", "reference"}
+
+
+def keys(tables: dict[str, Any]) -> dict[Key, Field]:
+    """Every key of a recipe that has a value: all of fields.json that is passed on, and ours."""
+    groups: dict[Key, Any] = {
+        (): {"title": Field(("str",)), "seed": Field(("int",), range="at least 0")},
+        ("model",): {k: f for k, f in fields_of(ModelTable).items() if k != "name"},
+        ("evaluation",): fields_of(EvaluationTable),
+        **{("dataset", place): dataset_keys() for place in range(len(tables["dataset"]))},
+    }
+    if tables.get("lora") is not False:
+        groups[("lora",)] = trl_fields()["lora"]
+    for stage in tables["stages"]:
+        kind = kind_of(tables, stage)
+        groups[(stage,)] = {**trl_fields()[kind], **EXTRAS[kind]}
+        if "dataset" in tables.get(stage, {}):
+            groups[(stage, "dataset")] = dataset_keys()
+    found = {}
+    for at, fields in groups.items():
+        for name, one in fields.items():
+            inner = one.items() if not isinstance(one, Field) else ()
+            found |= {(*at, name, deeper): last for deeper, last in inner}
+            if not inner and one.standing == "passed" and name not in PLACES:
+                found[(*at, name)] = one
+    return found
+
+
+def dig(tables: Any, key: Key) -> Any:
+    """The value at a key; None where there is none."""
+    for part in key:
+        there = part < len(tables) if isinstance(tables, list) else part in (tables or ())
+        tables = tables[part] if there else None
+    return tables
+
+
+def put(tables: Any, key: Key, value: Any) -> None:
+    for part in key[:-1]:
+        tables = tables[part] if isinstance(part, int) else tables.setdefault(part, {})
+    tables[key[-1]] = value
+
+
+def effective(recipe: Recipe) -> dict[str, Any]:
+    """Every key with its value, written or not."""
+    resolved = recipe.resolved()
+    many = isinstance(resolved["dataset"], list)
+    return resolved | {"dataset": resolved["dataset"] if many else [resolved["dataset"]]}
