@@ -19,6 +19,7 @@ from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import open_reward, read_unit
 from rlhf_recipes.sequences import sample, score_ids
+from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages import answers, evaluate
 from tests.test_stages import Chain
 
@@ -101,7 +102,8 @@ def test_one_model_is_in_memory_at_a_time(
 ) -> None:
     """The embedding is in no adapter and quantized in none: its copies are the models.
 
-    Without Python's collector, which might come late: circles of references hold what is done with.
+    Without Python's collector, which might come late, and with such circles of references as
+    accelerate's hooks make.
     """
     chain = chain_of(tiny_recipe, tmp_path, f"model.quantization={bits}")
     chain.run("sft", {})
@@ -121,6 +123,19 @@ def test_one_model_is_in_memory_at_a_time(
 
         monkeypatch.setattr(module, name, count)
 
+    def circular(name: str) -> None:
+        real = getattr(Shared, name)
+
+        def hang(self: Shared, *args: Any) -> Any:
+            made = real(self, *args)
+            lm = getattr(made, "lm", made)
+            lm.circle = [lm]
+            return made
+
+        monkeypatch.setattr(Shared, name, hang)
+
+    circular("exported")
+    circular("load_base")
     for module, name in [(answers, "sample"), (evaluate, "exact_kl"), (answers, "score_ids")]:
         counted(module, name)
     gc.disable()
