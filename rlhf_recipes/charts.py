@@ -75,14 +75,14 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
     gain, kl = facts.number(f"{name}.{by}_gain"), facts.number(f"{name}.kl")
     if gain is None or kl is None:
         return None
-    low, high = (facts.number(f"{name}.{by}_gain_{end}") for end in ("low", "high"))
+    around = [facts.number(f"{name}.{by}_gain_{end}") for end in ("low", "high")]
     whose = "the judge" if by == "judge" else "the reward model"
     who = title(facts, name).strip("`")
     told, best, label = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats", [], ""
     known = facts.best_of or {}
-    if known.get("against") == name and isinstance(known.get(f"{by}_gain"), list):
-        columns = (known.get("n", []), known.get("kl", []), known[f"{by}_gain"])
-        best = [(int(n), float(k), float(g)) for n, k, g in zip(*columns, strict=False)]
+    if known.get("against") == name:
+        columns = [known.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
+        best = [row for row in zip(*columns, strict=False) if None not in row]
     if best:
         most, dear, much = best[-1]
         label = f"best of {most}"
@@ -100,7 +100,7 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
         told.replace("-", "−"),
         alt.replace("-", "−").strip(),
         best=best,
-        policies=[(who, kl, gain, low if low is not None else gain, high or gain)],
+        policies=[(who, kl, gain, *(gain if end is None else end for end in around))],
         path=path,
         best_of=label,
         y=UNITS if by == "score" else "gain, the judge's points",

@@ -251,9 +251,9 @@ def compare(
     folders = [find_run(word, runs_folder(runs)) for word in run]
     parts = history.compare(folders)
     if page:
-        from rlhf_recipes.report import write_comparison
+        from rlhf_recipes import comparison
 
-        write_comparison(folders, page)
+        comparison.write(folders, page)
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
     print(show.comparison([folder.name for folder in folders], parts))

@@ -19,6 +19,7 @@ from rlhf_recipes.intervals import wilson
 from rlhf_recipes.tables import POLICY_KINDS
 
 Json = dict[str, Any]
+FEW = 30
 
 
 class Share(NamedTuple):
@@ -67,8 +68,11 @@ class Facts:
         if value is None or not of or not 0 <= value <= 1:
             return None
         low, high = self.number(f"{key}_low"), self.number(f"{key}_high")
+        least, most = wilson(value, int(of))
         if low is None or high is None:
-            low, high = wilson(value, int(of))
+            low, high = least, most
+        elif of < FEW:  # a bootstrap of so few is too sure of itself
+            low, high = min(low, least), max(high, most)
         return Share(value, low, high, int(of))
 
     def of(self, stage: str, key: str, default: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rlhf_recipes.facts import Facts, Share, number
@@ -20,6 +21,10 @@ from rlhf_recipes.findings import (
 WIDE = 0.2  # of a win rate's interval: where it holds a half, more prompts would tell
 HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
 STILL = 0.5  # nats an answer: a policy that has hardly moved
+SAME = 0.5  # of the answers
+FEWEST = 8  # answers to say that of
+SHRUNK = 0.2  # of the length of the policy before's answers
+WORDLESS = 2.0  # tokens, the end's included
 ALIKE = 0.5  # of the distinct 2-grams that the policy before had
 REPEATING = 0.3  # of an answer's 3-grams
 ENDING = 0.5  # of the answers; under it most are cut off
@@ -64,21 +69,38 @@ def _stop(facts: Facts, name: str, who: str, why: str) -> tuple[str, str]:
 
 
 def collapsed(facts: Facts) -> Found:
+    """One answer to all, alike answers, the same words again and again, or hardly any."""
     for name, before, who, start in _trained(facts):
-        now, then = (facts.number(f"{p}.distinct_2") for p in (name, before))
-        again, once = (facts.number(f"{p}.repetition") for p in (name, before))
-        stage, text, fell = facts.stage(name), "", ""
-        if stage and (open_ := stage.series("val/entropy_per_token")[1]):
-            fell = f"; entropy went from {open_[0]:.2f} to {open_[-1]:.2f} nats a token"
-        if now is not None and then is not None and now < ALIKE * then:
-            text = f"{who}'s answers became alike: of their word pairs {percent(now)} are said for "
-            text += f"the first time, of {start}'s {percent(then)}"
-        elif again is not None and again > max(REPEATING, 2 * (once or 0)):
-            text = f"{who}'s answers repeat themselves: {percent(again)} of an answer's 3-grams "
-            text += f"were said in it before, {percent(once or 0)} of {start}'s"
-        if text:
-            change = f"{slower(facts, name)}, and see what the worst pairs reward."
-            yield Finding("fault", name, f"{text}{fell}.", change)
+        keys = ("distinct_2", "repetition", "length")
+        now, again, length = (facts.number(f"{name}.{key}") for key in keys)
+        then, once, long = (facts.number(f"{before}.{key}") or 0.0 for key in keys)
+        (same, text), (was, _) = _commonest(facts, name), _commonest(facts, before)
+        if same > max(SAME, 2 * was):
+            what = f"{who} gives {percent(same)} of the prompts one answer: “{text}”"
+        elif length is not None and (length < SHRUNK * long or length < WORDLESS <= long):
+            what = f"{who}'s answers shrank to {length:.1f} tokens, from {start}'s {long:.1f}"
+        elif now is not None and now < ALIKE * then:
+            what = f"{who}'s answers became alike: of their word pairs {percent(now)} are said for "
+            what += f"the first time, of {start}'s {percent(then)}"
+        elif again is not None and again > max(REPEATING, 2 * once):
+            what = f"{who}'s answers repeat themselves: {percent(again)} of an answer's 3-grams "
+            what += f"were said in it before, {percent(once)} of {start}'s"
+        else:
+            continue
+        stage = facts.stage(name)
+        if stage and (entropy := stage.series("val/entropy_per_token")[1]):
+            what += f"; entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats a token"
+        change = f"{slower(facts, name)}; and see what the reward model likes so much."
+        yield Finding("fault", name, f"{what}.", change)
+
+
+def _commonest(facts: Facts, name: str) -> tuple[float, str]:
+    """The share of the prompts that get a policy's commonest answer, and its beginning."""
+    given = [str((row.get("answers") or {}).get(name)) for row in facts.answers]
+    if len(given) < FEWEST:
+        return 0.0, ""
+    [(text, count)] = Counter(given).most_common(1)
+    return count / len(given), text[:60]
 
 
 def never_ends(facts: Facts) -> Found:
@@ -87,9 +109,10 @@ def never_ends(facts: Facts) -> Found:
         now, then = (facts.number(f"{p}.ended") for p in (name, before))
         if now is None:
             continue
-        ppo = name if facts.of(name, "kind") == "ppo" else (_ppo(facts) or name)
+        ppo = name if facts.of(name, "kind") == "ppo" else _ppo(facts)
         text = f"{percent(now)} of {title(facts, name)}'s answers end within their tokens"
-        room = setting(facts, ppo, "response_length")
+        own = not ppo or facts.of("evaluation", "response_length")
+        room = setting(facts, "evaluation" if own else ppo, "response_length")
         if before != "base" and then is not None:
             text += f", {percent(then)} of {title(facts, before)}'s"
         cure = f"Raise {setting(facts, name, 'missing_eos_penalty')}, or {room}."

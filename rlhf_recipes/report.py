@@ -1,17 +1,17 @@
-"""The report of a run and the page that compares some: HTML that needs and loads nothing else.
+"""The report of a run: one HTML file that needs and loads nothing else, made from files alone.
 
-Both are pure readers of files. What prompts, answers, titles and paths hold comes out as text: the
-templates escape all they are given, and the page's own policy lets it run and load nothing.
+What prompts, answers, titles and paths hold comes out as text: the templates escape all they are
+given, and the page's own policy lets it run and load nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import card, charts, history, plots
+from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Share, Stage, number, read
 from rlhf_recipes.findings import Finding, interval, percent, title
 from rlhf_recipes.house import page, style
@@ -60,12 +60,6 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
         write_text(folder / REPORT, page("report.html", _report(facts, found), source))
     card.write(facts, found, policies(facts))
     return found
-
-
-def write_comparison(folders: Sequence[Path], file: Path) -> None:
-    """Write the page that compares runs to `file`. Raises UsageError where one cannot be read."""
-    parts = history.compare(folders)
-    write_text(file, page("compare.html", _comparison([read(f) for f in folders], parts)))
 
 
 def _head(file: Path) -> str:
@@ -279,46 +273,3 @@ def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
     for stage in facts.of_kind("reward"):
         if stage.record and not stage.evidence:
             yield f"No margins, calibration or worst pairs of `{stage.name}`: made before these."
-
-
-# ---- runs side by side --------------------------------------------------------------------------
-
-
-def _comparison(runs: list[Facts], parts: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    names = [facts.folder.resolve().name for facts in runs]
-    lasts = [next(reversed(facts.starts()), "") for facts in runs]
-    made = []
-    for by, whose in (("judge_", "the judge"), ("", "the reward model")):
-        rows = []
-        for name, last, facts in zip(names, lasts, runs, strict=True):
-            if share := facts.share(f"{last}.{by}win_rate", "evaluation.prompts"):
-                rows.append((name, *share[:3], plots.PPO))
-        if rows:
-            told = "; ".join(f"{name} {percent(value)}" for name, value, *_ in rows)
-            made.append(plots.ranges(f"wins-{by}", f"Preferred by {whose}: {told}", told, rows))
-    return {
-        "names": names,
-        "runs": [(facts, verdict(facts)) for facts in runs],
-        "plots": made,
-        "parts": {part: _rows(rows, runs) for part, rows in parts.items()},
-    }
-
-
-def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]:
-    """Each key's values as text; the ends of an interval beside the value that they are around."""
-    made = {}
-    for key, values in rows.items():
-        if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in rows:
-            continue
-        ends = [[facts.number(key + end) for end in ("_low", "_high")] for facts in runs]
-        made[key] = [_value(key, value, *pair) for value, pair in zip(values, ends, strict=True)]
-    return made
-
-
-def _value(key: str, value: Any, low: Any, high: Any) -> str:
-    if not isinstance(value, float):
-        return "—" if value is None else str(value)
-    share = key.rpartition(".")[2].endswith(tuple(SHARES))
-    shown = [f"{100 * one:.3g}" if share else f"{one:.4g}" for one in (value, low, high) if one is not None]  # fmt: skip  # noqa: E501
-    around = f" ({' to '.join(shown[1:])})" if len(shown) == 3 else ""
-    return (shown[0] + " %" * share + around).replace("-", "−")

@@ -80,6 +80,8 @@ def comparison(names: list[str], parts: dict[str, dict[str, list[Any]]]) -> str:
     for part, rows in parts.items():
         lines = [[part, *names]] if rows else [[f"{part}: the same"]]
         for key, (first, *others) in rows.items():
+            if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in rows:
+                continue  # an interval's ends: --json and --page have them
             after = [_value(value) + _gain(first, value, part) for value in others]
             lines.append([key, _value(first), *after])
         tables.append(table(lines))

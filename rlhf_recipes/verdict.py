@@ -163,7 +163,8 @@ def _length_alone(facts: Facts, name: str) -> float:
 def _by_length(facts: Facts, name: str) -> tuple[Share, str] | None:
     """The pairs in which length points the wrong way, where a reward model is misled by it.
 
-    That is: it ranks most of those wrong, and most of the others right.
+    That is: it ranks most of those wrong, and most of the others right; and length is a cue, or the
+    reward model no guess.
     """
     whole = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
     shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
@@ -177,7 +178,8 @@ def _by_length(facts: Facts, name: str) -> tuple[Share, str] | None:
     if shorter.count > rest:
         few, many, which = longer, shorter, "longer"
     misled = few.count >= FEWEST and few.high < 0.5 < many.low
-    return (few, which) if misled else None
+    cue = wilson(_length_alone(facts, name), whole.count)[0] > 0.5 or whole.low > 0.5
+    return (few, which) if misled and cue else None
 
 
 def gate_lowered(facts: Facts) -> Found:

@@ -20,8 +20,8 @@ tokens data attention models passes adapters rewards sequences ppo_losses checkp
 shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-history clean plan facts findings policy_rules verdict show plots charts house card report
-export chat runner later cli __main__
+history clean plan facts findings policy_rules verdict show plots charts house card
+report comparison export chat runner later cli __main__
 """.split()
 
 LIGHT = [

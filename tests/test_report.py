@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import report
+import pytest
+
+from rlhf_recipes import comparison, report
 from rlhf_recipes.rundir import read_json
 from tests.told import told
 
@@ -109,9 +111,15 @@ def harmless(html: str) -> Page:
     return found
 
 
-def test_the_page_of_a_whole_run(tmp_path: Path) -> None:
-    run = whole(tmp_path)
-    html, found = page(run)
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Page]:
+    """A whole run, and its page."""
+    run = whole(tmp_path_factory.mktemp("whole"))
+    return run, *page(run)
+
+
+def test_the_page_of_a_whole_run(shown: tuple[Path, str, Page]) -> None:
+    _, html, found = shown
     harmless(html)
     order = [a["id"] for a in found.all("section")]
     assert order == "verdict answers price ppo reward sft cost data recipe".split()
@@ -132,8 +140,10 @@ def test_the_page_of_a_whole_run(tmp_path: Path) -> None:
     assert len(html.encode()) < 300_000
 
 
-def test_every_plot_says_what_it_means_and_what_is_to_be_seen(tmp_path: Path) -> None:
-    html, found = page(whole(tmp_path))
+def test_every_plot_says_what_it_means_and_what_is_to_be_seen(
+    shown: tuple[Path, str, Page],
+) -> None:
+    _, html, found = shown
     plots = [svg for svg in found.all("svg") if svg.get("role") == "img"]
     assert len(plots) == html.count("<figcaption>") == 3 + 6 + 2 * 5 + 1
     assert all(len(svg["aria-label"] or "") > 20 for svg in plots)
@@ -143,11 +153,9 @@ def test_every_plot_says_what_it_means_and_what_is_to_be_seen(tmp_path: Path) ->
     assert len(ids) == len(set(ids))
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    run = whole(tmp_path)
-    first, _ = page(run)
-    again, _ = page(run)
-    assert first == again
+def test_the_same_run_gives_the_same_bytes(shown: tuple[Path, str, Page]) -> None:
+    run, html, _ = shown
+    assert page(run)[0] == html
 
 
 HOSTILE = [
@@ -157,7 +165,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_hostile_text_comes_out_as_text(tmp_path: Path) -> None:
+def test_hostile_text_comes_out_as_text(tmp_path: Path, shown: tuple[Path, str, Page]) -> None:
     text = " ".join(HOSTILE)
     row = {"prompt": text, "answers": {"base": text, "sft": text, "ppo": text}}
     row |= {"scores": {"sft": 0.0, "ppo": 1.0}, "judged": {"ppo": text}, "tokens": {"ppo": text}}
@@ -182,14 +190,14 @@ def test_hostile_text_comes_out_as_text(tmp_path: Path) -> None:
     harmless(html)
     shown = re.sub("[\x00-\x1f]", "", text)
     assert sum(shown in one for one in found.text) >= 12
-    _, clean = page(whole(tmp_path / "clean", manifest={"outcome": "failed"}))
-    assert {tag for tag, _ in found.tags} <= {tag for tag, _ in clean.tags} | {"code", "ul"}
+    assert {tag for tag, _ in found.tags} <= {tag for tag, _ in shown[2].tags} | {"code", "ul"}
 
 
 def test_what_hides_in_a_text_is_left_out_and_its_lines_stay(tmp_path: Path) -> None:
     text = "one\n two\u202elast\x00\x07\u2066 \ud800 ‍👨‍👩‍👧"
     rows = [{"prompt": text, "answers": {"sft": "a", "ppo": "b"}, "scores": {}}]
-    html, found = page(whole(tmp_path, rows))
+    answers = {"answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+    html, found = page(told(tmp_path, outputs={"evaluation": answers}))
     assert "one\n twolast  ‍👨‍👩‍👧" in found.text
     assert not re.search("[\x00\x07\u202e\u2066]", html)
 
@@ -209,9 +217,10 @@ def test_a_page_stays_small_whatever_a_run_holds(tmp_path: Path) -> None:
     assert "(998,500 characters more)" in " ".join(found.text)
 
 
-def test_cases_are_the_best_the_worst_the_middle_and_some_by_lot(tmp_path: Path) -> None:
-    _, found = page(whole(tmp_path))
-    asked = [text for text in found.text if text.startswith("question")]
+def test_cases_are_the_best_the_worst_the_middle_and_some_by_lot(
+    tmp_path: Path, shown: tuple[Path, str, Page]
+) -> None:
+    asked = [text for text in shown[2].text if text.startswith("question")]
     assert asked[:6] == [f"question {i}" for i in (19, 18, 0, 1, 9, 10)]
     assert len(asked) == len(set(asked)) == 8
     for few in (1, 3):
@@ -291,7 +300,7 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     other = whole(tmp_path / "b", recipe={"ppo": {"kl_coef": 0.3}})
     results = json.loads((other / "results.json").read_text())
     (other / "results.json").write_text(json.dumps(results | {"ppo.judge_win_rate": 0.55}))
-    report.write_comparison([one, other], tmp_path / "page.html")
+    comparison.write([one, other], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     text = " ".join(harmless(html).text)
     assert "ppo.kl_coef" in text and "0.15" in text and "0.3" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         {"ppo.repetition": 0.6}, "fault", "ppo",
         "60 % of an answer's 3-grams were said in it before, 1 % of SFT's", "",
     ),
+    "collapse into nothing": (
+        {"ppo.length": 1.2}, "fault", "ppo", "PPO's answers shrank to 1.2 tokens, from SFT's 30.0",
+        "",
+    ),
     "answers that never end": (
         {"ppo.ended": 0.03}, "fault", "ppo",
         "Only 3 % of PPO's answers end within their tokens, 96 % of SFT's: most are cut off.",
@@ -153,6 +158,27 @@ def test_what_is_wrong_is_said_of_its_stage_and_with_its_numbers(tmp_path: Path,
     fitting = [one for one in found(tmp_path, changes) if text in one.text]
     assert said(fitting) == [(level, stage)], fitting
     assert change in fitting[0].change
+
+
+def test_one_answer_to_all_is_a_collapse_whatever_the_numbers_say(tmp_path: Path) -> None:
+    for same, level in ((0, "success"), (6, "fault")):
+        rows = [
+            {"answers": {"sft": f"{n}", "ppo": "No." if n < same else f"{n}"}} for n in range(8)
+        ]
+        answers = "".join(json.dumps(row) + "\n" for row in rows)
+        outputs = {"evaluation": {"answers.jsonl": answers}}
+        first = found(tmp_path / level, outputs=outputs)[0]
+        assert first.level == level
+    assert first.text == "PPO gives 75 % of the prompts one answer: “No.”."
+
+
+def test_a_bootstrap_of_few_prompts_is_not_believed(tmp_path: Path) -> None:
+    changes = shares("ppo.judge_win_rate", 0.81, 0.2) | {"evaluation.prompts": 8}
+    texts = [one.text for one in found(tmp_path, changes) if one.level == "doubt"]
+    assert (
+        "PPO wins against SFT on 81 % of 8 prompts (47–101) by a judge it was not trained"
+        in texts[0]
+    )
 
 
 def test_the_first_stage_at_fault_comes_first_and_no_unjudged_success_beside_it(
