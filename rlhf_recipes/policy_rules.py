@@ -158,19 +158,20 @@ def success(facts: Facts) -> Found:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
                 yield Finding("success", name, text)
         if wins and wins.low > 0.5:
-            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model that it was "
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
+            own = " that it was trained against" if facts.of(name, "reward_model") else ""
             other = 'Nobody else judged: `evaluation.judge = "independent"` would.'
             level, change = ("good", "") if judged else ("success", other)
-            yield Finding(level, name, f"{text}trained against{price}.", change)
+            yield Finding(level, name, f"{text}{own}{price}.", change)
 
 
 def no_gain(facts: Facts) -> Found:
-    """By the reward model that it was trained against."""
+    """None that even the reward model sees."""
     for name, _, who, start in _trained(facts):
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
         if wins is None or wins.low > 0.5 or (wins.high >= 0.5 and wins.high - wins.low > WIDE):
             continue
-        text = f"{who} wins against {start} on {said(wins, 'prompts')} by its own reward model"
+        text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
         change = f"{slower(facts, name)}."
         if kl is not None and kl < STILL:
             text += f", at {kl:.2f} nats: it has hardly moved."
@@ -186,15 +187,15 @@ def no_gain(facts: Facts) -> Found:
 def fooled(facts: Facts) -> Found:
     """The reward model sees a gain that a judge does not."""
     for name, _, who, start in _trained(facts):
-        wins = _wins(facts, name)
-        for share, called in _judges(facts, name) if wins and wins.low > 0.5 else ():
+        wins, own = _wins(facts, name), facts.of(name, "reward_model")
+        for share, called in _judges(facts, name) if own and wins and wins.low > 0.5 else ():
             if share.low > 0.5 or (share.high >= 0.5 and share.high - share.low > WIDE):
                 continue
             text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
             text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
             text += "it learned to please its reward model, not to answer better."
             change = f"{slower(facts, name)}; or give the reward model more pairs, of such answers."
-            yield Finding("fault", facts.of(name, "reward_model") or name, text, change)
+            yield Finding("fault", own, text, change)
 
 
 def too_few_prompts(facts: Facts) -> Found:
