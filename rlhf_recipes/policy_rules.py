@@ -18,7 +18,8 @@ from rlhf_recipes.findings import (
     title,
 )
 
-WIDE = 0.2  # of a win rate's interval: where it holds a half, more prompts would tell
+# A win rate whose interval holds a half is open where it is that wide, or itself from there on.
+WIDE, PERHAPS = 0.2, 0.55
 HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
 STILL = 0.5  # nats an answer: a policy that has hardly moved
 SAME = 0.5  # of the answers
@@ -148,6 +149,12 @@ def _judges(facts: Facts, name: str) -> Iterator[tuple[Share, str]]:
             yield share, called or "a judge it was not trained against"
 
 
+def _open(share: Share) -> bool:
+    """Whether more prompts might show a gain."""
+    wide = share.high - share.low > WIDE or share.value >= PERHAPS
+    return share.low <= 0.5 <= share.high and wide
+
+
 def success(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         kl, wins = facts.number(f"{name}.kl"), _wins(facts, name)
@@ -169,7 +176,7 @@ def no_gain(facts: Facts) -> Found:
     """None that even the reward model sees."""
     for name, _, who, start in _trained(facts):
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
-        if wins is None or wins.low > 0.5 or (wins.high >= 0.5 and wins.high - wins.low > WIDE):
+        if wins is None or wins.low > 0.5 or _open(wins):
             continue
         text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
         change = f"{slower(facts, name)}."
@@ -189,7 +196,7 @@ def fooled(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         wins, own = _wins(facts, name), facts.of(name, "reward_model")
         for share, called in _judges(facts, name) if own and wins and wins.low > 0.5 else ():
-            if share.low > 0.5 or (share.high >= 0.5 and share.high - share.low > WIDE):
+            if share.low > 0.5 or _open(share):
                 continue
             text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
             text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
@@ -202,7 +209,7 @@ def too_few_prompts(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         shares = [(_wins(facts, name), "the reward model"), *_judges(facts, name)]
         for share, called in shares:
-            if share and share.low <= 0.5 <= share.high and share.high - share.low > WIDE:
+            if share and _open(share):
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
                 text += "few prompts to tell."
                 more = f"Raise {setting(facts, 'evaluation', 'prompts')}: {MORE_PROMPTS}"
@@ -220,11 +227,13 @@ def against_best_of(facts: Facts) -> Found:
         best = facts.number(f"best_of.{most}.{by}_gain")
         if gain is not None and best and best > 0 and kl is not None and least:
             start = title(facts, str((facts.best_of or {}).get("policy", "")))
-            text = f"By {called}, {title(facts, policy)} gained {percent(gain / best)} of what "
-            text += (
-                f"taking the best of {most} of {start}'s answers does, at {kl / least:.1f} times"
+            text = (
+                f"By {called}, {title(facts, policy)} gained {percent(gain / best)} of what taking "
             )
-            yield Finding("note", policy, f"{text} its KL.")
+            text += (
+                f"the best of {most} of {start}'s answers does, at {kl / least:.1f} times its KL."
+            )
+            yield Finding("note", policy, text)
             return
 
 
