@@ -226,13 +226,9 @@ def against_best_of(facts: Facts) -> Found:
         gain = facts.number(f"{policy}.{by}_gain")
         best = facts.number(f"best_of.{most}.{by}_gain")
         if gain is not None and best and best > 0 and kl is not None and least:
-            start = title(facts, str((facts.best_of or {}).get("policy", "")))
-            text = (
-                f"By {called}, {title(facts, policy)} gained {percent(gain / best)} of what taking "
-            )
-            text += (
-                f"the best of {most} of {start}'s answers does, at {kl / least:.1f} times its KL."
-            )
+            who, start = (title(facts, str(name)) for name in (policy, facts.best_of.get("policy")))
+            text = f"By {called}, {who} gained {percent(gain / best)} of what taking the best of "
+            text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
             yield Finding("note", policy, text)
             return
 
