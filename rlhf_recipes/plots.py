@@ -269,11 +269,14 @@ def price(
                               ha="center", color=SFT, fontsize=10)  # fmt: skip
             axes.annotate(best_of, best[-1][1:], xytext=(9, -3), textcoords="offset points",
                           color=SFT, va="center")  # fmt: skip
+        places = [*((kl, gain) for _, kl, gain, *_ in policies), *path]
         for label, kl, gain, low, high in policies:
             axes.plot([kl, kl], [low, high], color=PPO, linewidth=5, alpha=0.35)
             axes.plot([kl], [gain], "D", color=PPO, markersize=8)
-            axes.annotate(label, (kl, gain), xytext=(-9, 0), textcoords="offset points", ha="right",
-                          va="center", color=PPO, fontweight="bold")  # fmt: skip
+            side = 1 if kl < max(k for k, _ in places) / 3 else -1
+            axes.annotate(label, (kl, gain), xytext=(9 * side, 0), textcoords="offset points",
+                          ha="left" if side > 0 else "right", va="center", color=PPO,
+                          fontweight="bold")  # fmt: skip
         axes.set_xlim(left=0)
         _plot_house(axes, "KL, nats an answer", y)
     return Plot(title, alt, made.svg, note)

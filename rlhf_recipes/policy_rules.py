@@ -18,7 +18,8 @@ from rlhf_recipes.findings import (
     title,
 )
 
-WIDE = 0.2  # of a win rate's interval: where it holds a half, more prompts would tell
+# A win rate whose interval holds a half is open where it is that wide, or itself from there on.
+WIDE, PERHAPS = 0.2, 0.55
 HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
 STILL = 0.5  # nats an answer: a policy that has hardly moved
 SAME = 0.5  # of the answers
@@ -148,6 +149,12 @@ def _judges(facts: Facts, name: str) -> Iterator[tuple[Share, str]]:
             yield share, called or "a judge it was not trained against"
 
 
+def _open(share: Share) -> bool:
+    """Whether more prompts might show a gain."""
+    wide = share.high - share.low > WIDE or share.value >= PERHAPS
+    return share.low <= 0.5 <= share.high and wide
+
+
 def success(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         kl, wins = facts.number(f"{name}.kl"), _wins(facts, name)
@@ -158,19 +165,20 @@ def success(facts: Facts) -> Found:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
                 yield Finding("success", name, text)
         if wins and wins.low > 0.5:
-            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model that it was "
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
+            own = " that it was trained against" if facts.of(name, "reward_model") else ""
             other = 'Nobody else judged: `evaluation.judge = "independent"` would.'
             level, change = ("good", "") if judged else ("success", other)
-            yield Finding(level, name, f"{text}trained against{price}.", change)
+            yield Finding(level, name, f"{text}{own}{price}.", change)
 
 
 def no_gain(facts: Facts) -> Found:
-    """By the reward model that it was trained against."""
+    """None that even the reward model sees."""
     for name, _, who, start in _trained(facts):
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
-        if wins is None or wins.low > 0.5 or (wins.high >= 0.5 and wins.high - wins.low > WIDE):
+        if wins is None or wins.low > 0.5 or _open(wins):
             continue
-        text = f"{who} wins against {start} on {said(wins, 'prompts')} by its own reward model"
+        text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
         change = f"{slower(facts, name)}."
         if kl is not None and kl < STILL:
             text += f", at {kl:.2f} nats: it has hardly moved."
@@ -186,22 +194,22 @@ def no_gain(facts: Facts) -> Found:
 def fooled(facts: Facts) -> Found:
     """The reward model sees a gain that a judge does not."""
     for name, _, who, start in _trained(facts):
-        wins = _wins(facts, name)
-        for share, called in _judges(facts, name) if wins and wins.low > 0.5 else ():
-            if share.low > 0.5 or (share.high >= 0.5 and share.high - share.low > WIDE):
+        wins, own = _wins(facts, name), facts.of(name, "reward_model")
+        for share, called in _judges(facts, name) if own and wins and wins.low > 0.5 else ():
+            if share.low > 0.5 or _open(share):
                 continue
             text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
             text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
             text += "it learned to please its reward model, not to answer better."
             change = f"{slower(facts, name)}; or give the reward model more pairs, of such answers."
-            yield Finding("fault", facts.of(name, "reward_model") or name, text, change)
+            yield Finding("fault", own, text, change)
 
 
 def too_few_prompts(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         shares = [(_wins(facts, name), "the reward model"), *_judges(facts, name)]
         for share, called in shares:
-            if share and share.low <= 0.5 <= share.high and share.high - share.low > WIDE:
+            if share and _open(share):
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
                 text += "few prompts to tell."
                 more = f"Raise {setting(facts, 'evaluation', 'prompts')}: {MORE_PROMPTS}"
@@ -218,12 +226,10 @@ def against_best_of(facts: Facts) -> Found:
         gain = facts.number(f"{policy}.{by}_gain")
         best = facts.number(f"best_of.{most}.{by}_gain")
         if gain is not None and best and best > 0 and kl is not None and least:
-            start = title(facts, str((facts.best_of or {}).get("policy", "")))
-            text = f"By {called}, {title(facts, policy)} gained {percent(gain / best)} of what "
-            text += (
-                f"taking the best of {most} of {start}'s answers does, at {kl / least:.1f} times"
-            )
-            yield Finding("note", policy, f"{text} its KL.")
+            who, start = (title(facts, str(name)) for name in (policy, facts.best_of.get("policy")))
+            text = f"By {called}, {who} gained {percent(gain / best)} of what taking the best of "
+            text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
+            yield Finding("note", policy, text)
             return
 
 

@@ -74,7 +74,8 @@ def _made_from(facts: Facts) -> str:
     """A digest of what a report shows; a complete stage's files follow from its record."""
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
-    whole = [versions(), style()[1], outcome, facts.results, facts.recipe, stages]
+    shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
+    whole = [versions(), style()[1], outcome, *shown]
     return hashlib.sha256(to_json(whole).encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -268,7 +269,7 @@ def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
         yield 'No judge but the reward model: `evaluation.judge = "independent"` trains one.'
     if last and facts.number(f"{last[0]}.win_rate_low") is None:
         yield "Made before intervals were measured: those of shares are Wilson's, gains have none."
-    if last and not facts.best_of:
+    if last and facts.of_kind("ppo") and not facts.best_of:
         yield f"No best-of-n to hold it against: `rlhf-recipes report {name} --best-of 16`."
     for stage in facts.of_kind("reward"):
         if stage.record and not stage.evidence:

@@ -133,7 +133,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     ),
     "PPO has not moved": (
         shares("ppo.win_rate", 0.5, 0.08) | {"ppo.kl": 0.12}, "fault", "ppo",
-        "PPO wins against SFT on 50 % of 128 prompts (42–58) by its own reward model, at 0.12 "
+        "PPO wins against SFT on 50 % of 128 prompts (42–58) by the reward model, at 0.12 "
         "nats: it has hardly moved.", "Raise `ppo.learning_rate`",
     ),
     "PPO made it worse": (
