@@ -275,7 +275,7 @@ def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
 
 
 def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_path: Path) -> None:
-    run = whole(tmp_path, manifest={"title": "A [title](x) | <b>", "outcome": "finished"})
+    run = told(tmp_path, manifest={"title": "A [title](x) | <b>"})
     report.write(run)
     assert not (run / "model").exists()
     (run / "model").mkdir()
