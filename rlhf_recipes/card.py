@@ -37,10 +37,10 @@ def write(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
 def _lines(
     facts: Facts, found: Sequence[Finding], policies: list[list[str]], stage: str
 ) -> Iterator[str]:
-    base, hub = _named((facts.recipe.get("model") or {}).get("name"))
+    base, hub = named((facts.recipe.get("model") or {}).get("name"))
     tables = facts.recipe.get("dataset")
     tables = tables if isinstance(tables, list) else [tables or {}]
-    data = [_named(table.get("path")) for table in tables]
+    data = [named(table.get("path")) for table in tables]
     stages = [one for one in facts.of_kind(*KINDS) if one.record]
     kinds = dict.fromkeys(one.kind for one in stages if one.kind in POLICY_KINDS)
     yield "---\nlibrary_name: transformers\npipeline_tag: text-generation"
@@ -68,13 +68,13 @@ def _lines(
     yield from _table(made)
     versions = facts.manifest.get("versions") or {}
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
-    named = ", ".join(name for name, _ in data)
-    yield f"\nData: {_text(named)}. Seed {_text(facts.manifest.get('seed'))}. {_text(libraries)}.\n"
+    sources, seed = ", ".join(name for name, _ in data), facts.manifest.get("seed")
+    yield f"\nData: {_text(sources)}. Seed {_text(seed)}. {_text(libraries)}.\n"
     yield "It inherits the limits and the licence of the model and the data that it was made from."
     yield "Nobody has tested it for more than the numbers above."
 
 
-def _named(place: Any) -> tuple[str, bool]:
+def named(place: Any) -> tuple[str, bool]:
     """What a recipe names, and whether that is on the hub; of a path, the last part alone."""
     text = str(place or "unknown")
     local = is_path(text) or text.endswith(DATA_SUFFIXES) or not place

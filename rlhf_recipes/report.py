@@ -95,7 +95,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "headline": HEADLINES.get(found[0].level if found else "", "What came of it"),
         "found": found,
         "manifest": manifest,
-        "model": model_name(facts),
+        "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "stages": facts.stages,
         "seconds": duration(sum(number(s.record, "seconds") or 0 for s in facts.stages)),
         "ended": str(manifest.get("ended", ""))[:16].replace("T", " "),
@@ -117,11 +117,6 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "resolved": _text(facts.folder / "resolved.toml"),
         "missing": list(_missing(facts, last)),
     }
-
-
-def model_name(facts: Facts) -> str:
-    model = facts.manifest.get("model") or {}
-    return str(model.get("repo") or (facts.recipe.get("model") or {}).get("name") or "a model")
 
 
 def _text(file: Path) -> str:

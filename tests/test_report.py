@@ -188,8 +188,8 @@ def test_hostile_text_comes_out_as_text(tmp_path: Path, shown: tuple[Path, str, 
     data.write_text(json.dumps(read_json(data) | {"dropped": {text: 3}}))
     html, found = page(run)
     harmless(html)
-    shown = re.sub("[\x00-\x1f]", "", text)
-    assert sum(shown in one for one in found.text) >= 12
+    clean = re.sub("[\x00-\x1f]", "", text)
+    assert sum(clean in one for one in found.text) >= 12
     assert {tag for tag, _ in found.tags} <= {tag for tag, _ in shown[2].tags} | {"code", "ul"}
 
 
@@ -275,7 +275,7 @@ def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
 
 
 def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_path: Path) -> None:
-    run = whole(tmp_path, manifest={"title": "A [title](x) | <b>", "outcome": "finished"})
+    run = told(tmp_path, manifest={"title": "A [title](x) | <b>"})
     report.write(run)
     assert not (run / "model").exists()
     (run / "model").mkdir()

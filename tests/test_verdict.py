@@ -63,7 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "a test set too small to tell": (
         shares("reward.accuracy", 0.6, 0.2) | {"reward.test_pairs": 18, "reward.shorter_pairs": 5},
         "doubt", "reward",
-        "ranks 60 % of 18 test pairs right (40–80): too few pairs to tell it from chance.",
+        "ranks 60 % of 18 test pairs right (38–80): too few pairs to tell it from chance.",
         "`dataset.test_fraction` (0.1 now)",
     ),
     "reward that follows length": (
@@ -176,7 +176,7 @@ def test_a_bootstrap_of_few_prompts_is_not_believed(tmp_path: Path) -> None:
     changes = shares("ppo.judge_win_rate", 0.81, 0.2) | {"evaluation.prompts": 8}
     texts = [one.text for one in found(tmp_path, changes) if one.level == "doubt"]
     assert (
-        "PPO wins against SFT on 81 % of 8 prompts (47–101) by a judge it was not trained"
+        "PPO wins against SFT on 81 % of 8 prompts (46–101) by a judge it was not trained"
         in texts[0]
     )
 
