@@ -29,6 +29,10 @@ ppo.train_kl ppo.train_length ppo.train_score ppo.train_score_first ppo.unchange
 ppo.win_rate
 base.distinct_2 base.nats_under_base base.repetition sft.distinct_2 sft.nats_under_base
 sft.repetition ppo.distinct_2 ppo.nats_under_base ppo.repetition
+sft.win_rate_low sft.win_rate_high sft.score_gain_low sft.score_gain_high
+ppo.win_rate_low ppo.win_rate_high ppo.score_gain_low ppo.score_gain_high
+sft.ended_pairs sft.win_rate_ended sft.like_length_pairs sft.win_rate_like_length
+ppo.ended_pairs ppo.win_rate_ended ppo.like_length_pairs ppo.win_rate_like_length
 """.split()
 STAGE_FILES = {
     "sft": ["adapter_config.json", "adapter_model.safetensors"],
