@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_recipes import comparison, report
 from rlhf_recipes.rundir import read_json
-from tests.told import told
+from tests.told import shares, told
 
 ROWS = [
     {
@@ -290,6 +290,13 @@ def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_pat
     assert "- PPO beat SFT on 71 % of 128 prompts (63–79) by a judge" in card
     assert "| preferred by the judge | — |" in card and "Data: pairs.jsonl. Seed 42." in card
     assert "/home/me" not in card
+    local = {"model": {"name": "/home/me/mine"}, "dataset": {"path": "~/rows"}}
+    resolved = (told(tmp_path / "local", recipe=local) / "resolved.toml").read_text()
+    (run / "resolved.toml").write_text(resolved)
+    report.write(run)
+    card = (run / "model" / "README.md").read_text()
+    assert "\nmine, trained by sft → reward → ppo;" in card and "Data: rows. Seed" in card
+    assert "base_model" not in card and "/home/me" not in card
 
 
 # ---- runs side by side --------------------------------------------------------------------------
@@ -299,11 +306,13 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     one = whole(tmp_path / "a")
     other = whole(tmp_path / "b", recipe={"ppo": {"kl_coef": 0.3}})
     results = json.loads((other / "results.json").read_text())
-    (other / "results.json").write_text(json.dumps(results | {"ppo.judge_win_rate": 0.55}))
+    (other / "results.json").write_text(
+        json.dumps(results | shares("ppo.judge_win_rate", 0.55, 0.09))
+    )
     comparison.write([one, other], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     text = " ".join(harmless(html).text)
     assert "ppo.kl_coef" in text and "0.15" in text and "0.3" in text
-    assert "71 % (63 to 79)" in text and "55 % (63 to 79)" in text
+    assert "71 % (63 to 79)" in text and "55 % (46 to 64)" in text
     assert "Preferred by the judge: told 71 %; told 55 %" in text
     assert "ppo.judge_win_rate_low" not in text and "sft.validation_loss" not in text

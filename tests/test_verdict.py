@@ -114,7 +114,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "60 % of an answer's 3-grams were said in it before, 1 % of SFT's", "",
     ),
     "collapse into nothing": (
-        {"ppo.length": 1.2}, "fault", "ppo", "PPO's answers shrank to 1.2 tokens, from SFT's 30.0",
+        {"sft.length": 3.0, "ppo.length": 1.2}, "fault", "ppo",
+        "PPO's answers shrank to 1.2 tokens, from SFT's 3.0",
         "",
     ),
     "answers that never end": (
