@@ -161,8 +161,9 @@ def _wiring(recipe: Recipe, runs: Path) -> Iterator[Wired]:
     if asked.best_of:
         ppo = [table for name in recipe.stages if (table := recipe.table(name)).kind == "ppo"][-1]
         draws = {key: value or ppo.options[key] for key, value in draws.items()}
+        draws |= {"n": asked.best_of, "missing_eos_penalty": ppo.options["missing_eos_penalty"]}
         roles = ({"policy": ppo.policy} if ppo.policy else {}) | scorer | judges
-        yield BEST_OF, BEST_OF, roles, settings | draws | {"n": asked.best_of}, recipe.dataset
+        yield BEST_OF, BEST_OF, roles, settings | draws, recipe.dataset
 
 
 def _stage_data(table: DatasetTable, whole: DatasetTable, kind: str, runs: Path) -> dict[str, Any]:

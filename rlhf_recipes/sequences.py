@@ -6,7 +6,7 @@ where pad and EOS are one token, that loses the EOS (TRL-facts 13).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +123,17 @@ def _until(ids: list[int], eos: int) -> list[int]:
 
 
 @torch.no_grad()
-def score_ids(reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: int) -> torch.Tensor:
-    """The reward [rows] of (prompt ids, answer ids), the longest first for the sake of padding."""
+def score_ids(
+    reward: Role,
+    rows: Sequence[tuple[Ids, Ids]],
+    pad: int,
+    batch: int,
+    tell: Callable[[int], object] = lambda count: None,
+) -> torch.Tensor:
+    """The reward [rows] of (prompt ids, answer ids), the longest first for the sake of padding.
+
+    `tell` hears of so many rows more after each batch.
+    """
     scores = torch.empty(len(rows))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     with reward.active():
@@ -133,4 +142,5 @@ def score_ids(reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: in
             prompts, answers = zip(*(rows[i] for i in part), strict=True)
             batch_ = join(prompts, answers, pad, reward.lm.device)
             scores[part] = score(reward, batch_.ids, batch_.mask, batch_.last).cpu()
+            tell(len(part))
     return scores

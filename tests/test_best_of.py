@@ -27,7 +27,9 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
 ) -> None:
     rule = tmp_path / "rule.py"
     rule.write_text("def rule(prompt, answer):\n    return float(len(answer))\n")
+    penalty = 1.5  # of the reward that PPO trains on, and that the best is therefore best by
     changes = ["evaluation.best_of=4", f"evaluation.judge=python:{rule}:rule"]
+    changes.append(f"ppo.missing_eos_penalty={penalty}")
     chain = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "stages")
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
@@ -43,9 +45,11 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
             by_hand = []
             for row in rows:
                 best = []
+                fines = [0.0 if ended else penalty for ended in row["ended"]]
+                rewards = [s - fine for s, fine in zip(row["scores"], fines, strict=True)]
                 for chosen in combinations(range(4), n):
-                    top = max(row["scores"][i] for i in chosen)
-                    best.append(fmean(row[said][i] for i in chosen if row["scores"][i] == top))
+                    top = max(rewards[i] for i in chosen)
+                    best.append(fmean(row[said][i] for i in chosen if rewards[i] == top))
                 by_hand.append(fmean(best) - fmean(row[said]))
             assert curve[key][place] == pytest.approx(fmean(by_hand), abs=1e-9)
             if n > 1:
@@ -58,6 +62,8 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
     assert result.metrics["best_of.4.kl"] == curve["kl"][2] == math.log(4) - 0.75
     assert curve["kl"][0] == 0.0 and "best_of.1.kl" not in result.metrics
     assert 0 < curve["score_gain"][1] < curve["score_gain"][2]
+    whole = [row["ended"][max(range(4), key=row["scores"].__getitem__)] for row in rows]
+    assert not all(whole)  # the penalty has a say
 
     # Whose answers they are, and who says what of them.
     tested = answers.unique_prompts(chain.shared.data(chain.recipe.dataset).test)[:12]
@@ -68,6 +74,8 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
     for place, ids in enumerate(list(draws)):
         texts = [chain.shared.tokens.decode(answer) for answer in ids]
         assert texts == [row["answers"][place] for row in rows]
+        eos = chain.shared.tokens.eos_id
+        assert [answer[-1] == eos for answer in ids] == [row["ended"][place] for row in rows]
         reward = reward or open_reward(chain.shared.base, chain.outputs["reward"])
         said = [(e.prompt_ids, a) for e, a in zip(tested, ids, strict=True)]
         scores = score_ids(reward, said, 0, 5).tolist()

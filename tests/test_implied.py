@@ -72,7 +72,8 @@ def test_what_serves_their_roles(recipe: Path) -> None:
     assert best_of.inputs == {"policy": "sft"} | shared
     assert evaluation.payload["judge2"] == best_of.payload["judge2"] != {}
     assert best_of.payload["settings"] == {
-        "prompts": 8, "response_length": 16, "temperature": 0.7, "n": 16
+        "prompts": 8, "response_length": 16, "temperature": 0.7, "n": 16,
+        "missing_eos_penalty": 1.0,
     }  # fmt: skip
     second = plan(recipe, 'evaluation.judge=["./other", "independent"]').stages[4]
     assert second.inputs["judge2"] == "judge" and "content" in second.payload["judge"]
@@ -100,6 +101,7 @@ def test_asked_for_later_they_redo_nothing_before_them(
     [
         ("ppo.learning_rate=2e-4", ["ppo", "evaluation"]),
         ("ppo.response_length=32", ["ppo", "evaluation", "best_of"]),
+        ("ppo.missing_eos_penalty=2.0", ["ppo", "evaluation", "best_of"]),
         ("sft.learning_rate=2e-4", [*CHAIN, "evaluation", "best_of"]),
         ("reward.learning_rate=2e-5", ["reward", "ppo", "judge", "evaluation", "best_of"]),
         ("reward.logging_steps=3", []),

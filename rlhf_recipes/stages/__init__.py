@@ -21,9 +21,9 @@ KINDS: dict[str, tuple[str, int]] = {
     "reward": ("rlhf_recipes.stages.reward", 3),
     "ppo": ("rlhf_recipes.stages.ppo", 3),
     "dpo": ("rlhf_recipes.stages.dpo", 2),
-    "judge": ("rlhf_recipes.stages.reward", 3),
+    "judge": ("rlhf_recipes.stages.reward", 4),
     "evaluation": ("rlhf_recipes.stages.evaluate", 4),
-    "best_of": ("rlhf_recipes.stages.best_of", 1),
+    "best_of": ("rlhf_recipes.stages.best_of", 2),
 }
 
 

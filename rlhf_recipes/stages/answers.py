@@ -6,7 +6,7 @@ whatever it was trained on. Reward models and judges score as they did in traini
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,12 +96,15 @@ def ask(
 
 
 def score(
-    context: StageContext, rows: Sequence[tuple[Example, list[int]]]
+    context: StageContext,
+    rows: Sequence[tuple[Example, list[int]]],
+    tell: Callable[[int], object] = lambda count: None,
 ) -> dict[str, list[float]]:
     """What the reward model and each judge say of every answer, by SCORERS' keys.
 
     Equal answers to a prompt are scored once, so that they tie. Models score to four digits, which
-    are all that answers.jsonl keeps: what is computed from them can be computed again.
+    are all that answers.jsonl keeps: what is computed from them can be computed again. `tell` hears
+    of so many more each time.
     """
     recipe, said = context.recipe, {}
     keys = [(tuple(example.prompt_ids), tuple(ids)) for example, ids in rows]
@@ -109,7 +112,7 @@ def score(
     asked = {"reward_model": reward_model_name(recipe), **recipe.evaluation.judges}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
         if asked.get(role):
-            scores = _scores(context, role, asked[role], list(once.values()))
+            scores = _scores(context, role, asked[role], list(once.values()), tell)
             found = dict(zip(once, scores, strict=True))
             said[prefix] = [found[key] for key in keys]
     return said
@@ -124,17 +127,23 @@ def reward_model_name(recipe: Recipe) -> str:
 
 
 def _scores(
-    context: StageContext, role: str, name: str, rows: Sequence[tuple[Example, list[int]]]
+    context: StageContext,
+    role: str,
+    name: str,
+    rows: Sequence[tuple[Example, list[int]]],
+    tell: Callable[[int], object],
 ) -> list[float]:
     """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
     recipe, tokens = context.recipe, context.shared.tokens
     if judge := load_judge(name, recipe.model.base):
+        tell(len(rows))
         return [judge(example.prompt, tokens.decode(ids)) for example, ids in rows]
     base = context.shared.base
     if role in context.inputs:
         model = open_reward(base, context.inputs[role])
     else:
         model = open_foreign(sources.model_folder(name, recipe), base, tokens)
-    scores = score_ids(model, [(e.prompt_ids, ids) for e, ids in rows], tokens.pad_id, BATCH)
+    both = [(example.prompt_ids, ids) for example, ids in rows]
+    scores = score_ids(model, both, tokens.pad_id, BATCH, tell)
     base.close(model)
     return [round(number, 4) for number in scores.tolist()]

@@ -1,7 +1,8 @@
-"""PPO's yardstick: the best of n answers by the reward model, from the policy that it started from.
+"""PPO's yardstick: the best of n answers by the reward that it trains on, from where it started.
 
 No training is in it, and what it costs in nats is known. So many answers are drawn to each prompt;
-the best of every n of them is reckoned, and its gain is over the mean of all.
+the best of every n of them is reckoned, and its gain is over the mean of all. The best is chosen as
+PPO is rewarded: by the reward model, less the penalty for an answer that was cut off.
 """
 
 from __future__ import annotations
@@ -22,18 +23,28 @@ def run(context: StageContext) -> StageResult:
     examples, setting = test_prompts(context), setting_of(context)
     count = recipe.evaluation.best_of
     against = last_ppo(recipe)
-    start = recipe.table(against).policy or BASE
+    ppo = recipe.table(against)
+    start = ppo.policy or BASE
+    done, total = 0, count * len(examples) * (2 + len(recipe.evaluation.judges))
+
+    def tell(answers: int) -> None:
+        nonlocal done
+        done += answers
+        context.progress.update(done, total)
 
     # ---- answers and what is said of them
     draws: list[list[list[int]]] = []
     seeds = [derive_seed(setting.seed, "draw", draw) for draw in range(count)]
     for answers in ask(shared, context.inputs.get("policy"), examples, setting, seeds):
         draws.append(answers)
-        context.progress.update(len(draws), count + 1)
+        tell(len(answers))
     asked = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
-    said = score(context, asked)
+    said = score(context, asked, tell)
+    context.progress.update(total, total)
+    penalty, eos = ppo.options["missing_eos_penalty"] or 0.0, shared.tokens.eos_id
+    ended = [ids[-1] == eos for _, ids in asked]
+    rewards = [s if end else s - penalty for s, end in zip(said[""], ended, strict=True)]
     rows = [slice(first, first + count) for first in range(0, len(asked), count)]  # one a prompt
-    context.progress.update(count + 1, count + 1)
 
     # ---- gains
     curve = {"n": [2**power for power in range(count.bit_length())]}
@@ -43,7 +54,7 @@ def run(context: StageContext) -> StageResult:
         key = f"{who or 'score_'}gain"
         curve[key] = []
         for n in curve["n"]:
-            gains = [evidence.best_of_gain(said[""][row], values[row], n) for row in rows]
+            gains = [evidence.best_of_gain(rewards[row], values[row], n) for row in rows]
             curve[key].append(fmean(gains))
             if n > 1:
                 low, high = evidence.bootstrap(gains, setting.seed)
@@ -56,7 +67,7 @@ def run(context: StageContext) -> StageResult:
         for example, row in zip(examples, rows, strict=True):
             texts = [shared.tokens.decode(ids) for _, ids in asked[row]]
             found = {SCORERS[who]: values[row] for who, values in said.items()}
-            line = {"prompt": example.prompt, "answers": texts, **found}
+            line = {"prompt": example.prompt, "answers": texts, "ended": ended[row], **found}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
     write_json(output / "best_of.json", {"format": 1, "policy": start, "against": against, **curve})
     gain, nats = (metrics[f"best_of.{count}.{key}"] for key in ("score_gain", "kl"))
