@@ -129,6 +129,27 @@ def test_the_judge_learns_from_its_share_and_from_nothing_else(
     assert judge("own", lambda prompt: prompt in share) != first
 
 
+@pytest.mark.parametrize(
+    ("fraction", "most", "few"), [(0.35, 3.0, 1000), (0.1, 4.0, 1000), (0.35, 1.0, 10)]
+)
+def test_a_judge_of_few_pairs_reads_them_again(
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fraction: float,
+    most: float,
+    few: int,
+) -> None:
+    monkeypatch.setattr("rlhf_recipes.stages.reward.FEW", few)
+    words = [f"dataset.judge_fraction={fraction}", "evaluation.judge=independent"]
+    words += ["reward.max_steps=-1", "reward.num_train_epochs=2"]
+    words += ["reward.per_device_train_batch_size=1"]  # a step a pair
+    other = Chain(load_recipe(tiny_recipe, set=words), tmp_path / "stages")
+    reward, judge = other.run("reward", {}).metrics, other.run("judge", {}).metrics
+    assert reward["steps"] == 2 * reward["pairs"] > 2 * judge["pairs"]
+    assert judge["steps"] == pytest.approx(min(reward["steps"], 2 * most * judge["pairs"]), abs=1)
+
+
 def test_the_judge_is_exported_as_the_reward_model_that_it_is(chain: Chain, tmp_path: Path) -> None:
     recipe = load_recipe(chain.recipe.path, set=["evaluation.judge=independent"])
     other, run = Chain(recipe, tmp_path / "runs" / ".stages"), tmp_path / "runs" / "tiny"

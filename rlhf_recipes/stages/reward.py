@@ -9,7 +9,8 @@ Departs from TRL's own script in that
   every later stage reads it;
 - what it is worth is measured on test pairs: PPO looks at that before it starts.
 
-The independent judge is one too: from the bare base, on the pairs that this one never sees.
+The independent judge is one too: from the bare base, on the pairs that this one never sees. Those
+are fewer: where they are few, it reads them more often.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_
 from rlhf_recipes.tables import JUDGE
 
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
+FEW = 1000  # pairs in all, or as many as the reward model reads: a judge of fewer reads them again,
+REREAD = 4  # but at most so often
 
 
 def run(context: StageContext) -> StageResult:
@@ -54,6 +57,9 @@ def run(context: StageContext) -> StageResult:
 
     # ---- training
     args = trainer_config(RewardConfig, context, max_length=None)
+    if context.kind == JUDGE:
+        most = min(len(pairs(data.reward_train)), FEW) / len(train)
+        args.num_train_epochs *= min(REREAD, max(1.0, most))
     trainer = Trainer(
         context,
         reward,
