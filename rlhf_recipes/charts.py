@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from statistics import fmean
 
 from rlhf_recipes import plots
 from rlhf_recipes.facts import Facts, Share, Stage, number
-from rlhf_recipes.findings import percent, title
+from rlhf_recipes.findings import percent, plain_title
 from rlhf_recipes.plots import BASE, PPO, SFT, Plot
 
 LEAST = 4  # points: a curve of fewer says nothing
 ROUGH = 0.2  # of the tokens clipped, in an update
-UNITS = "gain, units of the reward"
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Where a curve begins and ends: the mean of a tenth."""
     few = max(1, len(values) // 10)
-    return plots.mean(values[:few]), plots.mean(values[-few:])
+    return fmean(values[:few]), fmean(values[-few:])
 
 
 def _went(values: Sequence[float], form: str = ".2f") -> str:
@@ -40,34 +39,28 @@ def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f")
 
 def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
     """Every way of counting that there is: by whom, among which answers."""
-    rows: list[tuple[str, float, float, float, str]] = []
+    rows: list[tuple[str, Share, str]] = []
     among = {"": "all", "_ended": "both ended", "_like_length": "like length"}
     judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward", SFT)}
     for by, (whose, colour) in judges.items():
         for which, words in among.items():
             count = f"{name}.{which[1:]}_pairs" if which else "evaluation.prompts"
-            share = facts.share(f"{name}.{by}win_rate{which}", count)
-            if share:
-                rows.append(_row(f"{whose}, {words}", share, colour))
+            if share := facts.share(f"{name}.{by}win_rate{which}", count):
+                rows.append((f"{whose}, {words} {share.count}", share, colour))
     if not rows:
         return None
-    label, value, low, high, _ = rows[0]
-    who, other = title(facts, name).strip("`"), title(facts, start).strip("`")
-    told = f"{who}'s answers are preferred to {other}'s on {percent(value)} of the prompts"
-    said = "; ".join(f"by the {row[0]}: {_between(row)}" for row in rows)
-    return plots.ranges(
-        f"wins-{name}",
-        told,
-        f"Shares of prompts on which {who} wins against {other}, ties one half, {said}.",
-        rows,
-        "Ties count one half; bars hold the share in 95 of 100 repetitions. The dotted line is a "
-        "half: neither is preferred.",
-    )
+    who, other = plain_title(facts, name), plain_title(facts, start)
+    share = percent(rows[0][1].value)
+    told = f"{who}'s answers are preferred to {other}'s on {share} of the prompts"
+    said = "; ".join(f"by the {label}: {_between(share)}" for label, share, _ in rows)
+    alt = f"Shares of prompts on which {who} wins against {other}, ties one half, {said}."
+    note = "Ties count one half; bars hold the share in 95 of 100 repetitions. The dotted line is "
+    note += "a half: neither is preferred."
+    return plots.ranges(Plot(f"wins-{name}", told, alt, note), rows)
 
 
-def _between(row: tuple[str, float, float, float, str]) -> str:
-    _, value, low, high, _ = row
-    return f"{percent(value)} ({100 * low:.0f} to {100 * high:.0f})"
+def _between(share: Share) -> str:
+    return f"{percent(share.value)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 
 def price(facts: Facts, name: str, by: str) -> Plot | None:
@@ -76,36 +69,29 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
     if gain is None or kl is None:
         return None
     around = [facts.number(f"{name}.{by}_gain_{end}") for end in ("low", "high")]
-    whose = "the judge" if by == "judge" else "the reward model"
-    who = title(facts, name).strip("`")
-    told, best, label = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats", [], ""
+    low, high = (gain if end is None else end for end in around)
+    whose, unit = "the judge", "gain, the judge's points"
+    if by == "score":
+        whose, unit = "the reward model", "gain, units of the reward"
+    who, best = plain_title(facts, name), []
+    told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
     known = facts.best_of or {}
     if known.get("against") == name:
         columns = [known.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
         best = [row for row in zip(*columns, strict=False) if None not in row]
-    if best:
+    if best and min(best[-1][1:]) > 0:
         most, dear, much = best[-1]
-        label = f"best of {most}"
-        if much > 0 and dear > 0:
-            told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
-            told += f"answers does, at {kl / dear:.1f} times the KL"
+        told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
+        told += f"answers does, at {kl / dear:.1f} times the KL"
     path = _path(facts, name) if by == "score" else []
     points = "; ".join(f"best of {n}: {g:+.2f} at {k:.2f}" for n, k, g in best)
     alt = f"Gain by {whose} against KL. {who}: {gain:+.2f} at {kl:.2f} nats. {points}"
     note = "Upper left is better: more gain for less distance."
     if path:
         note += " Small dots: each update on its training prompts."
-    return plots.price(
-        f"price-{by}-{name}",
-        told.replace("-", "−"),
-        alt.replace("-", "−").strip(),
-        best=best,
-        policies=[(who, kl, gain, *(gain if end is None else end for end in around))],
-        path=path,
-        best_of=label,
-        y=UNITS if by == "score" else "gain, the judge's points",
-        note=note,
-    )
+    told, alt = told.replace("-", "−"), alt.replace("-", "−").strip()
+    plot = Plot(f"price-{by}-{name}", told, alt, note)
+    return plots.price(plot, best, (who, kl, gain, low, high), path, unit)
 
 
 def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
@@ -119,53 +105,37 @@ def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
 # ---- curves -------------------------------------------------------------------------------------
 
 
+# Of PPO: how it is called, its form, and the guard that watches it.
+CURVES = {
+    "score": ("the score", "+.2f", ""),
+    "KL": ("the KL", ".1f", "max_kl"),
+    "val/entropy_per_token": ("entropy", ".2f", "min_entropy"),
+    "length": ("length", ".0f", "min_length"),
+    "loss/value_avg": ("the value model's loss", ".2f", ""),
+    "policy/clipfrac_avg": ("the clipped share", ".1%", ""),
+}
+
+
 def ppo(facts: Facts, stage: Stage) -> list[Plot]:
     """Score, KL, entropy, length, value loss and clip share, with the guards."""
     made, guard = [], facts.of(stage.name, "guard") or {}
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
     mark = (kept, "kept") if kept and kept != last else None
-
-    def add(key: str, form: str, limit=None, look="", **words: Any) -> None:
+    for key, (what, form, watch) in CURVES.items():
         xs, ys = stage.series(key)
         if len(xs) < LEAST:
-            return
-        first, last = ends(ys)
-        plot = plots.curve(
-            f"{stage.name}-{key.replace('/', '-')}",
-            _meaning(key, ys, form),
-            _alt(CURVES[key], xs, ys, form),
-            [(xs, ys, PPO)],
-            x="update",
-            limit=limit(first) if limit else None,
-            mark=mark,
-            points=stage.series(look) if look else None,
-            from_0=key != "score",
-            **words,
-        )
+            continue
+        limit = None
+        if bound := number(guard, watch):  # of all but the KL a share of what it was at first
+            first = ends(ys)[0]
+            limit = (bound, f"guard {bound:g}") if key == "KL" else (bound * first, "guard")
+        name = f"{stage.name}-{key.replace('/', '-')}"
+        plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
+        looks = stage.series(f"eval/{key}")  # at validation prompts
+        words = {"percent": form == ".1%", "from_0": key != "score"}
+        plots.curve(plot, xs, ys, PPO, "update", limit=limit, mark=mark, points=looks, **words)
         made.append(plot)
-
-    def floor(key: str) -> Callable[[float], tuple[float, str] | None]:
-        share = number(guard, key)
-        return lambda first: (share * first, "guard") if share else None
-
-    most = number(guard, "max_kl")
-    add("score", "+.2f", look="eval/score")
-    add("KL", ".1f", lambda _: (most, f"guard {most:g}") if most else None)
-    add("val/entropy_per_token", ".2f", floor("min_entropy"))
-    add("length", ".0f", floor("min_length"))
-    add("loss/value_avg", ".2f")
-    add("policy/clipfrac_avg", ".1%", percent=True)
     return made
-
-
-CURVES = {
-    "score": "the score",
-    "KL": "the KL",
-    "val/entropy_per_token": "entropy",
-    "length": "length",
-    "loss/value_avg": "the value model's loss",
-    "policy/clipfrac_avg": "the clipped share",
-}
 
 
 def _meaning(key: str, values: Sequence[float], form: str) -> str:
@@ -196,43 +166,37 @@ def loss(facts: Facts, stage: Stage) -> Plot | None:
         return None
     before = facts.number(f"{stage.name}.validation_loss_before")
     after = facts.number(f"{stage.name}.validation_loss")
-    points, told, note = None, f"The training loss {_went(ys)}", ""
-    alt = _alt("the loss", xs, ys)
-    if before is not None and after is not None:
-        points = ([0.0, xs[-1]], [before, after])
-        told = f"On rows it did not see, the loss {_went([before, after])}"
-        note = "Line: the rows it trains on. Dots: validation rows, before and after."
-        alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
-    return plots.curve(
-        f"{stage.name}-loss", told, alt, [(xs, ys, SFT)], x="step", points=points, note=note
-    )
+    plot = Plot(f"{stage.name}-loss", f"The training loss {_went(ys)}", _alt("the loss", xs, ys))
+    if before is None or after is None:
+        return plots.curve(plot, xs, ys, SFT, "step")
+    plot.title = f"On rows it did not see, the loss {_went([before, after])}"
+    plot.note = "Line: the rows it trains on. Dots: validation rows, before and after."
+    plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
+    return plots.curve(plot, xs, ys, SFT, "step", points=([0.0, xs[-1]], [before, after]))
 
 
 # ---- reward models ------------------------------------------------------------------------------
 
 
 def accuracy(facts: Facts, name: str) -> Plot | None:
-    rows: list[tuple[str, float, float, float, str]] = []
     whole = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
     shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
+    alone = facts.share(f"{name}.length_accuracy", f"{name}.test_pairs")
     if whole is None:
         return None
-    rows.append(_row("all", whole, PPO))
-    if shorter:
-        rows.append(_row("shorter preferred,", shorter, PPO))
-    alone = facts.share(f"{name}.length_accuracy", f"{name}.test_pairs")
-    if alone:
-        rows.append(_row("length alone,", alone, BASE))
-    said = "; ".join(f"{row[0]}: {_between(row)}" for row in rows)
     told = f"It ranks {percent(whole.value)} of {whole.count} pairs right"
     if alone:
         told += f"; by length alone it would be {percent(alone.value)}"
+    shares = {"all": whole, "shorter preferred,": shorter, "length alone,": alone}
+    rows = [
+        (f"{label} {share.count}", share, BASE if share is alone else PPO)
+        for label, share in shares.items()
+        if share
+    ]
+    said = "; ".join(f"{label}: {_between(share)}" for label, share, _ in rows)
     note = "Pairs that nothing was trained on. Bars hold the share in 95 of 100 repetitions."
-    return plots.ranges(f"{name}-accuracy", told, f"Shares ranked right, {said}.", rows, note)
-
-
-def _row(label: str, share: Share, colour: str) -> tuple[str, float, float, float, str]:
-    return (f"{label} {share.count}", share.value, share.low, share.high, colour)
+    plot = Plot(f"{name}-accuracy", told, f"Shares ranked right, {said}.", note)
+    return plots.ranges(plot, rows)
 
 
 def margins(name: str, stage: Stage) -> Plot | None:
@@ -246,8 +210,8 @@ def margins(name: str, stage: Stage) -> Plot | None:
     alt = f"A histogram of the margins of {len(values)} test pairs: the least is {min(values):.1f},"
     alt += f" the middle {middle:.1f}, the most {max(values):.1f}; {wrong} are below 0."
     x = "score of the chosen answer over the rejected, units"
-    told, alt = told.replace("-", "−"), alt.replace("-", "−")
-    return plots.histogram(f"{name}-margins", told, alt, values, x)
+    plot = Plot(f"{name}-margins", told.replace("-", "−"), alt.replace("-", "−"))
+    return plots.histogram(plot, values, x)
 
 
 def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
@@ -268,7 +232,7 @@ def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
     if off is not None:
         told += f": off by {percent(off)} on average"
     alt = "; ".join(f"{percent(s)} sure, {percent(r)} right, {n} pairs" for s, r, n in bins)
-    return plots.calibration(f"{name}-calibration", told, f"{alt}.", bins)
+    return plots.calibration(Plot(f"{name}-calibration", told, f"{alt}."), bins)
 
 
 def learning(stage: Stage) -> Plot | None:
@@ -277,7 +241,5 @@ def learning(stage: Stage) -> Plot | None:
     if len(xs) < LEAST:
         return None
     told = f"On the pairs it trains on, accuracy {_went(ys, '.0%')}"
-    return plots.curve(
-        f"{stage.name}-learning", told, _alt("accuracy", xs, ys, ".0%"), [(xs, ys, PPO)],
-        x="step", percent=True, limit=(0.5, "chance"),
-    )  # fmt: skip
+    plot = Plot(f"{stage.name}-learning", told, _alt("accuracy", xs, ys, ".0%"))
+    return plots.curve(plot, xs, ys, PPO, "step", percent=True, limit=(0.5, "chance"))

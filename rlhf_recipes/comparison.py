@@ -30,10 +30,11 @@ def _comparison(runs: list[Facts], parts: dict[str, dict[str, list[Any]]]) -> di
         rows = []
         for name, last, facts in zip(names, lasts, runs, strict=True):
             if share := facts.share(f"{last}.{by}win_rate", "evaluation.prompts"):
-                rows.append((name, *share[:3], plots.PPO))
+                rows.append((name, share, plots.PPO))
         if rows:
-            told = "; ".join(f"{name} {percent(value)}" for name, value, *_ in rows)
-            made.append(plots.ranges(f"wins-{by}", f"Preferred by {whose}: {told}", told, rows))
+            told = "; ".join(f"{name} {percent(share.value)}" for name, share, _ in rows)
+            plot = plots.Plot(f"wins-{by}", f"Preferred by {whose}: {told}", told)
+            made.append(plots.ranges(plot, rows))
     return {
         "names": names,
         "runs": [(facts, verdict(facts)) for facts in runs],

@@ -41,6 +41,10 @@ def title(facts: Facts, name: str) -> str:
     return name.upper() if stage and name == stage.kind and len(name) < 4 else f"`{name}`"
 
 
+def plain_title(facts: Facts, name: str) -> str:
+    return title(facts, name).strip("`")
+
+
 def setting(facts: Facts, stage: str, key: str) -> str:
     value = facts.of(stage, key)
     return f"`{stage}.{key}`" + (f" ({value:g} now)" if isinstance(value, int | float) else "")

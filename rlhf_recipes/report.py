@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Share, Stage, number, read
-from rlhf_recipes.findings import Finding, interval, percent, title
+from rlhf_recipes.findings import Finding, interval, percent, plain_title
 from rlhf_recipes.house import page, style
 from rlhf_recipes.progress import duration
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
@@ -101,8 +101,8 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "ended": str(manifest.get("ended", ""))[:16].replace("T", " "),
         "tiles": _tiles(facts, last),
         "last": last,
-        "last_title": title(facts, last[0]).strip("`") if last else "",
-        "start_title": title(facts, last[1]).strip("`") if last else "",
+        "last_title": plain_title(facts, last[0]) if last else "",
+        "start_title": plain_title(facts, last[1]) if last else "",
         "cases": _cases(facts, *last) if last else [],
         "answers": len(facts.answers),
         "ways": [plot for plot in ways if plot],
