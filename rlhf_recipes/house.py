@@ -9,6 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.progress import duration
+from rlhf_recipes.show import size
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -54,7 +57,7 @@ def _environment() -> Environment:
     )
     # A number keeps its unit on its line.
     tight = functools.partial(re.sub, r"(?<=\d) (?=%)", "\u00a0")
-    made.filters |= {"words": words, "cut": cut, "tight": tight}
+    made.filters |= {"words": words, "cut": cut, "tight": tight, "size": size, "duration": duration}
     text, allowed = style()
     made.globals |= {"style": Markup(text), "style_digest": allowed}
     return made

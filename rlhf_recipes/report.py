@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import card, charts
-from rlhf_recipes.facts import Facts, Json, Share, Stage, number, read
+from rlhf_recipes.facts import Facts, Json, Stage, number, read
 from rlhf_recipes.findings import Finding, interval, percent, plain_title
 from rlhf_recipes.house import page, style
-from rlhf_recipes.progress import duration
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
-from rlhf_recipes.show import size
 from rlhf_recipes.verdict import verdict
 
 PAIRS = 8  # that a reward model is most wrong about
@@ -56,18 +54,10 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
     """
     facts = read(folder)
     found, source = verdict(facts), _made_from(facts)
-    if again or source not in _head(folder / REPORT):
+    if again or source not in _text(folder / REPORT):
         write_text(folder / REPORT, page("report.html", _report(facts, found), source))
     card.write(facts, found, policies(facts))
     return found
-
-
-def _head(file: Path) -> str:
-    try:
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            return stream.read(2000)
-    except OSError:
-        return ""
 
 
 def _made_from(facts: Facts) -> str:
@@ -75,44 +65,37 @@ def _made_from(facts: Facts) -> str:
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
     shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
-    whole = [versions(), style()[1], outcome, *shown]
-    return hashlib.sha256(to_json(whole).encode("utf-8", "backslashreplace")).hexdigest()
+    whole = to_json([versions(), style()[1], outcome, *shown])
+    return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 # ---- a run --------------------------------------------------------------------------------------
 
 
 def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
-    starts = facts.starts()
+    name, starts = facts.folder.resolve().name, facts.starts()
     trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
     last = trained[-1] if trained else None
     ways = [charts.who_wins(facts, *last)] if last else []
     ways += [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
-    manifest = facts.manifest
+    losses = [charts.loss(facts, stage) for stage in facts.of_kind("sft", "dpo")]
     return {
-        "name": facts.folder.resolve().name,
-        "heading": manifest.get("title") or facts.folder.resolve().name,
+        **vars(facts),
+        "name": name,
         "headline": HEADLINES.get(found[0].level if found else "", "What came of it"),
         "found": found,
-        "manifest": manifest,
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
-        "stages": facts.stages,
-        "seconds": duration(sum(number(s.record, "seconds") or 0 for s in facts.stages)),
-        "ended": str(manifest.get("ended", ""))[:16].replace("T", " "),
+        "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "tiles": _tiles(facts, last),
         "last": last,
         "last_title": plain_title(facts, last[0]) if last else "",
         "start_title": plain_title(facts, last[1]) if last else "",
         "cases": _cases(facts, *last) if last else [],
-        "answers": len(facts.answers),
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
         "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
         "rewards": [_reward(facts, s) for s in facts.stages if s.kind in REWARDS or s.evidence],
-        "losses": [plot for s in facts.of_kind("sft", "dpo") if (plot := charts.loss(facts, s))],
-        "costs": _costs(facts),
-        "data": [stage for stage in facts.stages if stage.data],
-        "machine": _machine(manifest.get("hardware") or {}),
+        "losses": [plot for plot in losses if plot],
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
         "missing": list(_missing(facts, last)),
@@ -124,17 +107,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")[:60_000]
     except OSError:
         return ""
-
-
-def _machine(hardware: Json) -> str:
-    memory, cores = number(hardware, "memory_bytes"), hardware.get("cores")
-    cards = hardware.get("gpus") or ["no GPU"]
-    parts = [hardware.get("system"), cores and f"{cores} cores", memory and size(memory), *cards]
-    return " · ".join(str(part) for part in parts if part)
-
-
-def ranged(share: Share | None) -> str:
-    return f"{percent(share.value)} ({interval(share)})" if share else ""
 
 
 def _gain(facts: Facts, key: str) -> str:
@@ -206,7 +178,8 @@ def policies(facts: Facts) -> list[list[str]]:
 def _cell(facts: Facts, name: str, key: str) -> str:
     value = facts.number(f"{name}.{key}")
     if key.endswith("win_rate"):
-        return ranged(facts.share(f"{name}.{key}", "evaluation.prompts"))
+        share = facts.share(f"{name}.{key}", "evaluation.prompts")
+        return f"{percent(share.value)} ({interval(share)})" if share else ""
     if key.endswith("gain"):
         return _gain(facts, f"{name}.{key}")
     form = ".1%" if key in SHARES else ".1f" if key == "length" else ".2f"
@@ -227,27 +200,6 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
         made += [charts.learning(stage), charts.loss(facts, stage)]
     worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
     return {"name": name, "plots": [plot for plot in made if plot], "worst": worst[:PAIRS]}
-
-
-def _costs(facts: Facts) -> list[dict[str, Any]]:
-    """Each stage's time and memory, and its share of the longest one's time."""
-    seconds = {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages}
-    most, rows = max(seconds.values(), default=0.0) or 1.0, []
-    for stage in facts.stages:
-        memory = stage.record.get("memory") or {}
-        main, card = (number(memory, key) for key in ("process_bytes", "gpu_bytes"))
-        rows.append(
-            {
-                "name": stage.name,
-                "did": stage.did,
-                "time": duration(seconds[stage.name]) if stage.record else "—",
-                "share": round(100 * seconds[stage.name] / most, 1),
-                "memory": size(main) if main else "—",
-                "card": size(card) if card else "",
-                "summary": str(stage.record.get("summary", "")),
-            }
-        )
-    return rows
 
 
 def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
