@@ -22,7 +22,7 @@ from transformers.integrations import TensorBoardCallback
 
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import lost
-from rlhf_recipes.stages import Progress
+from rlhf_recipes.progress import StageProgress
 
 RECORD = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
@@ -110,7 +110,7 @@ class Resumable:
     """
 
     key: str  # the stage's
-    progress: Progress
+    progress: StageProgress
 
     def __init__(self, *args: Any, **words: Any) -> None:
         super().__init__(*args, **words)

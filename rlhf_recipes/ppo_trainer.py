@@ -37,8 +37,8 @@ from rlhf_recipes.guards import Guard, Limits
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.passes import logprobs, logprobs_and_values, score, values
 from rlhf_recipes.ppo_losses import Rollout, Rows, advantages, policy_loss, value_loss
+from rlhf_recipes.progress import StageProgress
 from rlhf_recipes.sequences import Sequences, join, sample
-from rlhf_recipes.stages import Progress
 
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 
@@ -65,7 +65,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self,
         *args: Any,
         key: str,
-        progress: Progress,
+        progress: StageProgress,
         value_learning_rate: float | None = None,
         value_warmup_epochs: int = 0,
         other_reference: bool = False,

@@ -135,7 +135,7 @@ def _flush() -> None:
 
 
 class StageProgress:
-    """`stages.Progress`: shows it, and appends it to metrics.jsonl and samples.jsonl."""
+    """What a stage tells: shows it, and appends it to metrics.jsonl and samples.jsonl."""
 
     def __init__(
         self, screen: Screen, folder: Path, clock: Callable[[], float] = time.monotonic

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 # kind -> (module with a `run`, version). A version goes up when the same settings on the same
 # inputs would give another result: it is part of every key.
@@ -27,18 +27,6 @@ KINDS: dict[str, tuple[str, int]] = {
 }
 
 
-class Progress(Protocol):
-    """What a stage tells the person who waits; see `progress.py`."""
-
-    def update(self, done: int, total: int, **numbers: float) -> None: ...
-
-    def sample(self, prompt: str, answer: str, **numbers: float) -> None: ...
-
-    def resume(self, done: int) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 @dataclass(frozen=True)
 class StageContext:
     """All that a stage may look at."""
@@ -48,7 +36,7 @@ class StageContext:
     recipe: Any  # recipe.Recipe
     folder: Path  # <kind>-<key12>/, with work/ and output/ made by the runner
     inputs: Mapping[str, Path]  # role ("policy", "reward_model", …) -> that stage's output/
-    progress: Progress
+    progress: Any  # progress.StageProgress: what it tells the person who waits
     shared: Any  # shared.Shared: tokenizer, rows and the one base model, loaded once a run
     key: str = ""  # the stage's
 
