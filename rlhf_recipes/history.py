@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import rundir
+from rlhf_recipes import facts, rundir
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.tables import JUDGE, POLICY_KINDS
 
@@ -110,16 +109,13 @@ def compare(folders: Sequence[Path]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _told(folder: Path) -> dict[str, dict[str, Any]]:
-    manifest, recipe = read_manifest(folder), None
-    with contextlib.suppress(OSError, ValueError):
-        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
-    if manifest is None or recipe is None:
+    manifest, found = read_manifest(folder), facts.read(folder)
+    if manifest is None or not found.recipe:
         file = "resolved.toml" if manifest else "manifest.json"
         raise UsageError(f"{folder} has no {file} that can be read", "run it again")
-    results = rundir.read_json(folder / "results.json") or {}
     return {
-        "recipe": _flat(recipe) | _contents(manifest),
-        "results": {key: value for key, value in results.items() if key != "format"},
+        "recipe": _flat(found.recipe) | _contents(manifest),
+        "results": {key: value for key, value in found.results.items() if key != "format"},
         "versions": _flat(manifest.get("versions", {})),
         "hardware": _flat(manifest.get("hardware", {})),
     }

@@ -41,7 +41,8 @@ def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
         yield stage.name, start, title(facts, stage.name), title(facts, start)
 
 
-def high_kl(facts: Facts) -> Found:
+def went_far(facts: Facts) -> Found:
+    """Farther than its scores mean anything, or as far as a guard let it."""
     for name, _, who, start in _trained(facts):
         kl, why = facts.number(f"{name}.kl"), str(facts.results.get(f"{name}.stopped") or "")
         guard = facts.of(name, "guard") or {}
@@ -50,23 +51,15 @@ def high_kl(facts: Facts) -> Found:
             text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
             text += "from what the reward model has seen, its scores mean little."
             yield Finding("fault", name, text, f"{slower(facts, name)}.")
-        elif why.startswith("KL"):
-            yield Finding("doubt", name, *_stop(facts, name, who, why))
-
-
-def stopped(facts: Facts) -> Found:
-    for name, _, who, _ in _trained(facts):
-        why = str(facts.results.get(f"{name}.stopped") or "")
-        if why and not why.startswith("KL"):
-            yield Finding("fault", name, *_stop(facts, name, who, why))
-
-
-def _stop(facts: Facts, name: str, who: str, why: str) -> tuple[str, str]:
-    updates, kept = facts.number(f"{name}.updates"), facts.number(f"{name}.kept_update")
-    text = f"{who}'s guard stopped it after update {updates or 0:.0f}: {why}."
-    if kept is not None and kept != updates:
-        text += f" The policy of update {kept:.0f} was kept."
-    return text, f"{slower(facts, name)}."
+            if why.startswith("KL"):
+                continue
+        if why:
+            updates, kept = facts.number(f"{name}.updates"), facts.number(f"{name}.kept_update")
+            text = f"{who}'s guard stopped it after update {updates or 0:.0f}: {why}."
+            if kept is not None and kept != updates:
+                text += f" The policy of update {kept:.0f} was kept."
+            level = "doubt" if why.startswith("KL") else "fault"
+            yield Finding(level, name, text, f"{slower(facts, name)}.")
 
 
 def collapsed(facts: Facts) -> Found:
@@ -110,7 +103,8 @@ def never_ends(facts: Facts) -> Found:
         now, then = (facts.number(f"{p}.ended") for p in (name, before))
         if now is None:
             continue
-        ppo = name if facts.of(name, "kind") == "ppo" else _ppo(facts)
+        kinds = [stage.name for stage in facts.of_kind("ppo")]
+        ppo = name if name in kinds else next(iter(kinds), "")
         text = f"{percent(now)} of {title(facts, name)}'s answers end within their tokens"
         own = not ppo or facts.of("evaluation", "response_length")
         room = setting(facts, "evaluation" if own else ppo, "response_length")
@@ -124,10 +118,6 @@ def never_ends(facts: Facts) -> Found:
             return
         if before != "base" and then is not None and now < then - CUT_MORE:
             yield Finding("doubt", name, f"{text}: more are cut off.", cure)
-
-
-def _ppo(facts: Facts) -> str:
-    return next((stage.name for stage in facts.of_kind("ppo")), "")
 
 
 # ---- who wins -----------------------------------------------------------------------------------
@@ -234,8 +224,7 @@ def against_best_of(facts: Facts) -> Found:
 
 
 RULES = (
-    high_kl,
-    stopped,
+    went_far,
     collapsed,
     never_ends,
     success,

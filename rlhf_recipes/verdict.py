@@ -78,10 +78,8 @@ def sft_loss(facts: Facts) -> Found:
             fewer = f"Fewer {steps(facts, name)}, or lower {setting(facts, name, 'learning_rate')}."
             yield Finding("fault", name, f"{text}: it made the model worse.", fewer)
         elif after > before * (1 - LEARNED):
-            more = (
-                f"Raise {setting(facts, name, 'learning_rate')} or {steps(facts, name)}; or leave"
-            )
-            more += " it out, where the model before it answers so already."
+            more = f"Raise {setting(facts, name, 'learning_rate')} or {steps(facts, name)}; or "
+            more += "leave it out, where the model before it answers so already."
             yield Finding("fault", name, f"{text}: it learned next to nothing.", more)
         else:
             yield Finding("good", name, f"{text}.")
@@ -149,18 +147,14 @@ def follows_length(facts: Facts) -> Found:
     for name, share, who, level in _measured(facts):
         if (against := _by_length(facts, name)) is None:
             continue
-        few, which = against
-        text = f"{_ranks(who, share)}, and length alone {percent(_length_alone(facts, name))}; "
+        few, which, alone = against
+        text = f"{_ranks(who, share)}, and length alone {percent(alone)}; "
         text += f"where the {which} answer was preferred, {said(few, 'pairs')}: it learned length."
         change = "Give it pairs of like length, or as many whose shorter answer is the better one."
         yield Finding(level, name, text + " Look there first.", change)
 
 
-def _length_alone(facts: Facts, name: str) -> float:
-    return facts.number(f"{name}.length_accuracy") or 0.5
-
-
-def _by_length(facts: Facts, name: str) -> tuple[Share, str] | None:
+def _by_length(facts: Facts, name: str) -> tuple[Share, str, float] | None:
     """The pairs in which length points the wrong way, where a reward model is misled by it.
 
     That is: it ranks most of those wrong, and most of the others right; and length is a cue, or the
@@ -178,8 +172,9 @@ def _by_length(facts: Facts, name: str) -> tuple[Share, str] | None:
     if shorter.count > rest:
         few, many, which = longer, shorter, "longer"
     misled = few.count >= FEWEST and few.high < 0.5 < many.low
-    cue = wilson(_length_alone(facts, name), whole.count)[0] > 0.5 or whole.low > 0.5
-    return (few, which) if misled and cue else None
+    alone = facts.number(f"{name}.length_accuracy") or 0.5
+    cue = wilson(alone, whole.count)[0] > 0.5 or whole.low > 0.5
+    return (few, which, alone) if misled and cue else None
 
 
 def gate_lowered(facts: Facts) -> Found:

@@ -32,6 +32,7 @@ from rlhf_recipes.stages.answers import (
     test_prompts,
 )
 from rlhf_recipes.tokens import Tokens
+from rlhf_recipes.wiring import BASE
 
 LOGITS = 2**27  # of two policies at once, in float32 with what is made of them: 24 bytes each
 
@@ -52,7 +53,7 @@ class Answers:
 def run(context: StageContext) -> StageResult:
     recipe, shared, eos = context.recipe, context.shared, context.shared.tokens.eos_id
     examples, setting = test_prompts(context), setting_of(context)
-    policies = {"base": None} | {
+    policies = {BASE: None} | {
         role.removeprefix("policy:"): folder
         for role, folder in context.inputs.items()
         if role.startswith("policy:")
@@ -75,24 +76,16 @@ def run(context: StageContext) -> StageResult:
         part = slice(place * len(examples), (place + 1) * len(examples))
         given[name] = Answers(ids[name], eos, {who: said[who][part] for who in said})
         numbers[name] |= _own(given[name])
-        before = _start_of(name, policies, recipe)
-        if before is not None:
-            numbers[name] |= _against(given[name], given[before], setting.seed)
+        if name != BASE:
+            before = given[recipe.table(name).policy or BASE]
+            numbers[name] |= _against(given[name], before, setting.seed)
     context.progress.update(len(policies) + 2, len(policies) + 2)
 
     # ---- output
     _write_answers(context.folder / "output" / "answers.jsonl", examples, given, shared.tokens)
     metrics = {f"{name}.{key}": n for name in numbers for key, n in numbers[name].items()}
     metrics["evaluation.prompts"] = len(examples)
-    return StageResult(metrics, _summary(metrics, list(policies), recipe))
-
-
-def _start_of(name: str, policies: Mapping[str, Path | None], recipe: Recipe) -> str | None:
-    """The policy that stage `name` started from; None for the base."""
-    if name == "base":
-        return None
-    order = list(policies)
-    return recipe.table(name).policy or order[order.index(name) - 1]
+    return StageResult(metrics, _summary(metrics, list(policies)[-1], recipe))
 
 
 def _own(answers: Answers) -> dict[str, float]:
@@ -154,8 +147,8 @@ def _distances(
     bare = base.open("bare", None, seed=0)
     for name, folder in policies.items():
         found[name] = {"nats_under_base": nats_a_token(bare, examples, ids[name])}
-        before = _start_of(name, policies, context.recipe)
-        if before is not None:
+        if name != BASE:
+            before = context.recipe.table(name).policy or BASE
             policy = base.open("policy", folder, seed=0)
             start = base.open("start", policies[before], seed=0)
             found[name]["kl"] = exact_kl(policy, start, examples, ids[name], setting)
@@ -215,15 +208,13 @@ def _write_answers(
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _summary(metrics: dict[str, float], policies: list[str], recipe: Recipe) -> str:
-    last = policies[-1]
+def _summary(metrics: dict[str, float], last: str, recipe: Recipe) -> str:
     if f"{last}.win_rate" not in metrics:
         return f"{metrics['evaluation.prompts']} test prompts"
-    before = _start_of(last, dict.fromkeys(policies), recipe)
-    judge = ""
+    start, judge = recipe.table(last).policy or BASE, ""
     if f"{last}.judge_win_rate" in metrics:
         judge = f" (by the judge {metrics[f'{last}.judge_win_rate']:.0%})"
     return (
-        f"{last} over {before}: win rate {metrics[f'{last}.win_rate']:.0%}{judge}, "
+        f"{last} over {start}: win rate {metrics[f'{last}.win_rate']:.0%}{judge}, "
         f"gain {metrics[f'{last}.score_gain']:+.2f}, KL {metrics[f'{last}.kl']:.2f} nats"
     )
