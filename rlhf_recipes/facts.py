@@ -75,10 +75,10 @@ class Facts:
             low, high = min(low, least), max(high, most)
         return Share(value, low, high, int(of))
 
-    def of(self, stage: str, key: str, default: Any = None) -> Any:
+    def of(self, stage: str, key: str) -> Any:
         """A setting of a stage, as resolved."""
         table = self.recipe.get(stage)
-        return table.get(key, default) if isinstance(table, dict) else default
+        return table.get(key) if isinstance(table, dict) else None
 
     def stage(self, name: str) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)

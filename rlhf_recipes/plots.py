@@ -28,7 +28,6 @@ NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PPO: "ppo", SFT: "sft", BASE:
 POINTS = 300  # of a curve: more cannot be told apart
 RC = {
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",
     "font.size": 11,
     "text.color": MUTED,
     "text.parse_math": False,
@@ -38,8 +37,6 @@ RC = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "axes.prop_cycle": f"cycler('color', ['{PPO}'])",
     "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": GRID,
@@ -49,7 +46,6 @@ RC = {
     "lines.linewidth": 2,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
-    "savefig.facecolor": "none",
 }
 
 

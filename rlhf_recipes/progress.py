@@ -32,7 +32,7 @@ from rlhf_recipes.rundir import now, to_json, write_text
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
 LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often
 SHOWN_NUMBERS = 3
-SPEED_SECONDS = 600  # a PPO update can take a minute: rich's 30 s would never see two
+SPEED_SECONDS = 3600  # a PPO update can take minutes: rich's 30 s would never see two
 ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|.)", re.DOTALL)
 
 
@@ -144,7 +144,6 @@ class StageProgress:
         self._folder = folder
         self._clock = clock
         self._started = clock()
-        self._first: tuple[float, float] | None = None  # time and share done at the first update
         self._last = (self._started, 0.0)  # at the last plain line
         self._numbers: dict[str, float] = {}
         self._done = 0
@@ -159,6 +158,7 @@ class StageProgress:
             redirect_stdout=False,
             redirect_stderr=False,
             speed_estimate_period=SPEED_SECONDS,
+            get_time=clock,
             disable=not screen.console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None, numbers="starting")
@@ -205,16 +205,13 @@ class StageProgress:
 
     def _plain_line(self, done: int, total: int, shown: str) -> None:
         now, share = self._clock(), done / max(total, 1)
-        self._first = self._first or (now, share)
         waited = max(LINE_SECONDS, (now - self._started) / 20)
         due = share - self._last[1] > LINE_SHARE - 1e-9 or now - self._last[0] >= waited
         if share == self._last[1] or not (due or done >= total):
             return
         self._last = (now, share)
-        left = ""
-        if self._first[1] < share < 1:  # what came before the first step says nothing of its pace
-            pace = (now - self._first[0]) / (share - self._first[1])
-            left = f"{duration(pace * (1 - share))} left"
+        seconds = self._bar.tasks[0].time_remaining if share < 1 else None
+        left = "" if seconds is None else f"{duration(seconds)} left"
         self._screen.line(f"  {done}/{total}  {left:<12}  {shown}".rstrip())
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:

@@ -72,13 +72,14 @@ def test_an_update_without_numbers_keeps_the_last(
     def steps(progress: StageProgress, clock: Clock) -> None:
         progress.update(0, 4)
         progress.update(1, 4, loss=float("nan"))
+        clock.now += 5.0
         progress.update(2, 4)
         progress.update(2, 4)
         progress.note("half\x1b[2J way")
 
     assert shown(tmp_path, steps, capfd) == [
-        "  1/4  0 s left      loss nan",
-        "  2/4  0 s left      loss nan",
+        "  1/4                loss nan",
+        "  2/4  10 s left     loss nan",
         "  half way",
     ]
     assert jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "seconds": 0.0}]
