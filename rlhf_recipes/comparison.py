@@ -49,16 +49,16 @@ def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]
     for key, values in rows.items():
         if key.endswith(("_low", "_high")) and key.rpartition("_")[0] in rows:
             continue
-        ends = [[facts.number(key + end) for end in ("_low", "_high")] for facts in runs]
-        made[key] = [_value(key, value, *pair) for value, pair in zip(values, ends, strict=True)]
+        made[key] = [_value(key, value, run) for value, run in zip(values, runs, strict=True)]
     return made
 
 
-def _value(key: str, value: Any, *around: float | None) -> str:
+def _value(key: str, value: Any, run: Facts) -> str:
     if not isinstance(value, float):
         return "—" if value is None else str(value)
     share = key.rpartition(".")[2].endswith(tuple(SHARES))
-    numbers = [one for one in (value, *around) if one is not None]
+    around = (run.number(key + end) for end in ("_low", "_high"))
+    numbers = [value, *(one for one in around if one is not None)]
     first, *ends = [f"{100 * one:.3g}" if share else f"{one:.4g}" for one in numbers]
     text = first + " %" * share + (f" ({' to '.join(ends)})" if len(ends) == 2 else "")
     return text.replace("-", "−")

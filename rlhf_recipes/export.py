@@ -56,9 +56,8 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
     entries = [e for e in read_json(run_folder / MANIFEST)["stages"] if e["outcome"] != "not run"]
     models = [e for e in entries if e["kind"] not in (EVALUATION, BEST_OF)]
-    fitting = [e for e in models if e["name"] == stage]
-    if stage is None:
-        fitting = [e for e in models if e["kind"] in POLICY_KINDS]
+    wanted = POLICY_KINDS if stage is None else (stage,)
+    fitting = [e for e in models if e["kind" if stage is None else "name"] in wanted]
     if not fitting:
         names = ", ".join(e["name"] for e in models) or "none"
         raise UsageError(f"{run_folder} has no finished stage {stage or 'with a policy'}", names)
@@ -71,7 +70,12 @@ def write_model(shared: Shared, output: Path, folder: Path, *, form: str = "merg
     folder.mkdir(parents=True, exist_ok=True)
     shared.tokens.tokenizer.save_pretrained(folder)
     if form == "adapter":
-        _copy_adapter(shared, output, folder)
+        model = shared.recipe.model
+        config: dict[str, Any] = json.loads((output / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = str(model.folder) if model.is_local else model.name
+        config["revision"] = shared.model.get("revision")
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        shutil.copy(output / ADAPTER, folder / ADAPTER)
         return
     lm = shared.exported(output)
     lm.generation_config = lm.shipped_generation_config
@@ -95,12 +99,3 @@ def write_reward_model(shared: Shared, output: Path, folder: Path, *, form: str)
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder)
-
-
-def _copy_adapter(shared: Shared, output: Path, folder: Path) -> None:
-    model = shared.recipe.model
-    config: dict[str, Any] = json.loads((output / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(model.folder) if model.is_local else model.name
-    config["revision"] = shared.model.get("revision")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    shutil.copy(output / ADAPTER, folder / ADAPTER)

@@ -115,15 +115,14 @@ def read(folder: Path) -> Facts:
     recipe: Json = {}
     with contextlib.suppress(OSError, ValueError):
         recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
-    nowhere = folder / "nowhere"
     return Facts(
         folder=folder,
         manifest=manifest,
         recipe=recipe,
         results=rundir.read_json(folder / "results.json") or {},
         stages=tuple(stages),
-        answers=lines(outputs.get("evaluation", nowhere) / "answers.jsonl"),
-        best_of=rundir.read_json(outputs.get("best_of", nowhere) / "best_of.json"),
+        answers=lines(outputs.get("evaluation", folder) / "answers.jsonl"),
+        best_of=rundir.read_json(outputs.get("best_of", folder) / "best_of.json"),
     )
 
 

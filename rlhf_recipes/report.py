@@ -18,7 +18,6 @@ from rlhf_recipes.house import page, style
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
 
-PAIRS = 8  # that a reward model is most wrong about
 REWARDS = ("reward", "judge")
 HEADLINES = {
     "fault": "Something is wrong",
@@ -199,7 +198,7 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     if stage.kind in REWARDS:
         made += [charts.learning(stage), charts.loss(facts, stage)]
     worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
-    return {"name": name, "plots": [plot for plot in made if plot], "worst": worst[:PAIRS]}
+    return {"name": name, "plots": [plot for plot in made if plot], "worst": worst}
 
 
 def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
@@ -214,8 +213,6 @@ def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
         yield "The evaluation's answers are not there."
     if last and facts.number(f"{last[0]}.judge_win_rate") is None:
         yield 'No judge but the reward model: `evaluation.judge = "independent"` trains one.'
-    if last and facts.number(f"{last[0]}.win_rate_low") is None:
-        yield "Made before intervals were measured: those of shares are Wilson's, gains have none."
     if last and facts.of_kind("ppo") and not facts.best_of:
         yield f"No best-of-n to hold it against: `rlhf-recipes report {name} --best-of 16`."
     for stage in facts.of_kind("reward"):
