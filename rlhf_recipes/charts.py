@@ -233,13 +233,3 @@ def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
         told += f": off by {percent(off)} on average"
     alt = "; ".join(f"{percent(s)} sure, {percent(r)} right, {n} pairs" for s, r, n in bins)
     return plots.calibration(Plot(f"{name}-calibration", told, f"{alt}."), bins)
-
-
-def learning(stage: Stage) -> Plot | None:
-    """A reward model's accuracy on the pairs that it trains on."""
-    xs, ys = stage.series("accuracy")
-    if len(xs) < LEAST:
-        return None
-    told = f"On the pairs it trains on, accuracy {_went(ys, '.0%')}"
-    plot = Plot(f"{stage.name}-learning", told, _alt("accuracy", xs, ys, ".0%"))
-    return plots.curve(plot, xs, ys, PPO, "step", percent=True, limit=(0.5, "chance"))

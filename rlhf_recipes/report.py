@@ -196,7 +196,7 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
         charts.calibration(facts, name, stage),
     ]
     if stage.kind in REWARDS:
-        made += [charts.learning(stage), charts.loss(facts, stage)]
+        made.append(charts.loss(facts, stage))
     worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
     return {"name": name, "plots": [plot for plot in made if plot], "worst": worst}
 

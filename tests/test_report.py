@@ -145,7 +145,7 @@ def test_every_plot_says_what_it_means_and_what_is_to_be_seen(
 ) -> None:
     _, html, found = shown
     plots = [svg for svg in found.all("svg") if svg.get("role") == "img"]
-    assert len(plots) == html.count("<figcaption>") == 3 + 6 + 2 * 5 + 1
+    assert len(plots) == html.count("<figcaption>") == 3 + 6 + 2 * 4 + 1
     assert all(len(svg["aria-label"] or "") > 20 for svg in plots)
     assert all(svg.get("aria-hidden") for svg in found.all("svg") if svg.get("role") != "img")
     assert not re.search(r"[:\"]#[0-9a-f]{6}", " ".join(re.findall("<svg.*?</svg>", html, re.S)))
