@@ -85,7 +85,6 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "found": found,
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
-        "tiles": _tiles(facts, last),
         "last": last,
         "last_title": plain_title(facts, last[0]) if last else "",
         "start_title": plain_title(facts, last[1]) if last else "",
@@ -106,35 +105,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")[:60_000]
     except OSError:
         return ""
-
-
-def _gain(facts: Facts, key: str) -> str:
-    value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
-    if value is None:
-        return ""
-    around = f" ({low:+.2f} to {high:+.2f})" if low is not None and high is not None else ""
-    return f"{value:+.2f}{around}".replace("-", "−")
-
-
-def _tiles(facts: Facts, last: tuple[str, str] | None) -> list[tuple[str, str, str]]:
-    """What a person looks for first: how it is called, the number, what is around it."""
-    made = []
-    if last:
-        name, whose = last[0], {"judge_": "the judge", "": "the reward model"}
-        for by, who in whose.items():
-            if share := facts.share(f"{name}.{by}win_rate", "evaluation.prompts"):
-                around = f"{interval(share)} %, of {share.count} prompts"
-                made.append((f"preferred by {who}", percent(share.value), around))
-        if gain := _gain(facts, f"{name}.score_gain"):
-            value, _, around = gain.partition(" ")
-            made.append(("gain, by the reward model", value, around.strip("()") or "units"))
-        if (kl := facts.number(f"{name}.kl")) is not None:
-            made.append(("distance from its start", f"{kl:.1f}", "nats an answer"))
-    for reward in facts.reward_models()[:1]:
-        if share := facts.share(f"{reward}.accuracy", f"{reward}.test_pairs"):
-            around = f"{interval(share)} %, of {share.count} pairs"
-            made.append(("ranked right by the reward model", percent(share.value), around))
-    return made
 
 
 def _cases(facts: Facts, name: str, start: str) -> list[Json]:
@@ -168,21 +138,26 @@ def policies(facts: Facts) -> list[list[str]]:
     heads = [f"{name}, against {starts[name]}" if starts[name] else name for name in names]
     rows = [["", *heads]]
     for key, words in POLICY_ROWS.items():
-        cells = [_cell(facts, name, key) for name in names]
+        cells = [_cell(facts, f"{name}.{key}") for name in names]
         if any(cells):
             rows.append([words, *(cell or "—" for cell in cells)])
     return rows
 
 
-def _cell(facts: Facts, name: str, key: str) -> str:
-    value = facts.number(f"{name}.{key}")
+def _cell(facts: Facts, key: str) -> str:
+    value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
     if key.endswith("win_rate"):
-        share = facts.share(f"{name}.{key}", "evaluation.prompts")
+        share = facts.share(key, "evaluation.prompts")
         return f"{percent(share.value)} ({interval(share)})" if share else ""
-    if key.endswith("gain"):
-        return _gain(facts, f"{name}.{key}")
-    form = ".1%" if key in SHARES else ".1f" if key == "length" else ".2f"
-    return "" if value is None else f"{value:{form}}".replace("-", "−").replace("%", " %")
+    kind = key.rpartition(".")[2]
+    form = ".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f"
+    form = f"+{form}" if kind.endswith("gain") else form
+    text = f"{value:{form}}"
+    if low is not None and high is not None:
+        text += f" ({low:{form}} to {high:{form}})"
+    return text.replace("-", "−").replace("%", " %")
 
 
 def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
