@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import history, plots
+from rlhf_recipes import history
 from rlhf_recipes.facts import Facts, read
-from rlhf_recipes.findings import percent
 from rlhf_recipes.house import page
 from rlhf_recipes.progress import plain
 from rlhf_recipes.report import SHARES
@@ -18,29 +17,13 @@ from rlhf_recipes.verdict import verdict
 
 def write(folders: Sequence[Path], file: Path) -> None:
     """Write the page of some runs to `file`. Raises UsageError where one cannot be read."""
-    parts = history.compare(folders)
-    write_text(file, page("compare.html", _comparison([read(f) for f in folders], parts)))
-
-
-def _comparison(runs: list[Facts], parts: dict[str, dict[str, list[Any]]]) -> dict[str, Any]:
-    names = [plain(facts.folder.resolve().name) for facts in runs]
-    lasts = [next(reversed(facts.starts()), "") for facts in runs]
-    made = []
-    for by, whose in (("judge_", "the judge"), ("", "the reward model")):
-        rows = []
-        for name, last, facts in zip(names, lasts, runs, strict=True):
-            if share := facts.share(f"{last}.{by}win_rate", "evaluation.prompts"):
-                rows.append((name, share, plots.PPO))
-        if rows:
-            told = "; ".join(f"{name} {percent(share.value)}" for name, share, _ in rows)
-            plot = plots.Plot(f"wins-{by}", f"Preferred by {whose}: {told}", told)
-            made.append(plots.ranges(plot, rows))
-    return {
-        "names": names,
+    parts, runs = history.compare(folders), [read(folder) for folder in folders]
+    values = {
+        "names": [plain(facts.folder.resolve().name) for facts in runs],
         "runs": [(facts, verdict(facts)) for facts in runs],
-        "plots": made,
         "parts": {part: _rows(rows, runs) for part, rows in parts.items()},
     }
+    write_text(file, page("compare.html", values))
 
 
 def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]:
