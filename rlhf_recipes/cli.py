@@ -395,5 +395,7 @@ def _say(message: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    from rlhf_recipes.house import UNSEEN
+
+    print(UNSEEN.sub("", message), file=sys.stderr)  # a judge's trouble quotes a model's answer
     return code

@@ -39,7 +39,7 @@ def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]
 def _value(key: str, value: Any, run: Facts) -> str:
     if not isinstance(value, float):
         return "—" if value is None else str(value)
-    share = key.rpartition(".")[2].endswith(tuple(SHARES))
+    share = any(one in key.rpartition(".")[2] for one in SHARES)
     around = (run.number(key + end) for end in ("_low", "_high"))
     numbers = [value, *(one for one in around if one is not None)]
     first, *ends = [f"{100 * one:.3g}" if share else f"{one:.4g}" for one in numbers]

@@ -55,7 +55,11 @@ def steps(facts: Facts, stage: str) -> str:
     return setting(facts, stage, key)
 
 
+def leash(facts: Facts, stage: str) -> str:
+    """The setting that holds a policy near its start."""
+    return setting(facts, stage, "kl_coef" if facts.of(stage, "kl_coef") is not None else "beta")
+
+
 def slower(facts: Facts, stage: str) -> str:
     """What keeps a policy nearer to its start."""
-    key = "kl_coef" if facts.of(stage, "kl_coef") is not None else "beta"
-    return f"Raise {setting(facts, stage, key)} or lower {setting(facts, stage, 'learning_rate')}"
+    return f"Raise {leash(facts, stage)} or lower {setting(facts, stage, 'learning_rate')}"

@@ -10,6 +10,7 @@ from rlhf_recipes.findings import (
     Finding,
     Found,
     interval,
+    leash,
     percent,
     said,
     setting,
@@ -177,7 +178,7 @@ def no_gain(facts: Facts) -> Found:
             text += ": training made it worse."
         else:
             text += ": it gained nothing that can be told."
-            change = f"Give it more steps, or lower {setting(facts, name, 'kl_coef')}."
+            change = f"Give it more steps, or lower {leash(facts, name)}."
         yield Finding("fault", name, text, change)
 
 
@@ -195,14 +196,28 @@ def fooled(facts: Facts) -> Found:
             yield Finding("fault", own, text, change)
 
 
+def judged_worse(facts: Facts) -> Found:
+    """A judge sees a loss where the reward model is no witness of a gain: what `fooled` is not."""
+    for name, _, who, start in _trained(facts):
+        wins, own = _wins(facts, name), facts.of(name, "reward_model")
+        for share, called in () if own and wins and wins.low > 0.5 else _judges(facts, name):
+            if share.high < 0.5:
+                text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
+                yield Finding("fault", name, f"{text}it became worse.", f"{slower(facts, name)}.")
+
+
 def too_few_prompts(facts: Facts) -> Found:
+    asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
+    key = ("evaluation", "prompts")
+    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
+        key = ("dataset", "test_fraction")
     for name, _, who, start in _trained(facts):
         shares = [(_wins(facts, name), "the reward model"), *_judges(facts, name)]
         for share, called in shares:
             if share and _open(share):
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
                 text += "few prompts to tell."
-                more = f"Raise {setting(facts, 'evaluation', 'prompts')}: {MORE_PROMPTS}"
+                more = f"Raise {setting(facts, *key)}: {MORE_PROMPTS}"
                 yield Finding("doubt", "evaluation", text, more)
 
 
@@ -217,7 +232,8 @@ def against_best_of(facts: Facts) -> Found:
         best = facts.number(f"best_of.{most}.{by}_gain")
         if gain is not None and best and best > 0 and kl is not None and least:
             who, start = (title(facts, str(name)) for name in (policy, facts.best_of.get("policy")))
-            text = f"By {called}, {who} gained {percent(gain / best)} of what taking the best of "
+            share = percent(gain / best) if gain > 0 else "nothing"
+            text = f"By {called}, {who} gained {share} of what taking the best of "
             text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
             yield Finding("note", policy, text)
             return
@@ -230,6 +246,7 @@ RULES = (
     success,
     no_gain,
     fooled,
+    judged_worse,
     too_few_prompts,
     against_best_of,
 )

@@ -186,7 +186,10 @@ def gate_lowered(facts: Facts) -> Found:
         found = [facts.number(f"{name}.accuracy") for name in names]
         value = next((one for one in found if one is not None), None)
         text = f"The gate before {title(facts, stage.name)} was lowered to {least:g}, from "
-        text += f"{MINIMUM:g}: its reward model ranks {percent(value or 0)} of test pairs right."
+        known = "was held against no test pairs"
+        if value is not None:
+            known = f"ranks {percent(value)} of test pairs right"
+        text += f"{MINIMUM:g}: its reward model {known}."
         low = value is None or value < MINIMUM
         yield Finding("doubt" if low else "note", stage.name, text)
 

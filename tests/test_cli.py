@@ -185,6 +185,16 @@ def test_a_call_that_is_wrong_is_two_plain_lines(
         assert [line.partition(" (Possible")[0] for line in err.splitlines()] == lines
 
 
+def test_nothing_in_an_error_can_move_the_cursor(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = here / "runs" / "a\x1b[2J\x07\u202eb"
+    evil.mkdir(parents=True)
+    (evil / "manifest.json").write_text("{}")
+    assert call(monkeypatch, "report", "toi") == 2
+    assert capsys.readouterr().err == "no run 'toi' in runs (runs there: a[2Jb)\n"
+
+
 def test_check_prints_findings_and_is_done(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

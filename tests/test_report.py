@@ -306,12 +306,12 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     one = whole(tmp_path / "a")
     other = whole(tmp_path / "b", recipe={"ppo": {"kl_coef": 0.3}})
     results = json.loads((other / "results.json").read_text())
-    (other / "results.json").write_text(
-        json.dumps(results | shares("ppo.judge_win_rate", 0.55, 0.09))
-    )
+    changes = shares("ppo.judge_win_rate", 0.55, 0.09) | {"ppo.win_rate_like_length": 0.6}
+    (other / "results.json").write_text(json.dumps(results | changes))
     comparison.write([one, other], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     text = " ".join(harmless(html).text)
     assert "ppo.kl_coef" in text and "0.15" in text and "0.3" in text
     assert "71 % (63 to 79)" in text and "55 % (46 to 64)" in text
+    assert "ppo.win_rate_like_length 88 % 60 %" in " ".join(text.split())
     assert "ppo.judge_win_rate_low" not in text and "sft.validation_loss" not in text

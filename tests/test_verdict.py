@@ -11,7 +11,7 @@ import pytest
 from rlhf_recipes.facts import read
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.verdict import verdict
-from tests.told import shares, told
+from tests.told import GOOD, shares, told
 
 
 def found(folder: Path, changes: dict[str, Any] | None = None, **words: Any) -> list[Finding]:
@@ -148,7 +148,20 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "too few prompts": (
         shares("ppo.judge_win_rate", 0.6, 0.15) | {"evaluation.prompts": 40}, "doubt", "evaluation",
         "PPO wins against SFT on 60 % of 40 prompts (45–75) by a judge it was not trained "
-        "against: too few prompts to tell.", "`evaluation.prompts` (128 now)",
+        "against: too few prompts to tell.", "`dataset.test_fraction` (0.1 now)",
+    ),
+    "too few prompts were asked for": (
+        shares("ppo.judge_win_rate", 0.56, 0.08), "doubt", "evaluation",
+        "too few prompts to tell.", "`evaluation.prompts` (128 now)",
+    ),
+    "a judge sees that it became worse, and the reward model nothing": (
+        shares("ppo.win_rate", 0.56, 0.08) | shares("ppo.judge_win_rate", 0.3, 0.08), "fault",
+        "ppo", "PPO wins against SFT on 30 % of 128 prompts (22–38) by a judge it was not trained "
+        "against: it became worse.", "`ppo.kl_coef`",
+    ),
+    "a lowered gate that had no test pairs": (
+        {key: None for key in GOOD if key.startswith("reward.")} | {"ppo.minimum_accuracy": 0},
+        "doubt", "ppo", "from 0.55: its reward model was held against no test pairs.", "",
     ),
 }  # fmt: skip
 
@@ -236,6 +249,26 @@ def test_the_price_of_a_gain_is_held_against_the_best_of_n(tmp_path: Path) -> No
     )
 
 
+def test_no_share_is_less_than_nothing(tmp_path: Path) -> None:
+    outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
+    last = found(tmp_path, shares("ppo.judge_gain", -0.2, 0.1), outputs=outputs)[-1]
+    assert last.text.startswith("By the judge, PPO gained nothing of what taking the best of 16")
+
+
+def test_dpo_is_judged_too_and_told_of_its_own_keys(tmp_path: Path) -> None:
+    dpo = {"dpo": {"kind": "dpo", "beta": 0.1, "learning_rate": 1e-5, "policy": "sft"}}
+    none = {key: None for key in GOOD if key.startswith(("ppo.", "reward."))}
+    for rate, value, text, change in [
+        ("judge_win_rate", 0.3, "by a judge it was not trained against: it be", "Raise `dpo.beta`"),
+        ("win_rate", 0.5, "by the reward model: it gained nothing", "lower `dpo.beta`"),
+    ]:
+        changes = none | shares(f"dpo.{rate}", value, 0.08)
+        kinds = ["sft", "dpo", "evaluation"]
+        first = found(tmp_path / rate, changes, kinds=kinds, recipe=dpo)[0]
+        assert (first.level, first.stage) == ("fault", "dpo")
+        assert text in first.text and change in first.change
+
+
 @pytest.mark.parametrize(
     ("outcome", "level", "text"),
     [
@@ -250,7 +283,7 @@ def test_a_run_that_did_not_come_to_its_end(
 ) -> None:
     error = {"stage": "ppo", "message": "the gate said no", "hint": "lower it"}
     manifest = {"outcome": outcome, "error": error if outcome == "failed" else None}
-    measured = {key: None for key in told.__globals__["GOOD"] if key[:3] in ("ppo", "bas", "jud")}
+    measured = {key: None for key in GOOD if key[:3] in ("ppo", "bas", "jud")}
     findings = found(
         tmp_path,
         measured,
