@@ -71,7 +71,7 @@ class Facts:
         least, most = wilson(value, int(of))
         if low is None or high is None:
             low, high = least, most
-        elif of < FEW:  # a bootstrap of so few is too sure of itself
+        elif of < FEW or low == high:  # a bootstrap of so few, or so alike, is too sure of itself
             low, high = min(low, least), max(high, most)
         return Share(value, low, high, int(of))
 

@@ -18,13 +18,16 @@ from rlhf_recipes.findings import (
     steps,
     title,
 )
+from rlhf_recipes.tables import INDEPENDENT
 
 # A win rate whose interval holds a half is open where it is that wide, or itself from there on.
 WIDE, PERHAPS = 0.2, 0.55
 HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
+OVER = 1.5  # times what its guard allows, on prompts that the guard does not see
 STILL = 0.5  # nats an answer: a policy that has hardly moved
+LITTLE = 0.5  # of what the best of most answers gains
 SAME = 0.5  # of the answers
-FEWEST = 8  # answers to say that of
+FEWEST, SOME = 8, 30  # answers to say that of; and of a part of them
 SHRUNK = 0.2  # of the length of the policy before's answers
 WORDLESS = 2.0  # tokens, the end's included
 ALIKE = 0.5  # of the distinct 2-grams that the policy before had
@@ -47,7 +50,7 @@ def went_far(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         kl, why = facts.number(f"{name}.kl"), str(facts.results.get(f"{name}.stopped") or "")
         guard = facts.of(name, "guard") or {}
-        limit = min(number(guard, "max_kl") or HIGH_KL, HIGH_KL)
+        limit = min(OVER * (number(guard, "max_kl") or HIGH_KL), HIGH_KL)
         if kl is not None and kl > limit:
             text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
             text += "from what the reward model has seen, its scores mean little."
@@ -124,19 +127,25 @@ def never_ends(facts: Facts) -> Found:
 # ---- who wins -----------------------------------------------------------------------------------
 
 
-def _wins(facts: Facts, name: str, by: str = "") -> Share | None:
-    return facts.share(f"{name}.{by}win_rate", "evaluation.prompts")
+def _wins(facts: Facts, name: str, by: str = "", over: str = "") -> Share | None:
+    return facts.share(f"{name}.{by}win_rate{over}", "evaluation.prompts")
 
 
-def _judges(facts: Facts, name: str) -> Iterator[tuple[Share, str]]:
-    """The win rates by judges that a policy was not trained against, and what each is called."""
+def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str]]:
+    """The win rates by judges that a policy was not trained against, and what each is called.
+
+    But those of a judge that ranks test pairs no better than chance, or than length does.
+    """
+    trained = facts.share("judge.accuracy", "judge.test_pairs")
+    alone = facts.number("judge.length_accuracy") or 0.0
+    blind = trained and (trained.low <= 0.5 or trained.value <= alone)
     specs = (facts.recipe.get("evaluation") or {}).get("judge")
     specs = [specs] if isinstance(specs, str) else list(specs or ())
     for by, spec in zip(("judge_", "judge2_"), [*specs, "", ""], strict=False):
-        share = _wins(facts, name, by)
+        share = _wins(facts, name, by, over)
         rule = str(spec).startswith("python:")
         called = f"the rule `{spec.rpartition('/')[2].removeprefix('python:')}`" if rule else ""
-        if share:
+        if share and not (blind and spec == INDEPENDENT):
             yield share, called or "a judge it was not trained against"
 
 
@@ -158,8 +167,9 @@ def success(facts: Facts) -> Found:
         if wins and wins.low > 0.5:
             text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
             own = " that it was trained against" if facts.of(name, "reward_model") else ""
-            other = 'Nobody else judged: `evaluation.judge = "independent"` would.'
-            level, change = ("good", "") if judged else ("success", other)
+            other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
+            other += ", with `dataset.judge_fraction` over 0."
+            level, change = ("good", "") if judged else ("doubt", other)
             yield Finding(level, name, f"{text}{own}{price}.", change)
 
 
@@ -171,7 +181,9 @@ def no_gain(facts: Facts) -> Found:
             continue
         text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
         change = f"{slower(facts, name)}."
-        if kl is not None and kl < STILL:
+        if facts.number(f"{name}.kept_update") == 0:
+            text += ": no update beat its start on the validation prompts, so its start was kept."
+        elif kl is not None and kl < STILL:
             text += f", at {kl:.2f} nats: it has hardly moved."
             change = f"Raise {setting(facts, name, 'learning_rate')} or give it more steps."
         elif wins.high < 0.5:
@@ -187,7 +199,7 @@ def fooled(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         wins, own = _wins(facts, name), facts.of(name, "reward_model")
         for share, called in _judges(facts, name) if own and wins and wins.low > 0.5 else ():
-            if share.low > 0.5 or _open(share):
+            if share.low > 0.5 or share.high >= wins.low or _open(share):
                 continue
             text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
             text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
@@ -204,6 +216,37 @@ def judged_worse(facts: Facts) -> Found:
             if share.high < 0.5:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
                 yield Finding("fault", name, f"{text}it became worse.", f"{slower(facts, name)}.")
+
+
+def by_length_alone(facts: Facts) -> Found:
+    """A gain that is gone among answers of like length, or among those that ended."""
+    for name, _, who, start in _trained(facts):
+        for by in ("judge_", "judge2_"):
+            share = _wins(facts, name, by)
+            for what, words in (("like_length", "of like length"), ("ended", "that both ended")):
+                few = facts.share(f"{name}.{by}win_rate_{what}", f"{name}.{what}_pairs")
+                if share and share.low > 0.5 and few and few.count >= SOME and few.value < 0.5:
+                    text = f"Among answers {words}, {who} wins against {start} on "
+                    text += f"{said(few, 'prompts')} by the judge: "
+                    text += "its gain is in their length." if what == "like_length" else "no gain."
+                    yield Finding("doubt", name, text, "Read some of them side by side.")
+
+
+def over_base(facts: Facts) -> Found:
+    """The last policy against the model that all began with."""
+    starts = facts.starts()
+    for name in [*starts][-1:]:
+        over = "_over_base" if starts[name] != "base" else ""
+        own = [(share, "the reward model")] if (share := _wins(facts, name, "", over)) else []
+        for share, called in [*_judges(facts, name, over)] or own:
+            text = f"{title(facts, name)} wins against the base model on {said(share, 'prompts')} "
+            if share.low > 0.5:
+                yield Finding("good", name, f"{text}by {called}.")
+            elif share.high < 0.5:
+                change = "Its demonstrations or its reward do not ask for what is judged here."
+                yield Finding("doubt", name, f"{text}by {called}: it became worse.", change)
+            else:
+                yield Finding("note", name, f"{text}by {called}: neither is better.")
 
 
 def too_few_prompts(facts: Facts) -> Found:
@@ -235,7 +278,7 @@ def against_best_of(facts: Facts) -> Found:
             share = percent(gain / best) if gain > 0 else "nothing"
             text = f"By {called}, {who} gained {share} of what taking the best of "
             text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
-            yield Finding("note", policy, text)
+            yield Finding("doubt" if gain < LITTLE * best else "note", policy, text)
             return
 
 
@@ -247,6 +290,8 @@ RULES = (
     no_gain,
     fooled,
     judged_worse,
+    by_length_alone,
+    over_base,
     too_few_prompts,
     against_best_of,
 )

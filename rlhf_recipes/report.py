@@ -30,6 +30,9 @@ POLICY_ROWS = {
     "judge_win_rate": "preferred by the judge",
     "judge2_win_rate": "preferred by the second judge",
     "win_rate": "preferred by the reward model",
+    "judge_win_rate_over_base": "to the base, by the judge",
+    "judge2_win_rate_over_base": "to the base, by the second judge",
+    "win_rate_over_base": "to the base, by the reward model",
     "judge_gain": "gain by the judge",
     "judge2_gain": "gain by the second judge",
     "score_gain": "gain, units of the reward",
@@ -148,7 +151,7 @@ def _cell(facts: Facts, key: str) -> str:
     value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
     if value is None:
         return ""
-    if key.endswith("win_rate"):
+    if "win_rate" in key:
         share = facts.share(key, "evaluation.prompts")
         return f"{percent(share.value)} ({interval(share)})" if share else ""
     kind = key.rpartition(".")[2]

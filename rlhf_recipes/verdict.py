@@ -8,7 +8,6 @@ interval above one half, "cannot be told" one that holds a half and is wide.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from rlhf_recipes import policy_rules
 from rlhf_recipes.facts import Facts, Share
@@ -35,10 +34,6 @@ def verdict(facts: Facts) -> list[Finding]:
     """What the rules found: faults first, in the order of the stages; then success, then doubts."""
     place = {stage.name: at for at, stage in enumerate(facts.stages)}
     found = [finding for rule in (*RULES, *policy_rules.RULES) for finding in rule(facts)]
-    if any(finding.level == "fault" for finding in found):
-        # Nobody but the reward model saw that success: no headline beside a fault.
-        unjudged = [f for f in found if f.level == "success" and f.change]
-        found = [replace(f, level="note") if f in unjudged else f for f in found]
     found.sort(key=lambda f: (LEVELS.index(f.level), place.get(f.stage, len(place))))
     return found
 
@@ -198,8 +193,12 @@ def learned_preferences(facts: Facts) -> Found:
     for name, share, who, _ in _measured(facts):
         if share.low > 0.5 and share.value >= MINIMUM and not _by_length(facts, name):
             alone = facts.number(f"{name}.length_accuracy")
-            more = f", length alone {percent(alone)}" if alone is not None else ""
-            yield Finding("good", name, f"{_ranks(who, share)}{more}.")
+            text = _ranks(who, share) + (f", length alone {percent(alone)}" if alone else "")
+            if alone is None or alone < share.value:
+                yield Finding("good", name, f"{text}.")
+            else:
+                change = "More pairs, or pairs of like length."
+                yield Finding("doubt", name, f"{text}: it tells no more than length does.", change)
 
 
 RULES = (

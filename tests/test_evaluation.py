@@ -214,6 +214,12 @@ def test_every_comparison_is_that_of_the_answers_on_disk(judged: Chain) -> None:
             for what, chosen in some.items():
                 by_hand = fmean(wins[i] for i in chosen)
                 assert metrics[f"{name}.{who}win_rate_{what}"] == pytest.approx(by_hand)
+        assert (f"{name}.win_rate_over_base" in metrics) == (before != "base")
+    for who, key in (("", "scores"), ("judge_", "judged"), ("judge2_", "judged2")):
+        gains = [row[key]["ppo"] - row[key]["base"] for row in rows]
+        over = f"ppo.{who}win_rate_over_base"
+        assert metrics[over] == pytest.approx(fmean((g > 0) + 0.5 * (g == 0) for g in gains))
+        assert metrics[f"{over}_low"] < metrics[over] < metrics[f"{over}_high"]
     for name in POLICIES:
         for who, key in (("", "scores"), ("judge_", "judged"), ("judge2_", "judged2")):
             assert metrics[f"{name}.{who}score"] == pytest.approx(fmean(r[key][name] for r in rows))

@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, int]] = {
     "ppo": ("rlhf_recipes.stages.ppo", 3),
     "dpo": ("rlhf_recipes.stages.dpo", 2),
     "judge": ("rlhf_recipes.stages.reward", 4),
-    "evaluation": ("rlhf_recipes.stages.evaluate", 4),
+    "evaluation": ("rlhf_recipes.stages.evaluate", 5),
     "best_of": ("rlhf_recipes.stages.best_of", 2),
 }
 

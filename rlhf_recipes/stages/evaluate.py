@@ -77,8 +77,13 @@ def run(context: StageContext) -> StageResult:
         given[name] = Answers(ids[name], eos, {who: said[who][part] for who in said})
         numbers[name] |= _own(given[name])
         if name != BASE:
-            before = given[recipe.table(name).policy or BASE]
-            numbers[name] |= _against(given[name], before, setting.seed)
+            before = recipe.table(name).policy or BASE
+            numbers[name] |= _against(given[name], given[before], setting.seed)
+            if before != BASE:
+                whole = _against(given[name], given[BASE], setting.seed)
+                kept = [key for key in whole if key.endswith(("win_rate", "rate_low", "rate_high"))]
+                over = {key.replace("win_rate", "win_rate_over_base"): whole[key] for key in kept}
+                numbers[name] |= over
     context.progress.update(len(policies) + 2, len(policies) + 2)
 
     # ---- output
