@@ -7,7 +7,6 @@ given, and the page's own policy lets it run and load nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
 
 REWARDS = ("reward", "judge")
-HEADLINES = {
-    "fault": "Something is wrong",
-    "success": "It worked",
-    "doubt": "It cannot be told yet",
-}
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
 # What the table of the policies says: a key, and how a person calls it.
 POLICY_ROWS = {
@@ -81,7 +75,6 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     return {
         **vars(facts),
         "name": name,
-        "headline": HEADLINES.get(found[0].level if found else "", "What came of it"),
         "found": found,
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
@@ -96,7 +89,6 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "losses": [plot for plot in losses if plot],
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
-        "missing": list(_missing(facts, last)),
     }
 
 
@@ -174,22 +166,3 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
         made.append(charts.loss(facts, stage))
     worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
     return {"name": name, "plots": [plot for plot in made if plot], "worst": worst}
-
-
-def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
-    """What this page has nothing to show of, and what would bring it."""
-    name = facts.folder.resolve().name
-    gone = [s.name for s in facts.stages if not s.record and s.did != "not run"]
-    if gone:
-        yield f"The stages {', '.join(gone)} were removed: `rlhf-recipes run` makes them again."
-    if not last:
-        yield "No policy was evaluated: there are no answers to show."
-    elif not facts.answers:
-        yield "The evaluation's answers are not there."
-    if last and facts.number(f"{last[0]}.judge_win_rate") is None:
-        yield 'No judge but the reward model: `evaluation.judge = "independent"` trains one.'
-    if last and facts.of_kind("ppo") and not facts.best_of:
-        yield f"No best-of-n to hold it against: `rlhf-recipes report {name} --best-of 16`."
-    for stage in facts.of_kind("reward"):
-        if stage.record and not stage.evidence:
-            yield f"No margins, calibration or worst pairs of `{stage.name}`: made before these."
