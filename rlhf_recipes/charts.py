@@ -75,9 +75,8 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
         whose, unit = "the reward model", "gain, units of the reward"
     who, best = plain_title(facts, name), []
     told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
-    known = facts.best_of or {}
-    if known.get("against") == name:
-        columns = [known.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
+    if facts.best_of.get("against") == name:
+        columns = [facts.best_of.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
         best = [row for row in zip(*columns, strict=False) if None not in row]
     if best and min(best[-1][1:]) > 0:
         most, dear, much = best[-1]
@@ -200,8 +199,7 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
 
 
 def margins(name: str, stage: Stage) -> Plot | None:
-    values = stage.evidence.get("margins")
-    values = [v for v in values or () if isinstance(v, int | float)]
+    values = stage.evidence.get("margins") or []
     if len(values) < LEAST:
         return None
     wrong, middle = sum(v < 0 for v in values), sorted(values)[len(values) // 2]
@@ -215,11 +213,8 @@ def margins(name: str, stage: Stage) -> Plot | None:
 
 
 def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
-    bins = []
-    for row in stage.evidence.get("calibration") or ():
-        said, right, pairs = (number(row, key) for key in ("said", "right", "pairs"))
-        if said is not None and right is not None and pairs:
-            bins.append((said, right, int(pairs)))
+    full = [row for row in stage.evidence.get("calibration") or () if row["pairs"]]
+    bins = [(row["said"], row["right"], row["pairs"]) for row in full]
     if len(bins) < 2:
         return None
     count = sum(pairs for *_, pairs in bins)

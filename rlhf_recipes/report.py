@@ -142,14 +142,15 @@ def _cell(facts: Facts, key: str) -> str:
         return ""
     if key.endswith("win_rate"):
         share = facts.share(key, "evaluation.prompts")
-        return f"{percent(share.value)} ({interval(share)})" if share else ""
+        said = f"{percent(share.value)} ({interval(share)})" if share else ""
+        return said.replace(" %", "\u00a0%")  # a number keeps its unit on its line
     kind = key.rpartition(".")[2]
     form = ".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f"
     form = f"+{form}" if kind.endswith("gain") else form
     text = f"{value:{form}}"
     if low is not None and high is not None:
         text += f" ({low:{form}} to {high:{form}})"
-    return text.replace("-", "−").replace("%", " %")
+    return text.replace("-", "−").replace("%", "\u00a0%")
 
 
 def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
@@ -164,5 +165,5 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     ]
     if stage.kind in REWARDS:
         made.append(charts.loss(facts, stage))
-    worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
-    return {"name": name, "plots": [plot for plot in made if plot], "worst": worst}
+    plots = [plot for plot in made if plot]
+    return {"name": name, "plots": plots, "worst": stage.evidence.get("worst")}

@@ -99,13 +99,10 @@ def _own(answers: Answers) -> dict[str, float]:
     return numbers | {f"{who}score": fmean(said) for who, said in answers.said.items()}
 
 
-def n_grams(ids: list[int], n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(ids[start:] for start in range(n)), strict=False))
-
-
 def distinct(answers: list[list[int]], n: int) -> float:
     """Share of the n-grams of all answers that stand for the first time; 1 where there are none."""
-    grams = [gram for ids in answers for gram in n_grams(ids, n)]
+    starts = [[ids[start:] for start in range(n)] for ids in answers]
+    grams = [gram for shifted in starts for gram in zip(*shifted, strict=False)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
