@@ -82,23 +82,12 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
         most, dear, much = best[-1]
         told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
         told += f"answers does, at {kl / dear:.1f} times the KL"
-    path = _path(facts, name) if by == "score" else []
     points = "; ".join(f"best of {n}: {g:+.2f} at {k:.2f}" for n, k, g in best)
     alt = f"Gain by {whose} against KL. {who}: {gain:+.2f} at {kl:.2f} nats. {points}"
     note = "Upper left is better: more gain for less distance."
-    if path:
-        note += " Small dots: each update on its training prompts."
     told, alt = told.replace("-", "−"), alt.replace("-", "−").strip()
     plot = Plot(f"price-{by}-{name}", told, alt, note)
-    return plots.price(plot, best, (who, kl, gain, low, high), path, unit)
-
-
-def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
-    """KL and gain over the first update as PPO went."""
-    stage = facts.stage(name)
-    (_, kl), (_, scores) = (stage.series(key) for key in ("KL", "score")) if stage else ((), ())
-    every = -(-len(kl) // plots.POINTS) or 1
-    return [(k, s - scores[0]) for k, s in list(zip(kl, scores, strict=False))[::every]]
+    return plots.price(plot, best, (who, kl, gain, low, high), unit)
 
 
 # ---- curves -------------------------------------------------------------------------------------
