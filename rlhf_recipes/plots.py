@@ -240,7 +240,7 @@ def price(
         label, kl, gain, low, high = policy
         axes.plot([kl, kl], [low, high], color=PPO, linewidth=5, alpha=0.35)
         axes.plot([kl], [gain], "D", color=PPO, markersize=8)
-        left = kl < max(kl, *nats) / 3
+        left = kl < max([kl, *nats]) / 3
         _say(axes, label, (kl, gain), (9 if left else -9, 0), ha="left" if left else "right",
              va="center", color=PPO, fontweight="bold")  # fmt: skip
         axes.set_xlim(left=0)
