@@ -12,7 +12,7 @@ from typing import Any
 
 from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Stage, number, read
-from rlhf_recipes.findings import Finding, interval, percent, plain_title
+from rlhf_recipes.findings import Finding, interval, plain_title
 from rlhf_recipes.house import page, style
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
@@ -79,8 +79,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
-        "last_title": plain_title(facts, last[0]) if last else "",
-        "start_title": plain_title(facts, last[1]) if last else "",
+        "titles": [plain_title(facts, policy) for policy in last or ()],
         "cases": _cases(facts, *last) if last else [],
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
@@ -138,12 +137,11 @@ def policies(facts: Facts) -> list[list[str]]:
 
 def _cell(facts: Facts, key: str) -> str:
     value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
+    share = facts.share(key, "evaluation.prompts") if key.endswith("win_rate") else None
+    if share:
+        return f"{100 * share.value:.0f}\u00a0% ({interval(share)})"
     if value is None:
         return ""
-    if key.endswith("win_rate"):
-        share = facts.share(key, "evaluation.prompts")
-        said = f"{percent(share.value)} ({interval(share)})" if share else ""
-        return said.replace(" %", "\u00a0%")  # a number keeps its unit on its line
     kind = key.rpartition(".")[2]
     form = ".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f"
     form = f"+{form}" if kind.endswith("gain") else form

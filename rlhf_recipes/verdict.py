@@ -187,8 +187,7 @@ def gate_lowered(facts: Facts) -> Found:
         value = next((one for one in found if one is not None), None)
         text = f"The gate before {title(facts, stage.name)} was lowered to {least:g}, from "
         text += f"{MINIMUM:g}: its reward model ranks {percent(value or 0)} of test pairs right."
-        low = value is None or value < MINIMUM
-        yield Finding("doubt" if low else "note", stage.name, text)
+        yield Finding("doubt" if (value or 0) < MINIMUM else "note", stage.name, text)
 
 
 def learned_preferences(facts: Facts) -> Found:

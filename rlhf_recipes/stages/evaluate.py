@@ -119,8 +119,7 @@ def _against(now: Answers, before: Answers, seed: int) -> dict[str, float]:
         gains = [a - b for a, b in zip(now.said[who], before.said[who], strict=True)]
         wins = [(gain > 0) + 0.5 * (gain == 0) for gain in gains]
         for key, values in ((f"{who}win_rate", wins), (f"{who or 'score_'}gain", gains)):
-            low, high = evidence.bootstrap(values, seed)
-            numbers |= {key: fmean(values), f"{key}_low": low, f"{key}_high": high}
+            numbers |= evidence.measured(key, values, seed)
         for what, chosen in alike.items():
             if any(chosen):
                 some = [win for win, counts in zip(wins, chosen, strict=True) if counts]
