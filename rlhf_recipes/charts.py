@@ -75,31 +75,19 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
         whose, unit = "the reward model", "gain, units of the reward"
     who, best = plain_title(facts, name), []
     told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
-    known = facts.best_of or {}
-    if known.get("against") == name:
-        columns = [known.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
+    if facts.best_of.get("against") == name:
+        columns = [facts.best_of.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
         best = [row for row in zip(*columns, strict=False) if None not in row]
     if best and min(best[-1][1:]) > 0:
         most, dear, much = best[-1]
         told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
         told += f"answers does, at {kl / dear:.1f} times the KL"
-    path = _path(facts, name) if by == "score" else []
     points = "; ".join(f"best of {n}: {g:+.2f} at {k:.2f}" for n, k, g in best)
     alt = f"Gain by {whose} against KL. {who}: {gain:+.2f} at {kl:.2f} nats. {points}"
     note = "Upper left is better: more gain for less distance."
-    if path:
-        note += " Small dots: each update on its training prompts."
     told, alt = told.replace("-", "−"), alt.replace("-", "−").strip()
     plot = Plot(f"price-{by}-{name}", told, alt, note)
-    return plots.price(plot, best, (who, kl, gain, low, high), path, unit)
-
-
-def _path(facts: Facts, name: str) -> list[tuple[float, float]]:
-    """KL and gain over the first update as PPO went."""
-    stage = facts.stage(name)
-    (_, kl), (_, scores) = (stage.series(key) for key in ("KL", "score")) if stage else ((), ())
-    every = -(-len(kl) // plots.POINTS) or 1
-    return [(k, s - scores[0]) for k, s in list(zip(kl, scores, strict=False))[::every]]
+    return plots.price(plot, best, (who, kl, gain, low, high), unit)
 
 
 # ---- curves -------------------------------------------------------------------------------------
@@ -200,8 +188,7 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
 
 
 def margins(name: str, stage: Stage) -> Plot | None:
-    values = stage.evidence.get("margins")
-    values = [v for v in values or () if isinstance(v, int | float)]
+    values = stage.evidence.get("margins") or []
     if len(values) < LEAST:
         return None
     wrong, middle = sum(v < 0 for v in values), sorted(values)[len(values) // 2]
@@ -215,11 +202,8 @@ def margins(name: str, stage: Stage) -> Plot | None:
 
 
 def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
-    bins = []
-    for row in stage.evidence.get("calibration") or ():
-        said, right, pairs = (number(row, key) for key in ("said", "right", "pairs"))
-        if said is not None and right is not None and pairs:
-            bins.append((said, right, int(pairs)))
+    full = [row for row in stage.evidence.get("calibration") or () if row["pairs"]]
+    bins = [(row["said"], row["right"], row["pairs"]) for row in full]
     if len(bins) < 2:
         return None
     count = sum(pairs for *_, pairs in bins)

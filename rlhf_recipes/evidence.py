@@ -33,6 +33,12 @@ def bootstrap(values: Sequence[float], seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def measured(key: str, values: Sequence[float], seed: int) -> dict[str, float]:
+    """The mean of `values` under `key`, and its interval beside it."""
+    low, high = bootstrap(values, seed)
+    return {key: fmean(values), f"{key}_low": low, f"{key}_high": high}
+
+
 def right(margins: np.ndarray) -> np.ndarray:
     """Of each margin, whether it is right: 1, 0, and ½ for a tie."""
     return (margins > 0) + 0.5 * (margins == 0)

@@ -56,8 +56,8 @@ class Facts:
     recipe: Json  # every key with its value
     results: Json
     stages: tuple[Stage, ...]
-    answers: tuple[Json, ...] = ()
-    best_of: Json | None = None
+    answers: tuple[Json, ...]
+    best_of: Json
 
     def number(self, key: str) -> float | None:
         return number(self.results, key)
@@ -122,7 +122,7 @@ def read(folder: Path) -> Facts:
         results=rundir.read_json(folder / "results.json") or {},
         stages=tuple(stages),
         answers=lines(outputs.get("evaluation", folder) / "answers.jsonl"),
-        best_of=rundir.read_json(outputs.get("best_of", folder) / "best_of.json"),
+        best_of=rundir.read_json(outputs.get("best_of", folder) / "best_of.json") or {},
     )
 
 

@@ -109,8 +109,9 @@ def compare(folders: Sequence[Path]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _told(folder: Path) -> dict[str, dict[str, Any]]:
-    manifest, found = read_manifest(folder), facts.read(folder)
-    if manifest is None or not found.recipe:
+    manifest = read_manifest(folder)
+    found = manifest and facts.read(folder)
+    if not found or not found.recipe:
         file = "resolved.toml" if manifest else "manifest.json"
         raise UsageError(f"{folder} has no {file} that can be read", "run it again")
     return {

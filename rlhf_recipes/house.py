@@ -55,9 +55,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: UNSEEN.sub("", value) if type(value) is str else value,
     )
-    # A number keeps its unit on its line.
-    tight = functools.partial(re.sub, r"(?<=\d) (?=%)", "\u00a0")
-    made.filters |= {"words": words, "cut": cut, "tight": tight, "size": size, "duration": duration}
+    made.filters |= {"words": words, "cut": cut, "size": size, "duration": duration}
     text, allowed = style()
     made.globals |= {"style": Markup(text), "style_digest": allowed}
     return made

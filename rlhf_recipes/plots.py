@@ -226,17 +226,13 @@ def price(
     plot: Plot,
     best: Sequence[tuple[int, float, float]],
     policy: tuple[str, float, float, float, float],
-    path: Sequence[tuple[float, float]],
     y: str,
 ) -> Plot:
     """Gain against KL: best-of-n as (n, KL, gain), a policy as (label, KL, gain, low, high)."""
     with plot.drawn(height=240) as axes:
         axes.axhline(0, color=MUTED, linewidth=1)
-        if path:
-            axes.plot(*zip(*path, strict=True), "o", color=PPO, alpha=0.25, markersize=3.5,
-                      markeredgewidth=0)  # fmt: skip
+        counts, nats, gains = zip(*best, strict=True) if best else ((), (), ())
         if best:
-            counts, nats, gains = zip(*best, strict=True)
             axes.plot(nats, gains, "o-", color=SFT, markersize=4)
             for n, *at in best[1:]:
                 _say(axes, str(n), at, (0, 6), ha="center", color=SFT, fontsize=10)
@@ -244,7 +240,7 @@ def price(
         label, kl, gain, low, high = policy
         axes.plot([kl, kl], [low, high], color=PPO, linewidth=5, alpha=0.35)
         axes.plot([kl], [gain], "D", color=PPO, markersize=8)
-        left = kl < max(k for k, _ in [(kl, gain), *path]) / 3
+        left = kl < max([kl, *nats]) / 3
         _say(axes, label, (kl, gain), (9 if left else -9, 0), ha="left" if left else "right",
              va="center", color=PPO, fontweight="bold")  # fmt: skip
         axes.set_xlim(left=0)

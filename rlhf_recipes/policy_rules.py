@@ -266,7 +266,7 @@ def too_few_prompts(facts: Facts) -> Found:
 
 def against_best_of(facts: Facts) -> Found:
     """The last policy's gain and price as shares of those of the best of most answers."""
-    policy = str((facts.best_of or {}).get("against", ""))
+    policy = str(facts.best_of.get("against", ""))
     counts = [key.split(".")[1] for key in facts.results if key.startswith("best_of.")]
     most = max((int(count) for count in counts if count.isdecimal()), default=0)
     kl, least = facts.number(f"{policy}.kl"), facts.number(f"best_of.{most}.kl")

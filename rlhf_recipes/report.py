@@ -7,23 +7,17 @@ given, and the page's own policy lets it run and load nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Stage, number, read
-from rlhf_recipes.findings import Finding, interval, percent, plain_title
+from rlhf_recipes.findings import Finding, interval, plain_title
 from rlhf_recipes.house import page, style
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
 
 REWARDS = ("reward", "judge")
-HEADLINES = {
-    "fault": "Something is wrong",
-    "success": "It worked",
-    "doubt": "It cannot be told yet",
-}
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
 # What the table of the policies says: a key, and how a person calls it.
 POLICY_ROWS = {
@@ -84,13 +78,11 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     return {
         **vars(facts),
         "name": name,
-        "headline": HEADLINES.get(found[0].level if found else "", "What came of it"),
         "found": found,
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
-        "last_title": plain_title(facts, last[0]) if last else "",
-        "start_title": plain_title(facts, last[1]) if last else "",
+        "titles": [plain_title(facts, policy) for policy in last or ()],
         "cases": _cases(facts, *last) if last else [],
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
@@ -99,7 +91,6 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "losses": [plot for plot in losses if plot],
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
-        "missing": list(_missing(facts, last)),
     }
 
 
@@ -149,18 +140,18 @@ def policies(facts: Facts) -> list[list[str]]:
 
 def _cell(facts: Facts, key: str) -> str:
     value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
+    share = facts.share(key, "evaluation.prompts") if "win_rate" in key else None
+    if share:
+        return f"{100 * share.value:.0f}\u00a0% ({interval(share)})"
     if value is None:
         return ""
-    if "win_rate" in key:
-        share = facts.share(key, "evaluation.prompts")
-        return f"{percent(share.value)} ({interval(share)})" if share else ""
     kind = key.rpartition(".")[2]
     form = ".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f"
     form = f"+{form}" if kind.endswith("gain") else form
     text = f"{value:{form}}"
     if low is not None and high is not None:
         text += f" ({low:{form}} to {high:{form}})"
-    return text.replace("-", "−").replace("%", " %")
+    return text.replace("-", "−").replace("%", "\u00a0%")
 
 
 def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
@@ -175,24 +166,5 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     ]
     if stage.kind in REWARDS:
         made.append(charts.loss(facts, stage))
-    worst = [row for row in stage.evidence.get("worst") or () if isinstance(row, dict)]
-    return {"name": name, "plots": [plot for plot in made if plot], "worst": worst}
-
-
-def _missing(facts: Facts, last: tuple[str, str] | None) -> Iterator[str]:
-    """What this page has nothing to show of, and what would bring it."""
-    name = facts.folder.resolve().name
-    gone = [s.name for s in facts.stages if not s.record and s.did != "not run"]
-    if gone:
-        yield f"The stages {', '.join(gone)} were removed: `rlhf-recipes run` makes them again."
-    if not last:
-        yield "No policy was evaluated: there are no answers to show."
-    elif not facts.answers:
-        yield "The evaluation's answers are not there."
-    if last and facts.number(f"{last[0]}.judge_win_rate") is None:
-        yield 'No judge but the reward model: `evaluation.judge = "independent"` trains one.'
-    if last and facts.of_kind("ppo") and not facts.best_of:
-        yield f"No best-of-n to hold it against: `rlhf-recipes report {name} --best-of 16`."
-    for stage in facts.of_kind("reward"):
-        if stage.record and not stage.evidence:
-            yield f"No margins, calibration or worst pairs of `{stage.name}`: made before these."
+    plots = [plot for plot in made if plot]
+    return {"name": name, "plots": plots, "worst": stage.evidence.get("worst")}

@@ -56,9 +56,7 @@ def run(context: StageContext) -> StageResult:
             gains = [evidence.best_of_gain(rewards[row], values[row], n) for row in rows]
             curve[key].append(fmean(gains))
             if n > 1:
-                low, high = evidence.bootstrap(gains, setting.seed)
-                numbers = {key: curve[key][-1], f"{key}_low": low, f"{key}_high": high}
-                metrics |= {f"best_of.{n}.{name}": number for name, number in numbers.items()}
+                metrics |= evidence.measured(f"best_of.{n}.{key}", gains, setting.seed)
 
     # ---- output
     output = context.folder / "output"

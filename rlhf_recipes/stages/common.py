@@ -139,7 +139,6 @@ class Report(TrainerCallback):
 
     def __init__(self, trainer: Stock, shown: dict[str, str]):
         self.trainer = trainer
-        self.progress = trainer.progress
         self.shown = shown
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -151,7 +150,7 @@ class Report(TrainerCallback):
         self.ends = self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.update(state.global_step, state.max_steps)
+        self.trainer.progress.update(state.global_step, state.max_steps)
         if stopping.requested():
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
@@ -168,4 +167,4 @@ class Report(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
             numbers = {name: logs[key] for key, name in self.shown.items() if key in logs}
-            self.progress.update(state.global_step, state.max_steps, **numbers)
+            self.trainer.progress.update(state.global_step, state.max_steps, **numbers)

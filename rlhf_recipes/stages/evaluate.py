@@ -104,13 +104,10 @@ def _own(answers: Answers) -> dict[str, float]:
     return numbers | {f"{who}score": fmean(said) for who, said in answers.said.items()}
 
 
-def n_grams(ids: list[int], n: int) -> list[tuple[int, ...]]:
-    return list(zip(*(ids[start:] for start in range(n)), strict=False))
-
-
 def distinct(answers: list[list[int]], n: int) -> float:
     """Share of the n-grams of all answers that stand for the first time; 1 where there are none."""
-    grams = [gram for ids in answers for gram in n_grams(ids, n)]
+    starts = [[ids[start:] for start in range(n)] for ids in answers]
+    grams = [gram for shifted in starts for gram in zip(*shifted, strict=False)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
@@ -127,8 +124,7 @@ def _against(now: Answers, before: Answers, seed: int) -> dict[str, float]:
         gains = [a - b for a, b in zip(now.said[who], before.said[who], strict=True)]
         wins = [(gain > 0) + 0.5 * (gain == 0) for gain in gains]
         for key, values in ((f"{who}win_rate", wins), (f"{who or 'score_'}gain", gains)):
-            low, high = evidence.bootstrap(values, seed)
-            numbers |= {key: fmean(values), f"{key}_low": low, f"{key}_high": high}
+            numbers |= evidence.measured(key, values, seed)
         for what, chosen in alike.items():
             if any(chosen):
                 some = [win for win, counts in zip(wins, chosen, strict=True) if counts]
