@@ -50,6 +50,7 @@ def _card(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
         "base_on_hub": hub,
         "data": [named(table.get("path")) for table in tables],
         "stages": stages,
+        "learned_from": facts.learned_from,
         "kinds": list(dict.fromkeys(one.kind for one in stages if one.kind in POLICY_KINDS)),
         "found": found,
         "policies": policies,

@@ -75,6 +75,13 @@ class Facts:
             low, high = min(low, least), max(high, most)
         return Share(value, low, high, int(of))
 
+    def learned_from(self, stage: str) -> str:
+        """How much a stage learned from: pairs, rows or, in PPO, answers of its own."""
+        for key, what in {"pairs": "pairs", "rows": "rows", "episodes": "answers"}.items():
+            if (count := self.number(f"{stage}.{key}")) is not None:
+                return f"{count:,.0f} {what}"
+        return "—"
+
     def of(self, stage: str, key: str) -> Any:
         """A setting of a stage, as resolved."""
         table = self.recipe.get(stage)

@@ -78,6 +78,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     return {
         **vars(facts),
         "name": name,
+        "learned_from": facts.learned_from,
         "found": found,
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
