@@ -85,8 +85,8 @@ FAILED: dict[str, tuple[list[str], str, tuple[str, str], str]] = {
         ['stages=["reward"]'], "length", ("fault", "reward"), "it learned length. Look there",
     ),
     "KL blow-up": (
-        ["ppo.kl_coef=0", "ppo.learning_rate=0.05", "ppo.guard.max_kl=4"], "colours",
-        ("fault", "ppo"), "nats an answer away from SFT, over 4:",
+        ["ppo.kl_coef=0", "ppo.learning_rate=0.05", "ppo.guard.max_kl=2"], "colours",
+        ("fault", "ppo"), "nats an answer away from SFT, over 3:",
     ),
     "collapse": (  # into which of these hangs on the machine's rounding
         ["ppo.kl_coef=0", "ppo.learning_rate=0.1", "ppo.guard.max_kl=1000",
