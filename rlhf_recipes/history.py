@@ -61,7 +61,7 @@ def list_runs(runs: Path) -> dict[str, Any]:
             {
                 "name": folder.name,
                 "title": manifest.get("title"),
-                "ended": str(manifest.get("ended", "")),
+                "ended": str(manifest.get("ended") or ""),
                 "outcome": "running" if rundir.held(folder) else manifest.get("outcome"),
                 "stages_done": done,
                 "stages": len(manifest["stages"]),

@@ -6,7 +6,6 @@ given, and the page's own policy lets it run and load nothing.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Stage, number, read
 from rlhf_recipes.findings import Finding, interval, plain_title
 from rlhf_recipes.house import page, style
+from rlhf_recipes.identity import digest
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
 
@@ -61,8 +61,7 @@ def _made_from(facts: Facts) -> str:
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
     shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
-    whole = to_json([versions(), style()[1], outcome, *shown])
-    return hashlib.sha256(whole.encode("utf-8", "backslashreplace")).hexdigest()
+    return digest(to_json([versions(), style()[1], outcome, *shown]))
 
 
 # ---- a run --------------------------------------------------------------------------------------
@@ -109,14 +108,11 @@ def _cases(facts: Facts, name: str, start: str) -> list[Json]:
         scores = row.get("scores") or row.get("judged") or {}
         return (number(scores, name) or 0.0) - (number(scores, start) or 0.0)
 
-    def lot(row: Json) -> bytes:
-        return hashlib.sha256(to_json(row.get("prompt")).encode("utf-8", "replace")).digest()
-
     rows = [row for row in facts.answers if isinstance(row.get("answers"), dict)]
     rows.sort(key=gain)
     half = len(rows) // 2
     picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
-    drawn = sorted(rows, key=lot)
+    drawn = sorted(rows, key=lambda row: digest(str(row.get("prompt"))))
     shown: list[Json] = []
     for label, chosen in {**picks, "drawn by lot": drawn}.items():
         fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]

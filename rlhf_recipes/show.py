@@ -103,7 +103,4 @@ def _gain(first: Any, value: Any, part: str) -> str:
 
 def _when(ended: str) -> str:
     """A time of ours, by this machine's clock."""
-    try:
-        return f"{datetime.fromisoformat(ended).astimezone():%Y-%m-%d %H:%M}"
-    except ValueError:
-        return ""
+    return f"{datetime.fromisoformat(ended).astimezone():%Y-%m-%d %H:%M}" if ended else ""

@@ -212,9 +212,8 @@ def _write_answers(
 def _summary(metrics: dict[str, float], last: str, recipe: Recipe) -> str:
     if f"{last}.win_rate" not in metrics:
         return f"{metrics['evaluation.prompts']} test prompts"
-    start, judge = recipe.table(last).policy or BASE, ""
-    if f"{last}.judge_win_rate" in metrics:
-        judge = f" (by the judge {metrics[f'{last}.judge_win_rate']:.0%})"
+    start, judged = recipe.table(last).policy or BASE, metrics.get(f"{last}.judge_win_rate")
+    judge = "" if judged is None else f" (by the judge {judged:.0%})"
     return (
         f"{last} over {start}: win rate {metrics[f'{last}.win_rate']:.0%}{judge}, "
         f"gain {metrics[f'{last}.score_gain']:+.2f}, KL {metrics[f'{last}.kl']:.2f} nats"
