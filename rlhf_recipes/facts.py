@@ -20,6 +20,10 @@ from rlhf_recipes.tables import POLICY_KINDS
 
 Json = dict[str, Any]
 FEW = 30
+TYPES = {
+    **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst"), list),
+    **dict.fromkeys(("error", "versions", "hardware", "dropped"), dict),
+}
 
 
 class Share(NamedTuple):
@@ -113,7 +117,7 @@ def number(values: Json, key: str) -> float | None:
 
 def read(folder: Path) -> Facts:
     """What is to be had of a run; its manifest is there."""
-    manifest = rundir.read_json(folder / rundir.MANIFEST) or {}
+    manifest = _json(folder / rundir.MANIFEST)
     stages = []
     for entry in manifest.get("stages", []):
         with contextlib.suppress(KeyError, TypeError):
@@ -126,10 +130,10 @@ def read(folder: Path) -> Facts:
         folder=folder,
         manifest=manifest,
         recipe=recipe,
-        results=rundir.read_json(folder / "results.json") or {},
+        results=_json(folder / "results.json"),
         stages=tuple(stages),
         answers=lines(outputs.get("evaluation", folder) / "answers.jsonl"),
-        best_of=rundir.read_json(outputs.get("best_of", folder) / "best_of.json") or {},
+        best_of=_json(outputs.get("best_of", folder) / "best_of.json"),
     )
 
 
@@ -142,10 +146,16 @@ def _stage(entry: Json, runs: Path) -> Stage:
         did=str(entry.get("outcome", "")),
         folder=folder,
         record=record if record.get("key") == entry.get("key") else {},
-        data=rundir.read_json(folder / "data.json") or {},
+        data=_json(folder / "data.json"),
         curve=lines(folder / "metrics.jsonl"),
-        evidence=rundir.read_json(folder / "output" / "evidence.json") or {},
+        evidence=_json(folder / "output" / "evidence.json"),
     )
+
+
+def _json(file: Path) -> Json:
+    """A file of ours, less what has another type there than we give it."""
+    found = rundir.read_json(file) or {}
+    return {key: value for key, value in found.items() if isinstance(value, TYPES.get(key, object))}
 
 
 def lines(file: Path) -> tuple[Json, ...]:

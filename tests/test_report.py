@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf_recipes import comparison, report
+from rlhf_recipes.facts import TYPES, read
 from rlhf_recipes.rundir import read_json
 from tests.told import shares, told
 
@@ -264,6 +265,25 @@ def test_files_that_are_missing_or_damaged_are_said_and_nothing_more(tmp_path: P
     assert "were removed" in " ".join(page(run)[1].text)
     (run / "manifest.json").write_text('{"format": 1}')
     harmless(page(run)[0])
+
+
+def test_a_value_of_another_type_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    run = whole(tmp_path)
+    damaged = {
+        "manifest.json": ["overrides", "error", "versions", "hardware", "stages"],
+        "data.json": ["dropped"],
+        "evidence.json": ["margins", "calibration", "worst"],
+    }
+    assert sorted(TYPES) == sorted(sum(damaged.values(), []))
+    for name, keys in damaged.items():
+        for file in run.parent.rglob(name):
+            value = json.loads(file.read_text())
+            file.write_text(json.dumps({**value, **dict.fromkeys(keys[:4], 1)}))
+            assert read(run).stages
+            harmless(page(run)[0])
+            file.write_text(json.dumps({**value, **dict.fromkeys(keys, 1)}))
+            harmless(page(run)[0])
+            file.write_text(json.dumps(value))
 
 
 def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
