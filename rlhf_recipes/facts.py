@@ -154,7 +154,9 @@ def _stage(entry: Json, runs: Path) -> Stage:
 
 def _json(file: Path) -> Json:
     """A file of ours, less what has another type there than we give it."""
-    found = rundir.read_json(file) or {}
+    found: Json = {}
+    with contextlib.suppress(OSError):
+        found = rundir.read_json(file) or {}
     return {key: value for key, value in found.items() if isinstance(value, TYPES.get(key, object))}
 
 

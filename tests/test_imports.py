@@ -20,13 +20,13 @@ tokens data attention models passes adapters rewards sequences ppo_losses checkp
 shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-history clean plan facts findings policy_rules verdict show plots charts house card
+facts history clean plan findings policy_rules verdict show plots charts house card
 report comparison export chat runner later cli __main__
 """.split()
 
 LIGHT = [
     *ORDER[: ORDER.index("tokens")],
-    *ORDER[ORDER.index("history") : ORDER.index("export")],
+    *ORDER[ORDER.index("facts") : ORDER.index("export")],
     *"shared runner later cli".split(),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}

@@ -19,7 +19,13 @@ from rlhf_recipes.verdict import verdict
 from tests.conftest import RECIPE, WORDS
 
 Made = Callable[..., list[Finding]]
-RULE = "def likes_animals(prompt, answer):\n    return sum(w in {!r} for w in answer.split())\n"
+RULE = """
+def likes_animals(prompt, answer):
+    return sum(word in {!r} for word in answer.split())
+
+def likes_colours(prompt, answer):
+    return len(answer.split()) - likes_animals(prompt, answer)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,10 @@ FAILED: dict[str, tuple[list[str], str, tuple[str, str], str]] = {
         ["evaluation.prompts=8"], "colours",
         ("doubt", "evaluation"), "of 8 prompts",
     ),
-    "nothing": ([], "colours", ("success", "ppo"), "PPO beat SFT on"),
+    "nothing": (
+        ["evaluation.judge=python:./rule.py:likes_colours"], "colours",
+        ("success", "ppo"), "PPO beat SFT on .* by the rule `rule.py:likes_colours`",
+    ),
 }  # fmt: skip
 
 

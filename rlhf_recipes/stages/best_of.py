@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from statistics import fmean
 
-from rlhf_recipes import evidence, rundir
+from rlhf_recipes import evidence
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.stages import StageContext, StageResult
 from rlhf_recipes.stages.answers import SCORERS, ask, last_ppo, score, setting_of, test_prompts
+from rlhf_recipes.stages.common import write_json
 from rlhf_recipes.wiring import BASE
 
 
@@ -66,7 +67,7 @@ def run(context: StageContext) -> StageResult:
             found = {SCORERS[who]: values[row] for who, values in said.items()}
             line = {"prompt": example.prompt, "answers": texts, "ended": ended[row], **found}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    rundir.write_json(output / "best_of.json", {"policy": start, "against": against, **curve})
+    write_json(output / "best_of.json", {"policy": start, "against": against, **curve})
     gain, nats = (metrics[f"best_of.{count}.{key}"] for key in ("score_gain", "kl"))
     summary = f"the best of {count} of {start}: gain {gain:+.2f} at {nats:.2f} nats or less"
     return StageResult(metrics, summary)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from rlhf_recipes import models, rundir, stopping
+from rlhf_recipes import models, stopping
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.checkpoints import Resumable
 from rlhf_recipes.data import Data
@@ -59,7 +61,7 @@ def load_rows(context: StageContext) -> Data:
     sides = {side: len(getattr(data, side)) for side in ("train", "validation", "test", "judge")}
     dropped = dict(data.dropped.most_common())
     found = {"rows": data.rows, **sides, "dropped": dropped}
-    rundir.write_json(context.folder / "data.json", found)
+    write_json(context.folder / "data.json", found)
     shown = ", ".join(f"{count} {side}" for side, count in sides.items() if side != "judge")
     why = "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
     context.progress.note(f"{data.rows} rows: {shown}{'; ' + why if why else ''}")
@@ -74,6 +76,10 @@ def need(rows: list, what: str, context: StageContext) -> list:
             "see the dropped rows in the log, the fractions in [dataset], and its columns = { … }",
         )
     return rows
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps({"format": 1, **value}, indent=2))
 
 
 class Stock(Resumable):

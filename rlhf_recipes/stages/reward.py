@@ -22,14 +22,14 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from rlhf_recipes import evidence, rundir
+from rlhf_recipes import evidence
 from rlhf_recipes.adapters import UNIT, Role
 from rlhf_recipes.data import Data, Example, pairs
 from rlhf_recipes.identity import derive_seed
 from rlhf_recipes.models import new_head
 from rlhf_recipes.sequences import score_ids
 from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config
+from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config, write_json
 from rlhf_recipes.tables import JUDGE
 
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
@@ -101,7 +101,7 @@ def run(context: StageContext) -> StageResult:
     # ---- output
     output = context.folder / "output"
     base.save(reward, output)
-    rundir.write_json(output / UNIT, {"mean": mean, "std": std})
+    write_json(output / UNIT, {"mean": mean, "std": std})
     base.close(reward)
     return StageResult(metrics | found, summary)
 
@@ -138,7 +138,7 @@ def measure(
             for i in worst
         ]
     file = context.folder / "output" / evidence.FILE
-    rundir.write_json(file, {**found, "metrics": numbers})
+    write_json(file, {**found, "metrics": numbers})
     return numbers
 
 

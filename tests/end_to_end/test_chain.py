@@ -33,6 +33,7 @@ sft.win_rate_low sft.win_rate_high sft.score_gain_low sft.score_gain_high
 ppo.win_rate_low ppo.win_rate_high ppo.score_gain_low ppo.score_gain_high
 sft.ended_pairs sft.win_rate_ended sft.like_length_pairs sft.win_rate_like_length
 ppo.ended_pairs ppo.win_rate_ended ppo.like_length_pairs ppo.win_rate_like_length
+ppo.win_rate_over_base ppo.win_rate_over_base_low ppo.win_rate_over_base_high
 """.split()
 STAGE_FILES = {
     "sft": ["adapter_config.json", "adapter_model.safetensors"],
