@@ -221,13 +221,13 @@ def judged_worse(facts: Facts) -> Found:
 def by_length_alone(facts: Facts) -> Found:
     """A gain that is gone among answers of like length, or among those that ended."""
     for name, _, who, start in _trained(facts):
-        for by in ("judge_", "judge2_"):
+        for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
             share = _wins(facts, name, by)
             for what, words in (("like_length", "of like length"), ("ended", "that both ended")):
                 few = facts.share(f"{name}.{by}win_rate_{what}", f"{name}.{what}_pairs")
                 if share and share.low > 0.5 and few and few.count >= SOME and few.value < 0.5:
                     text = f"Among answers {words}, {who} wins against {start} on "
-                    text += f"{said(few, 'prompts')} by the judge: "
+                    text += f"{said(few, 'prompts')} by {called}: "
                     text += "its gain is in their length." if what == "like_length" else "no gain."
                     yield Finding("doubt", name, text, "Read some of them side by side.")
 
@@ -246,7 +246,7 @@ def over_base(facts: Facts) -> Found:
                 change = "Its demonstrations or its reward do not ask for what is judged here."
                 yield Finding("doubt", name, f"{text}by {called}: it became worse.", change)
             else:
-                yield Finding("note", name, f"{text}by {called}: neither is better.")
+                yield Finding("note", name, f"{text}by {called}: no difference to tell.")
 
 
 def too_few_prompts(facts: Facts) -> Found:

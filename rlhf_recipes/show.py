@@ -103,4 +103,7 @@ def _gain(first: Any, value: Any, part: str) -> str:
 
 def _when(ended: str) -> str:
     """A time of ours, by this machine's clock."""
-    return f"{datetime.fromisoformat(ended).astimezone():%Y-%m-%d %H:%M}" if ended else ""
+    try:
+        return f"{datetime.fromisoformat(ended).astimezone():%Y-%m-%d %H:%M}"
+    except ValueError:
+        return ""

@@ -91,6 +91,10 @@ def test_runs_are_listed_newest_last_and_shared_stages_count_once(
     }  # fmt: skip
     assert total.startswith(f"runs in {runs}: 2, ")
 
+    edit_json(runs / "toy" / "manifest.json", ended="soon")  # one run's damage hides no other
+    _, *lines = call(monkeypatch, capfd, "runs", "--runs", str(runs))[0]
+    assert [line.split()[0] for line in lines[:2]] == ["other", "toy"]
+
 
 def test_a_run_that_is_going_on_or_was_killed_says_how_far_it_came(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

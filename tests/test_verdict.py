@@ -249,7 +249,7 @@ def test_what_is_no_fault_is_not_called_one(tmp_path: Path) -> None:
 def test_the_last_policy_is_held_against_the_base(tmp_path: Path) -> None:
     for name, share, level, end in [
         ("won", 0.9, "good", "by a judge it was not trained against."),
-        ("open", 0.5, "note", "by a judge it was not trained against: neither is better."),
+        ("open", 0.5, "note", "by a judge it was not trained against: no difference to tell."),
     ]:
         changes = shares("ppo.judge_win_rate_over_base", share, 0.08)
         (one,) = [f for f in found(tmp_path / name, changes) if "the base model" in f.text]
