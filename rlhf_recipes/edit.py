@@ -106,7 +106,7 @@ def rebase(text: str, source: Path, target: Path) -> str:
     def moved(written: str) -> str:
         if written.startswith(("/", "~")):
             return written
-        path = os.path.relpath((source / written).resolve(), target.resolve())
+        path = os.path.relpath(os.path.realpath(source / written), target.resolve())
         return path if path.startswith(".") else f"./{path}"
 
     document = tomlkit.parse(text)

@@ -55,7 +55,8 @@ class Problem:
 
     def __str__(self) -> str:
         parts = (self.file if self.line is None else f"{self.file}:{self.line}", self.key)
-        return ": ".join([*(part for part in parts if part), self.message])
+        text = ": ".join([*(part for part in parts if part), self.message])
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # one line, always
 
 
 class RecipeError(RlhfRecipesError):

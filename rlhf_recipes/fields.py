@@ -19,6 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.lines import parse
+
+LARGEST = 2**63  # as in TOML
 TYPE_NAMES = {
     "bool": "true or false",
     "int": "a whole number",
@@ -68,13 +71,17 @@ class Field:
             wanted = _or(TYPE_NAMES[kind] for kind in self.types)
             return value, f"must be {wanted}, not {show(value)}{hint}"
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if not math.isfinite(value if isinstance(value, float) else 0):
                 return value, f"must be a finite number, not {show(value)}"
+            if abs(value) >= LARGEST:
+                return value, f"must be below 2^63, not {show(value)}"
             if self.range and not RANGES[self.range](value):
                 return value, f"must be {self.range}, not {show(value)}"
             if "float" in self.types and "int" not in self.types:
                 value = float(value)
         for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and "\0" in one:
+                return value, "holds a character of code 0"
             if self.choices and one not in self.choices:
                 near = suggest(str(one), [c for c in self.choices if isinstance(c, str)])
                 return value, f"must be {_or(map(show, self.choices))}, not {show(one)}{near}"
@@ -96,9 +103,10 @@ Keys = Mapping[str, "Field | Keys"]
 def parse_value(raw: str) -> Any:
     """`raw` as a TOML value, or itself where it is none."""
     try:
-        return tomllib.loads(f"value = {raw}")["value"]
+        data = parse(f"value = {raw}")
     except tomllib.TOMLDecodeError:
         return raw
+    return data["value"] if len(data) == 1 else raw
 
 
 def show(value: Any) -> str:

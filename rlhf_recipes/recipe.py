@@ -1,5 +1,6 @@
 """A recipe: one TOML file that names a model, a dataset and the stages. No torch in here."""
 
+import os
 import re
 import shlex
 import tomllib
@@ -11,7 +12,7 @@ from typing import Any
 from rlhf_recipes.edit import Edited, edit, rebase
 from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.fields import suggest, trl_fields
-from rlhf_recipes.lines import key_lines
+from rlhf_recipes.lines import MAX_SIZE, key_lines, parse
 from rlhf_recipes.tables import (
     BEST_OF,
     EVALUATION,
@@ -114,6 +115,31 @@ def _without_none(value: Any) -> Any:
 
 # ---- loading
 
+# What to do about tomllib's messages, by how they begin.
+TOML_HINTS = {
+    "Invalid value": "text needs quotes, true and false are small, and there is no null",
+    "Invalid initial": "a key is letters, digits, - and _, or stands in quotes",
+    "Invalid statement": "a line is key = value, or a [table]",
+    "Invalid hex": "write a backslash twice, or the text in single quotes",
+    "Unescaped": "write a backslash twice, or the text in single quotes",
+    "Escaped": "write a backslash twice, or the text in single quotes",
+    "Invalid date": "text needs quotes",
+    "Expected newline": "one key a line; text needs quotes",
+    "Expected '='": "a key is written key = value",
+    "Expected ']": "a table is written [table]",
+    "Expected": "the quotes do not close on their line",
+    "Illegal": "the quotes do not close on their line",
+    "Unterminated": "its quotes do not close",
+    "Found invalid character '\\n'": "the quotes do not close on their line",
+    "Found": "take it out, or close the quotes before it",
+    "Unclosed array": "a ] or a comma is missing",
+    "Unclosed inline": "a } or a comma is missing, or it takes more than one line",
+    "Cannot": "it stands there already: put what belongs together in one place",
+    "Duplicate": "leave one of the two out",
+    "More than": "a recipe holds settings, no data",
+    "Nested": "a recipe has tables in tables, no more",
+}
+
 
 def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
@@ -122,7 +148,11 @@ def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[st
 
 def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Recipe:
     edited = edit(text, set, unset)
-    parts, checker = check(tomllib.loads(edited.text), path)
+    try:
+        parts, checker = check(parse(edited.text), path)
+    except tomllib.TOMLDecodeError as error:
+        what = f"makes no TOML of the recipe: {error}; change the file itself"
+        raise RecipeError([Problem(" ".join(edited.words.values()), None, "", what)]) from None
     lines = key_lines(text) if checker.problems else {}
     problems = [_place(key, what, path, lines, edited) for key, what in checker.problems]
     if problems or edited.problems:
@@ -139,23 +169,30 @@ def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Re
 def _read(path: Path) -> str:
     """A recipe's text, once it is known to be TOML. Raises UsageError and RecipeError."""
     try:
-        text = path.read_text(encoding="utf-8")
-        tomllib.loads(text)
+        with path.open("rb") as file:
+            text = file.read(4 * MAX_SIZE).decode("utf-8-sig").replace("\r\n", "\n")
+        parse(text)
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"{path} is no recipe file", "`rlhf-recipes recipes` lists some") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RecipeError([Problem(str(path), line, "", "is not UTF-8 text")]) from None
     except tomllib.TOMLDecodeError as error:
-        message, _, place = str(error).partition(" (at ")
-        written = text.rstrip("\n").split("\n")
-        found = re.match(r"line (\d+)", place)
-        line = int(found[1]) if found else len(written)
-        shown = written[line - 1].strip()
-        hint = "; text needs quotes" if message == "Invalid value" and found else ""
-        problem = Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint}")
-        raise RecipeError([problem]) from None
+        raise RecipeError([_no_toml(str(error), text, path)]) from None
     return text
+
+
+def _no_toml(said: str, text: str, path: Path) -> Problem:
+    message, _, place = said.partition(" (at ")
+    written = text.rstrip("\n").split("\n")
+    found = re.match(r"line (\d+)", place)
+    line = int(found[1]) if found else len(written)
+    hint = next((hint for start, hint in TOML_HINTS.items() if message.startswith(start)), "")
+    if place.startswith("end"):
+        hint = "something is not closed: quotes, a ] or a }"
+    shown = written[line - 1].strip()
+    shown = shown if len(shown) <= 60 else shown[:59] + "…"
+    return Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint and '; '}{hint}")
 
 
 def _place(key: Key, message: str, path: Path, lines: dict[Key, int], edited: Edited) -> Problem:
@@ -227,7 +264,7 @@ def shipped_recipes() -> list[Path]:
 
 def find_recipe(name: str) -> Path:
     """A file, or a shipped recipe by its stem. Raises UsageError."""
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return Path(name)
     shipped = {path.stem: path for path in shipped_recipes()}
     if name not in shipped:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ def is_path(text: str) -> bool:
 
 def located(name: str, base: Path) -> Path:
     """The file or folder that a local path names, where relative ones start from `base`."""
-    return (base / os.path.expanduser(name)).resolve()  # Path's own raises for an unknown ~user
+    # Path's own raises for an unknown ~user, and for links that go in a circle.
+    return Path(os.path.realpath(base / os.path.expanduser(name)))
 
 
 def python_judge(text: str) -> tuple[str, str] | None:
@@ -196,6 +198,7 @@ def _own_dataset_keys() -> Keys:
     return keys
 
 
+@cache
 def stage_keys(kind: str) -> Keys:
     """Every key of a stage's table, TRL's fields first."""
     wiring = {"kind": Field(("str",), choices=KINDS), "policy": _TEXT}
@@ -206,6 +209,7 @@ def stage_keys(kind: str) -> Keys:
     return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": _own_dataset_keys()}
 
 
+@cache
 def top_keys() -> Keys:
     """Every key of a recipe but the stages' tables."""
     return {

@@ -6,9 +6,12 @@
 import json
 import os
 import re
+import warnings
+from os.path import exists, isdir, isfile  # Path's own raise for a name that is too long
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.elsewhere import elsewhere
 from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
 from rlhf_recipes.tables import (
     DATA_SUFFIXES,
@@ -30,6 +33,9 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
 GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# In a regular expression: what may match in many ways, and what may do so for ever.
+REPEATS, REPEATED_GROUP, MAX_COSTS = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)[*+{]"), 16
+ENOUGH = 100  # problems, after which no more nearest names are looked for
 # Modules that carry the vocabulary, by the names that transformers' models give them.
 VOCABULARY = "lm_head embed_out output_projection embed_tokens wte wpe word_embeddings embed_in"
 
@@ -62,10 +68,8 @@ class Checker:
                 self.problem(key, self.unknown(name, keys))
             elif not isinstance(field, Field):
                 values[name] = self.table(value, field, key)
-            elif field.standing == "owned":
-                self.problem(key, f"belongs to {field.owner}: {field.reason}")
-            elif field.standing == "refused":
-                self.problem(key, f"is refused: {field.reason}")
+            elif field.standing != "passed":
+                self.problem(key, closed(field))
             else:
                 values[name], wrong = field.check(value)
                 if wrong:
@@ -74,13 +78,21 @@ class Checker:
         return values
 
     def unknown(self, name: str, keys: Keys) -> str:
+        """What to say of a key that its table does not have."""
         tables = top_keys() | {stage: stage_keys(kind) for stage, kind in self.kinds.items()}
-        for table, inner in tables.items():
-            if table == name:
-                return "unknown key here: it belongs at the top, before the first [table]"
-            if not isinstance(inner, Field) and name in _settable(inner):
-                return f"unknown key here: it is one of [{table}]"
-        known = _settable(keys)
+        if name in tables:
+            return "unknown key here: it belongs at the top, before the first [table]"
+        held = {t: k[name] for t, k in tables.items() if not isinstance(k, Field) and name in k}
+        there = [t for t, f in held.items() if not isinstance(f, Field) or f.standing == "passed"]
+        if there:
+            return f"unknown key here: it is one of [{'], ['.join(there)}]"
+        if held:
+            return closed(next(iter(held.values())))
+        if hint := elsewhere(name):
+            return f"unknown key: {hint}"
+        if len(self.problems) > ENOUGH:
+            return "unknown key"
+        known = [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
         listed = f" (there are {', '.join(known)})" if len(known) < 20 else ""
         return "unknown key" + (suggest(name, known) or listed)
 
@@ -94,6 +106,8 @@ class Checker:
         top = self.table({k: v for k, v in self.data.items() if k not in aside}, top_keys(), ())
         if not top.get("stages") and not any(key[0] == "stages" for key, _ in self.problems):
             self.problem(("stages",), 'is missing: stages = ["sft", "reward", "ppo"], or fewer')
+        if not top.get("title", "").isprintable():
+            self.problem(("title",), "must be one line of text")
         return top
 
     def model(self) -> dict[str, Any]:
@@ -134,12 +148,12 @@ class Checker:
         if not is_path(name):
             if not HUB_ID.fullmatch(name):
                 self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")
-            elif folder.is_dir():
+            elif isdir(folder):
                 self.notes.append(f'{dotted(key)}: a hub id; for the folder write "./{name}"')
-        elif not folder.is_dir():
+        elif not isdir(folder):
             self.problem(key, f"no such folder: {folder}")
-        elif not (folder / "config.json").is_file():
-            adapter = (folder / "adapter_config.json").is_file()
+        elif not isfile(folder / "config.json"):
+            adapter = isfile(folder / "adapter_config.json")
             what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
             self.problem(key, f"{folder} is {what}")
 
@@ -187,12 +201,12 @@ class Checker:
             elif not HUB_ID.fullmatch(table.path):
                 self.problem(key, f"{show(table.path)} is neither a hub id nor a file (./… or /…)")
             return
-        if not table.file.exists():
+        if not exists(table.file):
             self.problem(key, f"no such file or folder: {table.file}")
-        elif table.file.is_file() and table.file.suffix not in DATA_SUFFIXES:
+        elif isfile(table.file) and table.file.suffix not in DATA_SUFFIXES:
             self.problem(key, f"must end in {', '.join(DATA_SUFFIXES)}, or be a folder")
         split = values.get("split", "train")
-        if table.file.is_file() and re.split(r"[\[+]", split)[0] != "train":
+        if isfile(table.file) and re.split(r"[\[+]", split)[0] != "train":
             self.problem((*at, "split"), 'of a file is "train", or a part of it: leave it out')
         idle = ["revision"]
         if table.file.suffix in DATA_SUFFIXES:
@@ -220,6 +234,14 @@ class Checker:
             self.problem((*at, "layers_pattern"), "needs layers_to_transform")
         if lora["init_lora_weights"] == "orthogonal" and lora["r"] % 2:
             self.problem((*at, "r"), 'must be even for init_lora_weights = "orthogonal"')
+        if isinstance(given.get("exclude_modules"), str):
+            self.pattern(given["exclude_modules"], (*at, "exclude_modules"))
+        for key in ("rank_pattern", "alpha_pattern"):  # PEFT matches their keys
+            for name, number in given.get(key, {}).items():
+                self.pattern(name, (*at, key, name))
+                if type(number) is not int or number < 1:
+                    what = f"must be a whole number of at least 1, not {show(number)}"
+                    self.problem((*at, key, name), what)
         self.targets(lora["target_modules"], (*at, "target_modules"))
         return {key: value for key, value in lora.items() if value is not None}
 
@@ -227,14 +249,25 @@ class Checker:
         if isinstance(targets, list):
             hit = [t for t in targets if t.split(".")[-1] in VOCABULARY.split()]
         else:
-            try:
-                pattern = re.compile(targets)
-            except re.error as error:
-                return self.problem(key, f"is no regular expression: {error}")
+            pattern = self.pattern(targets, key)
+            if not pattern:
+                return
             places = [f"{place}{n}" for n in VOCABULARY.split() for place in ("", "model.")]
             hit = [name for name in places if pattern.fullmatch(name)]
         if hit:
             self.problem(key, f"{hit[0]} holds the vocabulary, which all adapters share as it is")
+
+    def pattern(self, text: str, key: Key) -> re.Pattern[str] | None:
+        """A regular expression for modules, if it is one and cannot take for ever to match."""
+        costs = 2 * len(REPEATS.findall(text)) + text.count("|")
+        if len(text) > 300 or costs > MAX_COSTS or REPEATED_GROUP.search(text):
+            what = "is a regular expression that may take for ever: name the modules, in a list"
+            return self.problem(key, what)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return re.compile(text)
+        except (re.error, RecursionError, OverflowError) as error:
+            return self.problem(key, f"is no regular expression: {error}")
 
     def evaluation(self) -> dict[str, Any] | None:
         written = self.data.get("evaluation", {})
@@ -247,7 +280,7 @@ class Checker:
             self.problem(key, f"must be one judge, or two that differ, not {show(judge)}")
         for one in listed if judge != "none" else ():
             if named := python_judge(one):
-                if not (file := located(named[0], self.base)).is_file():
+                if not isfile(file := located(named[0], self.base)):
                     self.problem(key, f"no such file: {file}")
             elif is_path(one) or "/" in one:
                 self.model_name(one, key)
@@ -269,8 +302,10 @@ def resolve(
     return passed | given, given
 
 
-def _settable(keys: Keys) -> list[str]:
-    return [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
+def closed(field: Field) -> str:
+    """Why a recipe cannot set a key that is owned or refused."""
+    owned = field.standing == "owned"
+    return f"belongs to {field.owner}: {field.reason}" if owned else f"is refused: {field.reason}"
 
 
 def dotted(key: Key) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.elsewhere import elsewhere
 from rlhf_recipes.fields import Field, suggest, trl_fields
 from rlhf_recipes.tables import (
     EXTRAS,
@@ -24,11 +25,19 @@ from rlhf_recipes.tables import (
     stage_keys,
     top_keys,
 )
-from rlhf_recipes.validate import Checker, Key, resolve
+from rlhf_recipes.validate import ENOUGH, Checker, Key, resolve
 
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
+NEEDED_BY_SCHEDULERS = {
+    "cosine_with_min_lr": "min_lr or min_lr_rate",
+    "cosine_warmup_with_min_lr": "min_lr or min_lr_rate",
+    "warmup_stable_decay": "num_decay_steps",
+}
+LOSSES_OF_DIVERGENCES = set(
+    "sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()
+)  # DPOTrainer raises for the others
 
 
 class StageChecker(Checker):
@@ -49,7 +58,7 @@ class StageChecker(Checker):
                 key = (name, "kind") if "kind" in table else (name,)
                 self.problem(key, f"needs kind = one of {', '.join(KINDS)}")
             else:
-                near = suggest(name, (*KINDS, *self.kinds))
+                near = self.near(name, (*KINDS, *self.kinds))
                 self.problem(key, f'"{name}" is no kind of stage, and has no table{near}')
         return valid
 
@@ -64,8 +73,14 @@ class StageChecker(Checker):
             elif name in RESERVED:
                 self.problem((name,), f"is reserved: this version knows {', '.join(KINDS)}")
             else:
-                near = suggest(name, (*KINDS, *stages, *top_keys()))
+                near = self.near(name, (*KINDS, *stages, *top_keys()))
                 self.problem((name,), f"unknown table: stages does not name it{near}")
+
+    def near(self, name: str, known: tuple[str, ...]) -> str:
+        """What an unknown stage or table is called here, or may be meant to be."""
+        if hint := elsewhere(name):
+            return f": {hint}"
+        return suggest(name, known) if len(self.problems) < ENOUGH else ""
 
     def stage(self, name: str, stages: list[str], lora: bool, data: list[dict]) -> StageTable:
         """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
@@ -75,6 +90,7 @@ class StageChecker(Checker):
             self.problem((*at, "kind"), f'must be "{name}", or left out')
         options, given = resolve(trl_fields()[kind], values, lora)
         extras = _extras(kind, values, options)
+        self.clashes(kind, options, at)
         if kind == "ppo":
             self.ppo(options, extras, at)
         return StageTable(
@@ -118,6 +134,37 @@ class StageChecker(Checker):
         if any("test_split" in table for table in data):
             inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
+
+    def clashes(self, kind: str, options: dict[str, Any], at: Key) -> None:
+        """What TRL's trainers and transformers refuse, or would trip over, hours later."""
+        if not options.get("dataloader_num_workers"):
+            for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+                if options.get(key):
+                    self.problem((*at, key), "needs dataloader_num_workers of at least 1")
+        scheduler, words = options["lr_scheduler_type"], options["lr_scheduler_kwargs"] or {}
+        needed = NEEDED_BY_SCHEDULERS.get(scheduler, "")
+        if needed and len(words.keys() & needed.split(" or ")) != 1:
+            what = f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
+            self.problem((*at, "lr_scheduler_kwargs"), what)
+        if kind == "dpo":
+            self.dpo(options, at)
+
+    def dpo(self, options: dict[str, Any], at: Key) -> None:
+        losses, weights = options["loss_type"], options["loss_weights"]
+        if not losses:
+            self.problem((*at, "loss_type"), "names no loss")
+        if weights is not None and len(weights) != len(losses):
+            what = f"{len(weights)} for {len(losses)} of loss_type"
+            self.problem((*at, "loss_weights"), f"must be one for each loss, not {what}")
+        if "robust" in losses and options["label_smoothing"] >= 0.5:
+            self.problem((*at, "label_smoothing"), 'must be below 0.5 for loss_type "robust"')
+        if "exo_pair" in losses and not options["label_smoothing"]:
+            what = 'loss_type "exo_pair" needs it above 0: its paper has 0.001'
+            self.problem((*at, "label_smoothing"), what)
+        if options["f_divergence_type"] != "reverse_kl":
+            for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
+                what = f'loss_type "{loss}" goes with "reverse_kl" alone'
+                self.problem((*at, "f_divergence_type"), what)
 
     def ppo(self, options: dict[str, Any], extras: dict[str, Any], at: Key) -> None:
         batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]

@@ -121,30 +121,6 @@ def test_a_new_stage_by_words_in_any_order(tmp_path: Path) -> None:
     assert recipe.table("warm").given == {"learning_rate": 2e-4, "max_steps": 3} | SAVING
 
 
-@pytest.mark.parametrize(
-    ("words", "unset", "found"),
-    [
-        (["ppo.gamma=2"], [], "--set ppo.gamma=2: ppo.gamma: must be from 0 to 1, not 2"),
-        (["sft.max_steps=abc"], [], '--set sft.max_steps=abc: sft.max_steps: must be a whole number, not "abc"'),
-        (["model.nme=x"], [], '--set model.nme=x: model.nme: unknown key (did you mean "name"?)'),
-        (["ppo.gaurd.max_kl=1"], [], '--set ppo.gaurd.max_kl=1: ppo.gaurd: unknown key (did you mean "guard"?)'),
-        (["kl_coef=1"], [], "--set kl_coef=1: kl_coef: unknown key here: it is one of [ppo]"),
-        (["pop.kl_coef=1"], [], '--set pop.kl_coef=1: pop.kl_coef: the recipe has no table [pop] (did you mean "ppo"?)'),
-        (["dpo.beta=1"], [], '--set dpo.beta=1: dpo.beta: the recipe has no table [dpo] (did you mean "ppo"?)'),
-        (["seed.x=1"], [], "--set seed.x=1: seed.x: seed is 42 here, not a table"),
-        (["sft.bf16=true"], [], "--set sft.bf16=true: sft.bf16: belongs to model.dtype: one precision for all stages"),
-        ([], ["lora.rr"], '--unset lora.rr: lora.rr: is not written in the recipe (did you mean "r"?)'),
-        ([], ["modle.name"], "--unset modle.name: modle.name: is not written in the recipe"),
-        ([], ["model.name"], 'my.toml:7: model: needs name = "…": a hub id, or a folder (./…)'),
-        (['lora={r = "8"}'], [], '--set lora={r = "8"}: lora.r: must be a whole number, not "8" (leave out the quotes)'),
-    ],
-)  # fmt: skip
-def test_problems_name_the_word(
-    tmp_path: Path, words: list[str], unset: list[str], found: str
-) -> None:
-    assert problems(tmp_path, COMMENTED, set=words, unset=unset) == [found]
-
-
 def test_no_table_is_made_for_a_stage_that_does_not_run(tmp_path: Path) -> None:
     found = problems(tmp_path, MINIMAL.replace(', "ppo"', ""), set=["ppo.kl_coef=1"])
     assert found == ["--set ppo.kl_coef=1: ppo.kl_coef: the recipe has no table [ppo]"]

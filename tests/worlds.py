@@ -100,6 +100,11 @@ NEEDS = {
     ("ppo", "eval_strategy"): {"keep": "last"},
     ("lora", "layers_pattern"): {"layers_to_transform": [0], "target_modules": ["q_proj"]},
     ("lora", "layers_to_transform"): {"target_modules": ["q_proj"]},
+    **{
+        (kind, f"dataloader_{what}"): {"dataloader_num_workers": 1}
+        for kind in ("sft", "reward", "dpo")
+        for what in ("prefetch_factor", "persistent_workers")
+    },
 }
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 Key = tuple[str | int, ...]
