@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke chat test torture lint ci bench
+.PHONY: setup smoke chat test torture fuzz lint ci bench
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ test: setup
 # Every fault, everywhere: a quarter of an hour, and a table of the cases tried and passed.
 torture: setup
 	$(BIN)/python -m pytest -q -n 2 -m torture
+
+# 10,000 seeded mutations of the shipped recipes, for a minute: `check` answers each.
+fuzz: setup
+	$(BIN)/python tools/fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

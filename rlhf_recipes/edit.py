@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.errors import Problem, UsageError
+from rlhf_recipes.errors import Problem, UsageError, plain
 from rlhf_recipes.fields import parse_value, show, suggest
 from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, move_judge, top_keys
 
@@ -54,7 +54,7 @@ def _split(word: str) -> tuple[tuple[str, ...], str]:
     key, equals, raw = word.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        raise UsageError(f"--set {word}: no key=value", "as in --set ppo.kl_coef=0.1")
+        raise UsageError(f"--set {plain(word)}: no key=value", "as in --set ppo.kl_coef=0.1")
     return path, raw.strip()
 
 
@@ -95,7 +95,7 @@ def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
     edited.changes.append(f"{'.'.join(path)} {change}")
     if isinstance(old, dict):
         del node[name]  # in place, a plain value would end up inside the table before it
-    node[name] = tomlkit.value(raw) if isinstance(value, dict) else value
+    node[name] = tomlkit.parse(f"_ = {raw}")["_"] if isinstance(value, dict) else value
     return ""
 
 

@@ -44,6 +44,11 @@ class RlhfRecipesError(Exception):
         self.hint = hint
 
 
+def plain(text: str) -> str:
+    """`text` in one line, with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a recipe. `file` may be a `--set key=value` instead; it has no line."""
@@ -56,7 +61,7 @@ class Problem:
     def __str__(self) -> str:
         parts = (self.file if self.line is None else f"{self.file}:{self.line}", self.key)
         text = ": ".join([*(part for part in parts if part), self.message])
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # one line, always
+        return plain(text)
 
 
 class RecipeError(RlhfRecipesError):

@@ -65,11 +65,13 @@ class StageChecker(Checker):
     def stray_tables(self, stages: list[str]) -> None:
         """Every table that `stages`, as written, does not name."""
         for name, table in self.data.items():
-            if name in stages or name in top_keys() or not isinstance(table, dict):
+            if name in stages or name in top_keys():
                 continue
             if name in self.kinds:
                 self.notes.append(f"[{name}] is not used: stages does not name it")
                 self.table(table, stage_keys(self.kinds[name]), (name,))
+            elif not isinstance(table, dict):
+                continue  # among the top keys, and noted there
             elif name in RESERVED:
                 self.problem((name,), f"is reserved: this version knows {', '.join(KINDS)}")
             else:

@@ -145,6 +145,8 @@ CASES = [
     (STAGES, STAGES + "\nxyz = {}", "my.toml:2: xyz: unknown table: stages does not name it"),
     (STAGES, 'stages = ["dpo", "ppo"]', 'my.toml:1: stages: ppo has nothing to score with: put a "reward" stage before it, or say reward_model = "…"'),
     (STAGES, 'stages = ["xyz"]', 'my.toml:1: stages: "xyz" is no kind of stage, and has no table'),
+    (STAGES, STAGES + "\ndpo = 3", "my.toml:2: dpo: must be a table, not 3"),
+    (STAGES, STAGES + "\nrloo = 3", "my.toml:2: rloo: unknown key (there are title, stages, seed, model, lora, dataset, evaluation)"),
     # keys of other tools: tests/test_elsewhere.py has the names
     (STAGES, STAGES + "\nsft.lr = 1", "my.toml:2: sft.lr: unknown key: here that is learning_rate"),
     (STAGES, STAGES + "\ncutoff_len = 1", "my.toml:2: cutoff_len: unknown key: here that is dataset.max_prompt_tokens and dataset.max_answer_tokens"),
