@@ -14,7 +14,7 @@ RENAMED = {
     "model.revision": "model_revision revision_of_model",
     "model.dtype": "torch_dtype infer_dtype compute_dtype pure_bf16 bfloat16 float16",
     "model.quantization": "quantization_bit quantization_method quantize_base double_quantization "
-    "use_bnb_nested_quant load_in_8bit load_in_4bit bnb_4bit_quant_type bnb_4bit_quant_storage",
+    "use_bnb_nested_quant",
     "model.chat_template": "template",
     "lora": "adapter use_peft finetuning_type peft_config",
     "lora.r": "lora_r lora_rank rank",

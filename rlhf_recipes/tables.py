@@ -216,7 +216,11 @@ def top_keys() -> Keys:
         "title": _TEXT,
         "stages": Field(("list[str]",)),
         "seed": Field(("int",), 42, range="at least 0"),
-        "model": {**fields_of(ModelTable), "mirror": fields_of(MirrorTable)},
+        "model": {
+            **fields_of(ModelTable),
+            "mirror": fields_of(MirrorTable),
+            **trl_fields()["bitsandbytes"],
+        },
         "lora": trl_fields()["lora"],
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),

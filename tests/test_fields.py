@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import enum
 import json
-import sys
+import re
+import tomllib
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import pytest
 from rlhf_recipes.fields import Field, fields_of, trl_fields
 from rlhf_recipes.recipe import load_recipe, shipped_recipes
 from rlhf_recipes.tables import KINDS
+from rlhf_recipes.wiring import check
 
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 ROOT = Path(__file__).parent.parent
@@ -25,23 +26,22 @@ PACKAGE = ROOT / "rlhf_recipes"
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = spec_from_file_location("make_fields", ROOT / "tools" / "make_fields.py")
-    module = sys.modules["make_fields"] = module_from_spec(spec)
     with warnings.catch_warnings(action="ignore"):  # what importing TRL and PEFT brings up
-        spec.loader.exec_module(module)
-    return module
+        from tools import make_fields
+    return make_fields
 
 
 # ---- the generated files
 
 
-@pytest.mark.parametrize("name", ["fields", "schema"])
-def test_generated_files_are_those_of_the_installed_versions(
-    generator: ModuleType, name: str
-) -> None:
-    file = {"fields": "fields.json", "schema": "recipe.schema.json"}[name]
-    made = {"fields": generator.fields_json, "schema": generator.schema_json}[name]()
-    assert (PACKAGE / file).read_text(encoding="utf-8") == made, "run tools/make_fields.py"
+def test_generated_files_are_those_of_the_installed_versions(generator: ModuleType) -> None:
+    made = {
+        PACKAGE / "fields.json": generator.fields_json(),
+        PACKAGE / "recipe.schema.json": generator.schema_json(generator.helps()),
+        ROOT / "docs" / "keys.md": generator.keys_md(),
+    }
+    for file, text in made.items():
+        assert file.read_text(encoding="utf-8") == text, "run python -m tools.make_fields"
 
 
 def test_every_field_is_classified(generator: ModuleType) -> None:
@@ -51,9 +51,10 @@ def test_every_field_is_classified(generator: ModuleType) -> None:
         "ppo": 145,
         "dpo": 139,
         "lora": 42,
+        "bitsandbytes": 10,
     }
     for table, fields in trl_fields().items():
-        assert list(fields) == list(fields_of(generator.CONFIGS[table]))
+        assert list(fields) == list(generator.upstream(table))
         for name, field_ in fields.items():
             said = (bool(field_.types), bool(field_.owner), bool(field_.reason))
             wanted = {"owned": (False, True, True), "refused": (False, False, True)}
@@ -62,16 +63,115 @@ def test_every_field_is_classified(generator: ModuleType) -> None:
 
 
 def test_a_field_that_no_row_names_stops_the_generator(generator: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="sft.brand_new: no row of TABLE names it"):
+    with pytest.raises(SystemExit, match="sft.brand_new: no row of fields.toml names it"):
         generator.verdict("sft", "brand_new")
 
 
 def test_a_row_that_names_no_field_stops_the_generator(
     generator: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generator, "TABLE", [("ppo", "gone_*", generator.IDENTITY)])
-    with pytest.raises(SystemExit, match="gone_\\*: a row of TABLE names it"):
+    monkeypatch.setitem(generator.TABLE, "row", [{"in": "ppo", "fields": "gone_*"}])
+    with pytest.raises(SystemExit, match="gone_\\*: a row of fields.toml names it"):
         generator.check_rows()
+
+
+def test_what_fields_toml_says_of_a_field_is_of_a_field_that_is_passed() -> None:
+    said = tomllib.loads((ROOT / "tools" / "fields.toml").read_text(encoding="utf-8"))
+    for part in ("ours", "choices", "never"):
+        for entry in said[part]:
+            for table in entry["in"].split():
+                assert trl_fields()[table][entry["field"]].standing == "passed", entry
+    passed = {n for t in trl_fields().values() for n, f in t.items() if f.standing == "passed"}
+    assert {name for names in said["ranges"].values() for name in names.split()} <= passed
+
+
+# ---- the validator, the schema and the documentation say the same
+
+
+def sets(table: str, name: str, value: Any) -> dict[str, Any]:
+    """A recipe, parsed, that sets one key."""
+    place = "model" if table == "bitsandbytes" else table
+    stages = [place] if place in KINDS else ["sft"]
+    data = {"stages": stages, "model": {"name": "a/b"}, "dataset": {"path": "a/b"}}
+    if table == "ppo":
+        data["ppo"] = {"reward_model": "a/b"}
+    data.setdefault(place, {})[name] = value
+    return data
+
+
+@pytest.mark.parametrize("table", trl_fields())
+def test_the_validator_takes_what_is_passed_and_says_why_of_the_rest(
+    tmp_path: Path, table: str
+) -> None:
+    for name, field_ in trl_fields()[table].items():
+        default = field_.default if field_.ours is None else field_.ours
+        if field_.standing == "passed" and default is None:
+            continue
+        place = "model" if table == "bitsandbytes" else table
+        _, checker = check(sets(table, name, default or 0), tmp_path / "my.toml")
+        said = {key: what for key, what in checker.problems}.get((place, name), "")
+        wanted = {
+            "owned": f"belongs to {field_.owner}: {field_.reason}",
+            "refused": f"is refused: {field_.reason}",
+        }
+        if field_.standing == "passed" and default in ({}, 0, False):
+            said = field_.check(default)[1]
+        assert said == wanted.get(field_.standing, ""), f"{table}.{name}"
+
+
+VALUES: list[Any] = [
+    *(True, False, -1, 0, 1, 2, 3.0, 0.25, 1.5, -0.5, "no", "text", {}, {"one": 1}),
+    *([], ["text"], [1], [0.5], ["sigmoid", "ipo"]),
+]
+
+
+def valid(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a JSON Schema, of the words that ours uses, allows a value."""
+    kinds = {"boolean": bool, "integer": int, "number": (int, float), "string": str}
+    kinds |= {"object": dict, "array": list}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    rules = {
+        "type": lambda kind: (
+            isinstance(value, kinds[kind]) and (kind == "boolean" or not isinstance(value, bool))
+        ),
+        "enum": lambda allowed: any(value == one and type(value) is type(one) for one in allowed),
+        "const": lambda one: value == one and type(value) is type(one),
+        "minimum": lambda least: not number or value >= least,
+        "maximum": lambda most: not number or value <= most,
+        "exclusiveMinimum": lambda least: not number or value > least,
+        "exclusiveMaximum": lambda most: not number or value < most,
+        "multipleOf": lambda step: not number or value % step == 0,
+        "not": lambda inner: not valid(value, inner),
+        "anyOf": lambda inner: any(valid(value, one) for one in inner),
+        "items": lambda inner: (
+            not isinstance(value, list) or all(valid(one, inner) for one in value)
+        ),
+    }
+    return all(rules[word](said) for word, said in schema.items() if word in rules)
+
+
+@pytest.mark.parametrize("table", [*KINDS, "lora"])
+def test_the_schema_allows_what_the_validator_allows(table: str) -> None:
+    schema = json.loads((PACKAGE / "recipe.schema.json").read_text(encoding="utf-8"))
+    found = schema["$defs"].get(table) or schema["properties"]["lora"]["anyOf"][1]
+    for name, field_ in trl_fields()[table].items():
+        assert (name in found["properties"]) == (field_.standing == "passed"), name
+        for value in (*VALUES, *field_.choices) if field_.standing == "passed" else ():
+            wrong = field_.check(value)[1]
+            assert valid(value, found["properties"][name]) == (not wrong), (name, value, wrong)
+
+
+def test_the_documentation_has_every_field() -> None:
+    text = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    parts = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    named = {part: set(re.findall(r"`(\w+)`", body)) for part, body in parts.items()}
+    for table, fields in trl_fields().items():
+        passed = "`[lora]`" if table == "lora" else "Stages"
+        for name, field_ in fields.items():
+            part = {"passed": passed, "refused": "Refused"}.get(
+                field_.standing, "Set by another key, or by the program"
+            )
+            assert name in named[part], f"{table}.{name}"
 
 
 @pytest.mark.parametrize(
@@ -99,6 +199,7 @@ def test_a_row_that_names_no_field_stops_the_generator(
         ("lora", "r target_modules use_dora use_rslora rank_pattern", "identity"),
         ("lora", "modules_to_save trainable_token_indices layer_replication bias", "closed"),
         ("lora", "task_type inference_mode revision", "closed"),
+        ("bitsandbytes", "load_in_4bit bnb_4bit_quant_type llm_int8_threshold", "closed"),
     ],
 )
 def test_standing_and_effect(tables: str, names: str, standing: str) -> None:
@@ -153,7 +254,12 @@ def test_the_schema_knows_the_keys_that_may_be_set() -> None:
     own = {"kind", "policy", "reward_model", "reference", "dataset"}
     extras = {"value_learning_rate", "value_warmup_epochs", "keep", "guard", "minimum_accuracy"}
     assert set(ppo) == passed | own | extras
-    assert ppo["keep"] == {"enum": ["best", "last"], "default": "best"}
+    assert ppo["keep"] == {
+        "enum": ["best", "last"],
+        "default": "best",
+        "description": "ends with what scored best on validation prompts",
+    }
+    assert ppo["kind"] == {"const": "ppo", "type": "string"}
     assert {k: v["default"] for k, v in ppo["guard"]["properties"].items()} == GUARD
     assert ppo["lam"] == {
         "type": "number",

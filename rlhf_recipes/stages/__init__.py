@@ -3,7 +3,7 @@
 A stage reads its recipe and its inputs' folders, writes `output/` in its own folder, and returns
 numbers. It does not know the runner. A new kind is a new file beside these, a line in `KINDS`, and
 its words in the language: `tables.py` (KINDS, POLICY_KINDS or ROLES, EXTRAS) and its TRL config in
-`tools/make_fields.py` (CONFIGS, TABLE), which writes `fields.json`. `dpo.py` is the shortest.
+`tools/make_fields.py` (CONFIGS), its fields in `tools/fields.toml`. `dpo.py` is the shortest.
 """
 
 from __future__ import annotations

@@ -1,0 +1,78 @@
+"""docs/keys.md: every key that a recipe may hold, and what becomes of all the others."""
+
+from collections.abc import Iterator, Mapping
+
+from rlhf_recipes.elsewhere import ABSENT, RENAMED
+from rlhf_recipes.fields import TYPE_NAMES, Field, Keys, show, trl_fields
+from rlhf_recipes.tables import EXTRAS, KINDS, top_keys
+
+OPENING = """\
+# Every key
+
+Made by `python -m tools.make_fields` from `tools/fields.toml`, as is what checks a recipe. What our
+own keys do stands in `recipes/annotated.toml`; what the others do, in TRL's and PEFT's
+documentation. A default in **bold** is ours, in place of upstream's; `·` is no key of that stage,
+`–` no default. *Layout* settings say where and how a stage computes, *neutral* ones change nothing
+of its result: a stage runs again when any other changes.
+"""
+
+
+def default(field: Field | None) -> str:
+    if field is None or field.standing != "passed":
+        return "·"
+    if field.ours is not None:
+        return f"**{show(field.ours)}**"
+    return "–" if field.default in (None, [], {}) else show(field.default)
+
+
+def allowed(field: Field) -> str:
+    if field.choices:
+        return ", ".join(f"`{show(choice)}`" for choice in field.choices)
+    types = " or ".join(TYPE_NAMES[kind] for kind in field.types)
+    return f"{types}, {field.range}" if field.range else types
+
+
+def passed(tables: Mapping[str, Keys]) -> Iterator[str]:
+    """A table of the keys that may be set, with a column of defaults for each of `tables`."""
+    yield f"| key | may be | {' | '.join(tables)} | effect |"
+    yield "|---" * (len(tables) + 3) + "|"
+    for name in dict.fromkeys(name for keys in tables.values() for name in keys):
+        fields = [keys.get(name) for keys in tables.values()]
+        fields = [f if isinstance(f, Field) else None for f in fields]
+        open_ = [f for f in fields if f and f.standing == "passed"]
+        if open_:
+            may = max(map(allowed, open_), key=len)
+            defaults = " | ".join(map(default, fields))
+            effects = sorted({f.effect for f in open_} - {"identity"})
+            yield f"| `{name}` | {may} | {defaults} | {', '.join(effects)} |"
+
+
+def closed(standing: str) -> Iterator[str]:
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for table, fields in trl_fields().items():
+        for name, field in fields.items():
+            if field.standing == standing:
+                names = rows.setdefault((field.owner, field.reason), {})
+                names.setdefault(name, []).append(table)
+    for (owner, reason), names in rows.items():
+        where = "; ".join(dict.fromkeys(" ".join(tables) for tables in names.values()))
+        keys = ", ".join(f"`{name}`" for name in names)
+        yield f"| {keys} | {where} | {f'{owner}: {reason}' if owner else reason} |"
+
+
+def keys_md() -> str:
+    stages = {kind: {**EXTRAS[kind], **trl_fields()[kind]} for kind in KINDS}
+    own = {name: keys for name, keys in top_keys().items() if not isinstance(keys, Field)}
+    parts = [OPENING, "## Stages\n", *passed(stages), ""]
+    parts += ["`[ppo.guard]`:\n", *passed({"guard": EXTRAS["ppo"]["guard"]}), ""]
+    for name, keys in own.items():
+        parts += [f"## `[{name}]`\n", *passed({name: keys}), ""]
+    parts += ["## Set by another key, or by the program\n", "| keys | in | belongs to |"]
+    parts += ["|---|---|---|", *closed("owned"), ""]
+    parts += ["## Refused\n", "| keys | in | why |", "|---|---|---|", *closed("refused"), ""]
+    parts += ["## What other tools call them\n", "| elsewhere | here |", "|---|---|"]
+    for ours, theirs in RENAMED.items():
+        parts.append(f"| {', '.join(f'`{name}`' for name in theirs.split())} | `{ours}` |")
+    for why, theirs in ABSENT.items():
+        parts.append(f"| {', '.join(f'`{name}`' for name in theirs.split())} | no: {why} |")
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,111 @@
+"""The JSON Schema that editors complete from (Taplo, Even Better TOML, Tombi).
+
+It knows keys, types, choices and ranges, by the table that checks a recipe; `check` knows the rest.
+What it says of a key is upstream's help; of our own, the comment in recipes/annotated.toml.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.fields import Field, Keys
+from rlhf_recipes.tables import KINDS, stage_keys, top_keys
+
+ANNOTATED = Path(__file__).parents[1] / "recipes" / "annotated.toml"
+TYPES = {
+    "bool": {"type": "boolean"},
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "str": {"type": "string"},
+    "dict": {"type": "object"},
+    "list[str]": {"type": "array", "items": {"type": "string"}},
+    "list[int]": {"type": "array", "items": {"type": "integer"}},
+    "list[float]": {"type": "array", "items": {"type": "number"}},
+}
+RANGES = {
+    "above 0": {"exclusiveMinimum": 0},
+    "a whole number, or a share below 1": {
+        "exclusiveMinimum": 0,
+        "anyOf": [{"exclusiveMaximum": 1}, {"multipleOf": 1}],
+    },
+    "at least 0": {"minimum": 0},
+    "at least 1": {"minimum": 1},
+    "at least 1, or -1": {"minimum": -1, "not": {"const": 0}},
+    "above 0, at most 1": {"exclusiveMinimum": 0, "maximum": 1},
+    "from 0 to 1": {"minimum": 0, "maximum": 1},
+    "at least 0 and below 1": {"minimum": 0, "exclusiveMaximum": 1},
+}
+
+
+def comments() -> dict[str, dict[str, str]]:
+    """What the annotated recipe says of each key, by table ("" at the top) or kind of stage."""
+    said: dict[str, dict[str, str]] = {"": {}}
+    table, key = "", ""
+    for line in ANNOTATED.read_text(encoding="utf-8").split("\n"):
+        if header := re.match(r"\[+([\w.]+)\]+ *(?:# (.*))?", line):
+            table, key = header[1], ""
+            said.setdefault(table, {})
+        elif found := re.match(r"#?(\w+) = .*?  +# (.*)", line):
+            key = found[1]
+            said[table].setdefault(key, found[2].removeprefix("(ours) "))
+        elif key and (more := re.match(r" {20,}# (.*)|#? {20,}# (.*)", line)):
+            said[table][key] += " " + (more[1] or more[2])
+        else:
+            key = ""
+    return said
+
+
+def entry(field: Field, said: str) -> dict[str, Any]:
+    kinds = [TYPES[kind] | RANGES.get(field.range, {}) for kind in field.types]
+    if field.choices:
+        allowed = {"enum": list(field.choices)}
+        kinds = [kind | {"items": allowed} if "items" in kind else allowed for kind in kinds]
+    made = kinds[0] if all(kind == kinds[0] for kind in kinds) else {"anyOf": kinds}
+    default = field.default if field.ours is None else field.ours
+    if default not in (None, {}, []):
+        made["default"] = default
+    return made | {"description": said} if said else made
+
+
+def table(keys: Keys, said: dict[str, str]) -> dict[str, Any]:
+    """Every key that may be set; no editor shall complete what is owned or refused."""
+    properties = {
+        name: entry(field, said.get(name, "")) if isinstance(field, Field) else table(field, {})
+        for name, field in keys.items()
+        if not isinstance(field, Field) or field.standing == "passed"
+    }
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def schema_json(helps: dict[str, dict[str, str]]) -> str:
+    said = comments()
+    for name, texts in helps.items():
+        said[name] |= texts
+    top = table(top_keys(), said[""])
+    places = top["properties"]
+    for name in ("model", "dataset", "evaluation", "lora"):
+        places[name] = table(top_keys()[name], said[name])
+    for name in ("evaluation", "lora"):
+        places[name] = {"anyOf": [{"const": False}, places[name]]}
+    places["dataset"] = {
+        "anyOf": [places["dataset"], {"type": "array", "items": places["dataset"]}]
+    }
+    stages = {kind: table(stage_keys(kind), said[kind]) for kind in KINDS}
+    stages["ppo"]["properties"]["guard"] = table(stage_keys("ppo")["guard"], said["ppo.guard"])
+    for kind in KINDS:
+        stages[kind]["properties"]["kind"] = {"const": kind, "type": "string"}
+        places[kind] = {"$ref": f"#/$defs/{kind}"}
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "A recipe of rlhf-recipes",
+        "$defs": stages,
+        **top,
+        "required": ["stages", "model", "dataset"],
+        "additionalProperties": {
+            "type": "object",
+            "required": ["kind"],
+            "anyOf": [{"$ref": f"#/$defs/{kind}"} for kind in KINDS],
+        },
+    }
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
