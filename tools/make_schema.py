@@ -96,16 +96,20 @@ def schema_json(helps: dict[str, dict[str, str]]) -> str:
     for kind in KINDS:
         stages[kind]["properties"]["kind"] = {"const": kind, "type": "string"}
         places[kind] = {"$ref": f"#/$defs/{kind}"}
+    of_kind = [
+        {
+            "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
+            "then": {"$ref": f"#/$defs/{kind}"},
+        }
+        for kind in KINDS
+    ]
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of rlhf-recipes",
         "$defs": stages,
         **top,
         "required": ["stages", "model", "dataset"],
-        "additionalProperties": {
-            "type": "object",
-            "required": ["kind"],
-            "anyOf": [{"$ref": f"#/$defs/{kind}"} for kind in KINDS],
-        },
+        # Not anyOf: Taplo would complete the stages' keys in every other table, too.
+        "additionalProperties": {"type": "object", "required": ["kind"], "allOf": of_kind},
     }
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
