@@ -64,6 +64,11 @@ class Field:
     def our_default(self, lora: bool) -> Any:
         return None if self.ours_needs_lora and not lora else self.ours
 
+    def closed(self) -> str:
+        """Why a recipe cannot set it, where it is owned or refused."""
+        owned = self.standing == "owned"
+        return f"belongs to {self.owner}: {self.reason}" if owned else f"is refused: {self.reason}"
+
     def check(self, value: Any) -> tuple[Any, str]:
         """The value (a whole number made a float where the field is one), and what is wrong."""
         if not self._fits(value):
@@ -131,6 +136,16 @@ def trl_fields() -> dict[str, dict[str, Field]]:
         table: {name: Field(**entry) for name, entry in fields.items()}
         for table, fields in tables.items()
     }
+
+
+def resolve(
+    fields: dict[str, Field], written: dict[str, Any], lora: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Every passed field, as written, else our default, else upstream's; and all but the latter."""
+    given = {n: ours for n, f in fields.items() if (ours := f.our_default(lora)) is not None}
+    given |= {name: value for name, value in written.items() if name in fields}
+    passed = {name: f.default for name, f in fields.items() if f.standing == "passed"}
+    return passed | given, given
 
 
 def fields_of(cls: type) -> dict[str, Field]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.elsewhere import elsewhere
-from rlhf_recipes.fields import Field, Keys, show, suggest, trl_fields
+from rlhf_recipes.fields import Field, Keys, resolve, show, suggest, trl_fields
 from rlhf_recipes.tables import (
     DATA_SUFFIXES,
     INDEPENDENT,
@@ -69,7 +69,7 @@ class Checker:
             elif not isinstance(field, Field):
                 values[name] = self.table(value, field, key)
             elif field.standing != "passed":
-                self.problem(key, closed(field))
+                self.problem(key, field.closed())
             else:
                 values[name], wrong = field.check(value)
                 if wrong:
@@ -87,7 +87,7 @@ class Checker:
         if there:
             return f"unknown key here: it is one of [{'], ['.join(there)}]"
         if held:
-            return closed(next(iter(held.values())))
+            return next(iter(held.values())).closed()
         if hint := elsewhere(name):
             return f"unknown key: {hint}"
         if len(self.problems) > ENOUGH:
@@ -290,22 +290,6 @@ class Checker:
                 )
                 self.problem(key, f"must be {known}, not {show(one)}")
         return values
-
-
-def resolve(
-    fields: dict[str, Field], written: dict[str, Any], lora: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Every passed field, as written, else our default, else upstream's; and all but the latter."""
-    given = {n: ours for n, f in fields.items() if (ours := f.our_default(lora)) is not None}
-    given |= {name: value for name, value in written.items() if name in fields}
-    passed = {name: f.default for name, f in fields.items() if f.standing == "passed"}
-    return passed | given, given
-
-
-def closed(field: Field) -> str:
-    """Why a recipe cannot set a key that is owned or refused."""
-    owned = field.standing == "owned"
-    return f"belongs to {field.owner}: {field.reason}" if owned else f"is refused: {field.reason}"
 
 
 def dotted(key: Key) -> str:

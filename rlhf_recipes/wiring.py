@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.elsewhere import elsewhere
-from rlhf_recipes.fields import Field, suggest, trl_fields
+from rlhf_recipes.fields import Field, resolve, suggest, trl_fields
 from rlhf_recipes.tables import (
     EXTRAS,
     IMPLIED,
@@ -25,7 +25,7 @@ from rlhf_recipes.tables import (
     stage_keys,
     top_keys,
 )
-from rlhf_recipes.validate import ENOUGH, Checker, Key, resolve
+from rlhf_recipes.validate import ENOUGH, Checker, Key
 
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
