@@ -148,6 +148,12 @@ class StageChecker(Checker):
         if needed and len(words.keys() & needed.split(" or ")) != 1:
             what = f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
             self.problem((*at, "lr_scheduler_kwargs"), what)
+        words = options["gradient_checkpointing_kwargs"]
+        if words and words.get("use_reentrant") is not False:
+            what = "must hold use_reentrant = false: else no gradient passes a frozen base"
+            self.problem((*at, "gradient_checkpointing_kwargs"), what)
+        if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
+            self.problem((*at, "optim_args"), 'must be "name=value", with commas between several')
         if kind == "dpo":
             self.dpo(options, at)
 

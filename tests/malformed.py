@@ -171,6 +171,8 @@ CASES = [
     (STAGES, STAGES + "\nreward.dataloader_persistent_workers = true", "my.toml:2: reward.dataloader_persistent_workers: needs dataloader_num_workers of at least 1"),
     (STAGES, STAGES + '\nppo.lr_scheduler_type = "cosine_with_min_lr"', 'my.toml:2: ppo.lr_scheduler_kwargs: must hold min_lr or min_lr_rate for lr_scheduler_type = "cosine_with_min_lr"'),
     (STAGES, STAGES + '\nsft.lr_scheduler_type = "warmup_stable_decay"', 'my.toml:2: sft.lr_scheduler_kwargs: must hold num_decay_steps for lr_scheduler_type = "warmup_stable_decay"'),
+    (STAGES, STAGES + "\nsft.gradient_checkpointing_kwargs = { use_reentrant = true }", "my.toml:2: sft.gradient_checkpointing_kwargs: must hold use_reentrant = false: else no gradient passes a frozen base"),
+    (STAGES, STAGES + '\nsft.optim_args = "a=1,b"', 'my.toml:2: sft.optim_args: must be "name=value", with commas between several'),
     (STAGES, DPO + "loss_type = []", "my.toml:2: dpo.loss_type: names no loss"),
     (STAGES, DPO + "loss_weights = [1, 2]", "my.toml:2: dpo.loss_weights: must be one for each loss, not 2 for 1 of loss_type"),
     (STAGES, DPO + 'loss_type = ["robust"]\ndpo.label_smoothing = 0.5', 'my.toml:3: dpo.label_smoothing: must be below 0.5 for loss_type "robust"'),
