@@ -78,10 +78,10 @@ def test_a_key_of_another_tool_is_told_ours(tmp_path: Path, tool: str) -> None:
 
 
 def test_every_key_that_stands_for_another_is_one() -> None:
-    for named in elsewhere.RENAMED:
+    for named in elsewhere.names()["renamed"]:
         for name in re.split(" or | and ", named):
             assert ours(name), name
-    theirs = " ".join([*elsewhere.RENAMED.values(), *elsewhere.ABSENT.values()]).split()
+    theirs = [n for said in elsewhere.names().values() for names in said.values() for n in names]
     assert len(theirs) == len({*theirs})
     assert not [name for name in theirs if elsewhere.elsewhere(name.replace("*", "x")) == ""]
 

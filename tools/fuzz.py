@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from rlhf_recipes.edit import rebase
-from rlhf_recipes.elsewhere import ABSENT, RENAMED
+from rlhf_recipes.elsewhere import names
 from rlhf_recipes.errors import RecipeError, UsageError
 from rlhf_recipes.lines import WORD
 from rlhf_recipes.recipe import load_recipe, shipped_recipes
@@ -37,7 +37,9 @@ TABLES = [
     *KINDS,
 ]
 KEYS = sorted({*top_keys(), *(key for kind in KINDS for key in stage_keys(kind))})
-KEYS += " ".join([*RENAMED.values(), *ABSENT.values()]).replace("*", "x").split()
+KEYS += [
+    n.replace("*", "x") for said in names().values() for theirs in said.values() for n in theirs
+]
 VALUES = [
     *("true", "false", "0", "1", "-1", "0.5", "1e400", "nan", "-inf", "0x7f", "1_000", "1e-9"),
     *("9" * 19, "9" * 150, "0x" + "f" * 150, "1979-05-27T07:32:00Z", "07:32:00", "1979-05-27"),

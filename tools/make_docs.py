@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from rlhf_recipes.elsewhere import ABSENT, RENAMED
+from rlhf_recipes.elsewhere import names
 from rlhf_recipes.fields import TYPE_NAMES, Field, Keys, show, trl_fields
 from rlhf_recipes.tables import EXTRAS, KINDS, top_keys
 
@@ -71,8 +71,8 @@ def keys_md() -> str:
     parts += ["|---|---|---|", *closed("owned"), ""]
     parts += ["## Refused\n", "| keys | in | why |", "|---|---|---|", *closed("refused"), ""]
     parts += ["## What other tools call them\n", "| elsewhere | here |", "|---|---|"]
-    for ours, theirs in RENAMED.items():
-        parts.append(f"| {', '.join(f'`{name}`' for name in theirs.split())} | `{ours}` |")
-    for why, theirs in ABSENT.items():
-        parts.append(f"| {', '.join(f'`{name}`' for name in theirs.split())} | no: {why} |")
+    said = {f"`{ours}`": theirs for ours, theirs in names()["renamed"].items()}
+    said |= {f"no: {why}": theirs for why, theirs in names()["absent"].items()}
+    for here, theirs in said.items():
+        parts.append(f"| {', '.join(f'`{name}`' for name in theirs)} | {here} |")
     return "\n".join(parts) + "\n"
