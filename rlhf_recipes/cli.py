@@ -6,6 +6,7 @@ inside it: `--help` loads typer alone, and nothing here loads torch before a sta
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -18,6 +19,7 @@ from rlhf_recipes.errors import (
     RlhfRecipesError,
     UsageError,
     machine_error,
+    masked,
 )
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ def check(
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
         if not json:
-            print(*said, sep="\n")
+            print(printable("\n".join(said)))
     if json:
         _print_json({"recipes": found})
     if any(entry["problems"] for entry in found):
@@ -371,7 +373,11 @@ def export(
 
 
 def main() -> NoReturn:
-    """The console script: errors as one line, and the exit codes."""
+    """The console script: errors as one line, and the exit codes.
+
+    Nothing that a command makes is for others to write, whatever this process's umask was.
+    """
+    os.umask(os.umask(0o077) | 0o022)
     # Wherever it is typed: a person adds it to the end of the line that failed.
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     # typer carries click inside; its UsageError is exported only as the base of BadParameter.
@@ -394,8 +400,11 @@ def _say(message: str, code: int) -> int:
     if "--debug" in sys.argv:
         import traceback
 
-        traceback.print_exc()
-    from rlhf_recipes.house import UNSEEN
-
-    print(UNSEEN.sub("", message), file=sys.stderr)  # a judge's trouble quotes a model's answer
+        print(printable(masked(traceback.format_exc())), file=sys.stderr)
+    print(printable(masked(message)), file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """`text` without what would command a terminal: it may quote a stranger's file."""
+    return "".join(sign for sign in text if sign == "\n" or sign.isprintable())

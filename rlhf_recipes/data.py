@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from rlhf_recipes import untrusted
 from rlhf_recipes.errors import DataError
 from rlhf_recipes.identity import digest
 from rlhf_recipes.sources import dataset_place
@@ -152,7 +153,7 @@ def _fraction(purpose: str, prompt: str) -> float:
 
 def _load_split(table: Any, split: str) -> Any:
     """A `datasets.Dataset`. Local files go through the builder that their suffix names."""
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
     if isinstance(table.data_files, dict) and split in table.data_files:
@@ -160,11 +161,17 @@ def _load_split(table: Any, split: str) -> Any:
     place = dataset_place(table)
     builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if place.suffix in builder:
-        return load_dataset(builder[place.suffix], data_files=str(place), split=split)
-    # What `datasets` keeps of a folder is found by its name and patterns alone, not by its bytes: a
-    # folder of ours is read anew. A snapshot's name is its commit.
-    mode = "reuse_cache_if_exists" if table.is_local else None
-    return load_dataset(str(place), split=split, download_mode=mode, **words)
+        made, mode = load_dataset_builder(builder[place.suffix], data_files=str(place)), None
+    else:
+        untrusted.check_description(place)
+        made = load_dataset_builder(str(place), **words)
+        untrusted.check_files(place, *(made.config.data_files or {}).values())
+        # What `datasets` keeps of a folder is found by its name and patterns alone, not by its
+        # bytes: a folder of ours is read anew. A snapshot's name is its commit.
+        mode = "reuse_cache_if_exists" if table.is_local else None
+    untrusted.check_reader(place, type(made).__module__)
+    made.download_and_prepare(download_mode=mode)
+    return made.as_dataset(split=split)
 
 
 def _check_share(data: Data, columns: list[str], table: Any) -> None:
@@ -200,7 +207,7 @@ def _example(row: Mapping[str, Any], table: Any, tokens: Tokens) -> tuple[str, E
     try:
         prompt_ids, chosen_ids = encode(tokens, prompt, chosen)
     except TemplateError as error:  # roles that do not alternate, a system message, …
-        raise Unusable(f"the chat template refuses it: {error}") from error
+        raise Unusable(f"the chat template refuses it: {str(error)[:80]}") from error
     rejected_ids = encode(tokens, prompt, rejected)[1] if rejected is not None else None
     if len(prompt_ids) > table.max_prompt_tokens:
         raise Unusable(f"prompt over {table.max_prompt_tokens} tokens")

@@ -19,7 +19,7 @@ import errno
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 FREE = "free some space there, and the same command goes on"
 ELSEWHERE = "see who may read and write it; --runs DIR keeps runs elsewhere"
@@ -30,15 +30,32 @@ FAULTS = {
 }
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries say it
 NOT_WRITTEN = re.compile(r"inline_container|iostream error")  # torch.save says no more than that
+# The password of a URL; tokens of Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, AWS.
+SECRET = re.compile(
+    r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)|\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[opsu]_\w{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"
+)
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+SECRET_LENGTH = 12  # a shorter value is a word of some other meaning
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
+def masked(text: str) -> str:
+    """`text` without the passwords and tokens in it: those known by shape, and this process's."""
+    text = SECRET.sub("***", text)
+    for name, value in os.environ.items():
+        if len(value) >= SECRET_LENGTH and SECRET_NAME.search(name) and not value.startswith("/"):
+            text = text.replace(value, "***")
+    return text
+
+
 class RlhfRecipesError(Exception):
-    """`message` says what is wrong, `hint` what to do next."""
+    """`message` says what is wrong, `hint` what to do next; no secret is in them."""
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
+        message, hint = masked(message), masked(hint)
         super().__init__(f"{message} ({hint})" if hint else message)
         self.message = message
         self.hint = hint
@@ -69,7 +86,10 @@ class RecipeError(RlhfRecipesError):
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
-        self.problems = list(problems)
+        self.problems = [
+            replace(p, file=masked(p.file), key=masked(p.key), message=masked(p.message))
+            for p in problems
+        ]
 
 
 class UsageError(RlhfRecipesError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from rlhf_recipes import mirror, sources
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.hub import Repo, says_no
+from rlhf_recipes.judge import check_judge
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.tables import INDEPENDENT, is_path, python_judge
 
@@ -14,10 +15,15 @@ from rlhf_recipes.tables import INDEPENDENT, is_path, python_judge
 def bring(recipe: Recipe, model: Mapping[str, str]) -> None:
     """Bring what is not here; of the base model, what `model` identifies.
 
-    Raises ModelError or DataError where something is not to be had.
+    Raises ModelError or DataError where something is not to be had or not to be trusted, and
+    UsageError where code would run that nobody agreed to.
     """
+    for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
+        check_judge(judge, recipe.model.base)
     sources.base_folder(recipe, model)
-    for repo in _others(recipe):
+    for name in _models(recipe):
+        sources.model_folder(name, recipe)
+    for repo in _datasets(recipe):
         repo.snapshot(repo.commit())
 
 
@@ -28,8 +34,9 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
     or DataError where something is not to be had.
     """
     base = recipe.model
-    repos = [] if base.is_local else [sources.model_repo(base.name, base.revision)]
-    for repo in [*repos, *_others(recipe)]:
+    repos = [] if base.is_local else [sources.base_repo(recipe)]
+    others = [sources.model_repo(name) for name in _models(recipe) if not is_path(name)]
+    for repo in [*repos, *others, *_datasets(recipe)]:
         what = f"{repo.kind} {repo.name}"
         try:
             commit = repo.commit(newest=True)
@@ -51,15 +58,17 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
         say(f"{what} at {commit[:12]}: {count} files, as the hub's digests say")
 
 
-def _others(recipe: Recipe) -> Iterator[Repo]:
-    """What lies on the hub, besides the base model."""
+def _models(recipe: Recipe) -> Iterator[str]:
+    """The models that come from elsewhere, besides the base."""
     for table in recipe.tables.values():
-        name = table.reward_model
-        if name and name not in recipe.stages and not is_path(name):
-            yield sources.model_repo(name)
+        if table.reward_model and table.reward_model not in recipe.stages:
+            yield table.reward_model
     for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
-        if judge != INDEPENDENT and not is_path(judge) and not python_judge(judge):
-            yield sources.model_repo(judge)
+        if judge != INDEPENDENT and not python_judge(judge):
+            yield judge
+
+
+def _datasets(recipe: Recipe) -> Iterator[Repo]:
     own = [table.dataset for table in recipe.tables.values() if table.dataset]
     for dataset in (recipe.dataset, *recipe.dataset.more, *own):
         if not dataset.is_local:

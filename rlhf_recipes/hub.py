@@ -55,7 +55,8 @@ class Repo:
         """
         from huggingface_hub import snapshot_download
 
-        words = {"allow_patterns": list(self.wanted), "ignore_patterns": ["*.py"]}
+        scripts = ["*.py"] if self.kind == "dataset" else None
+        words = {"allow_patterns": list(self.wanted), "ignore_patterns": scripts}
         words |= {"repo_type": self.kind, "revision": commit}
         for here in (True, False):
             try:
@@ -125,8 +126,13 @@ class Repo:
         if self.kind == "dataset":
             return (self._folder / "trees" / f"{commit}.json").is_file()
         folder = self._folder / "snapshots" / commit
+        if "*.py" in self.wanted and not any(folder.glob("*.py")):
+            return False
         index = folder / "model.safetensors.index.json"
-        named = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+        try:
+            named = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
         found = {file.name for file in folder.glob("*.safetensors")}
         return bool(found) and found.issuperset(named)
 

@@ -2,7 +2,7 @@
 
 `[evaluation] judge = "python:FILE.py:FUNCTION"` names a function of the recipe's own: it takes a
 prompt's last message and an answer, both texts, and gives a number, the better the higher. Its file
-is run, as any Python that one downloads and starts: look at it first.
+is run, as any Python that one downloads and starts: only where a person has agreed to it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from rlhf_recipes import untrusted
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.tables import located, python_judge
 
 Judge = Callable[[str, str], float]
 
 
+def check_judge(spec: str, base: Path) -> None:
+    """Raise UsageError where a judge is code that nobody has agreed to run."""
+    if named := python_judge(spec):
+        file = located(named[0], base)
+        untrusted.check_code(str(file), file)
+
+
 def load_judge(spec: str, base: Path) -> Judge | None:
     """The function that a recipe in folder `base` names; None for a model. Raises StageError."""
     if not (named := python_judge(spec)):
         return None
+    check_judge(spec, base)
     name, function = named
     file = located(name, base)
     module_spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)

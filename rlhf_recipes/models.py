@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +21,10 @@ from transformers import (
 
 from rlhf_recipes import attention
 from rlhf_recipes.errors import ModelError
+
+# Of every load. What is here has been brought whole: nothing is fetched as a model is opened.
+SAFELY = {"trust_remote_code": False, "local_files_only": True}
+WEIGHTS = {"use_safetensors": True, "weights_only": True}
 
 
 def device() -> torch.device:
@@ -39,8 +44,12 @@ def compute_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(source, revision=revision)
+def load_tokenizer(source: str | Path, trusted: bool = False) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
+
+
+def load_config(source: str | Path, trusted: bool = False) -> Any:
+    return AutoConfig.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
 
 
 def load_causal_lm(
@@ -48,7 +57,7 @@ def load_causal_lm(
     *,
     dtype: torch.dtype,
     quantization: str = "none",
-    revision: str | None = None,
+    trusted: bool = False,
 ) -> PreTrainedModel:
     """The base model, frozen, in eval mode, with nothing set that would bend sampling.
 
@@ -60,10 +69,11 @@ def load_causal_lm(
     attention.use()
     lm = AutoModelForCausalLM.from_pretrained(
         source,
-        revision=revision,
         dtype=dtype,
         quantization_config=_quantization_config(quantization, dtype),
         device_map={"": device()},
+        **WEIGHTS,
+        **SAFELY | {"trust_remote_code": trusted},
     )
     _keep_autograd(lm)
     for module in lm.modules():
@@ -81,7 +91,7 @@ def load_causal_lm(
 def load_reward_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
     """A finished reward model from elsewhere, held apart from the base."""
     model = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype=dtype, device_map={"": device()}
+        source, dtype=dtype, device_map={"": device()}, **WEIGHTS, **SAFELY
     )
     if model.config.num_labels != 1:
         raise ModelError(

@@ -80,6 +80,8 @@ def make_plan(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: boo
     model |= {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization}
     if recipe.model.chat_template != "own":
         model["chat_template"] = recipe.model.chat_template
+    if recipe.model.trust_remote_code:
+        model["trust_remote_code"] = True
     stages: dict[str, PlannedStage] = {}
     for index, (stage, kind, roles, settings, dataset) in enumerate(_wiring(recipe, runs)):
         inputs = {role: source for role, source in roles.items() if source in stages}

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from rlhf_recipes.errors import masked
 from rlhf_recipes.rundir import now, to_json, write_text
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
@@ -57,8 +58,9 @@ class Screen:
 
     def __init__(self, log: Path) -> None:
         self.log_path = log
+        self._start = log.stat().st_size if log.exists() else 0
         self._log = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-        self._log.write(f"==== {now()} {' '.join(sys.argv)}\n")
+        self._log.write(masked(f"==== {now()} {' '.join(sys.argv)}\n"))
         self._stream = _own_way_to(sys.stderr)
         self.out = _own_way_to(sys.stdout)  # for results that come while all is quiet
         self.console = Console(file=self._stream, highlight=False, soft_wrap=True)
@@ -69,16 +71,28 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # a full disk is told of by what it stopped
             self._log.close()
+            self._mask()
         for own, stream in ((self._stream, sys.stderr), (self.out, sys.stdout)):
             if own is not stream:
                 own.close()
 
+    def _mask(self) -> None:
+        """Take secrets out of what this process logged: libraries print what they like."""
+        with self.log_path.open("rb+") as stream:
+            stream.seek(self._start)
+            text = stream.read().decode(errors="backslashreplace")
+            if (clean := masked(text)) != text:
+                stream.seek(self._start)
+                stream.write(clean.encode())
+                stream.truncate()
+
     def line(self, text: str, style: str = "") -> None:
+        text = masked(text)
         self.console.print(Text(text, style))
         self._log.write(text + "\n")
 
     def log_traceback(self) -> None:
-        self._log.write(traceback.format_exc())
+        self._log.write(masked(traceback.format_exc()))
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:

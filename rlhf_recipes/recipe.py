@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.edit import Edited, edit, rebase
-from rlhf_recipes.errors import Problem, RecipeError, UsageError
+from rlhf_recipes.errors import Problem, RecipeError, UsageError, masked
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import MAX_SIZE, key_lines, parse
 from rlhf_recipes.tables import (
@@ -148,6 +148,8 @@ def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[st
 
 def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Recipe:
     edited = edit(text, set, unset)
+    if secrets := _secrets(text, path, set):
+        raise RecipeError(secrets)
     try:
         parts, checker = check(parse(edited.text), path)
     except tomllib.TOMLDecodeError as error:
@@ -164,6 +166,15 @@ def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Re
         overrides=(*set, *(f"unset {key}" for key in unset)),
         **parts,
     )
+
+
+def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
+    """Where a password or a token stands: what a recipe says is copied to every run."""
+    what = "holds a password or a token: take it out; it is read from the environment (HF_TOKEN)"
+    lines = enumerate(text.split("\n") if masked(text) != text else (), 1)
+    found = [Problem(str(path), at, "", what) for at, line in lines if masked(line) != line]
+    words = [word.partition("=")[0] for word in set if masked(word) != word]
+    return found + [Problem(f"--set {key}", None, "", what) for key in words]
 
 
 def _read(path: Path) -> str:

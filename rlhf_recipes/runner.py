@@ -31,6 +31,7 @@ from rlhf_recipes.errors import (
     StageError,
     UsageError,
     machine_error,
+    masked,
 )
 from rlhf_recipes.fetch import bring
 from rlhf_recipes.findings import Finding
@@ -300,7 +301,7 @@ class _Run:
             "title": recipe.title,
             "recipe": str(recipe.path.resolve()),
             "overrides": recipe.overrides,
-            "command": sys.argv,
+            "command": [masked(word) for word in sys.argv],
             "started": self.started,
             "ended": rundir.now(),
             "outcome": outcome,
@@ -322,7 +323,7 @@ class _Run:
             return None
         names = [stage.name for stage in self.plan.stages if stage.name not in self.done]
         told = machine_error(error) or error
-        message = getattr(told, "message", "") or f"{type(told).__name__}: {told}"
+        message = masked(getattr(told, "message", "") or f"{type(told).__name__}: {told}")
         hint = getattr(told, "hint", "")
         return {"stage": next(iter(names), ""), "message": plain(message), "hint": plain(hint)}
 

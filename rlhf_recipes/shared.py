@@ -32,13 +32,12 @@ class Shared:
 
     @cached_property
     def tokens(self) -> Tokens:
-        from transformers import AutoConfig
-
-        from rlhf_recipes.models import load_tokenizer
+        from rlhf_recipes.models import load_config, load_tokenizer
         from rlhf_recipes.tokens import settle
 
-        config = AutoConfig.from_pretrained(self.model_folder).get_text_config()
-        tokenizer = load_tokenizer(self.model_folder)
+        trusted = self.recipe.model.trust_remote_code
+        config = load_config(self.model_folder, trusted).get_text_config()
+        tokenizer = load_tokenizer(self.model_folder, trusted)
         return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
 
     def data(self, table: Any) -> Data:
@@ -70,10 +69,11 @@ class Shared:
 
         from rlhf_recipes.models import compute_dtype, load_causal_lm
 
-        dtype = compute_dtype(self.recipe.model.dtype)
+        words = {"dtype": compute_dtype(self.recipe.model.dtype)}
+        words["trusted"] = self.recipe.model.trust_remote_code
         if self.recipe.lora is None or output is None:
-            return load_causal_lm(output or self.model_folder, dtype=dtype)
-        lm = load_causal_lm(self.model_folder, dtype=dtype)
+            return load_causal_lm(output or self.model_folder, **words)
+        lm = load_causal_lm(self.model_folder, **words)
         return PeftModel.from_pretrained(lm, output).merge_and_unload()
 
     def load_base(self, quantization: str) -> Base:
@@ -93,6 +93,7 @@ class Shared:
                 # vanishes in bfloat16's 8 bits.
                 dtype=torch.float32 if whole else dtype,
                 quantization=quantization,
+                trusted=self.recipe.model.trust_remote_code,
             )
             lm.generation_config.eos_token_id = self.tokens.eos_id
             lm.generation_config.pad_token_id = self.tokens.pad_id

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes import mirror, rundir
+from rlhf_recipes import mirror, rundir, untrusted
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.hub import MODEL_FILES, Repo, says_no
 from rlhf_recipes.identity import digest
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
 REMEMBERED_BYTES = 8 * 2**20
 
 
-def model_repo(name: str, revision: str | None = None) -> Repo:
-    return Repo("model", name, revision, MODEL_FILES)
+def model_repo(name: str, revision: str | None = None, trusted: bool = False) -> Repo:
+    return Repo("model", name, revision, (*MODEL_FILES, *(["*.py"] if trusted else [])))
+
+
+def base_repo(recipe: Recipe) -> Repo:
+    model = recipe.model
+    return model_repo(model.name, model.revision, model.trust_remote_code)
 
 
 def dataset_repo(table: DatasetTable) -> Repo:
@@ -47,7 +52,7 @@ def identify_base(recipe: Recipe, runs: Path) -> dict[str, str]:
     model = recipe.model
     if model.is_local:
         return identify_model(model.name, recipe, runs)
-    repo = model_repo(model.name, model.revision)
+    repo = base_repo(recipe)
     mirrored = model.mirror and {"repo": model.name, "mirror": model.mirror.sha256}
     if mirrored and not repo.cached():
         if mirror.folder_of(model.mirror).is_dir():
@@ -78,23 +83,32 @@ def identify_dataset(table: DatasetTable, runs: Path) -> dict[str, Any]:
 def base_folder(recipe: Recipe, identity: Mapping[str, str]) -> Path:
     """The folder on this machine to load the base model from, brought here where it must be.
 
-    `identity` is what `identify_base` said, now or when an earlier run was planned.
+    `identity` is what `identify_base` said, now or when an earlier run was planned. Raises
+    ModelError where the folder asks for more than to be loaded.
     """
     model = recipe.model
-    if model.is_local:
-        return model.folder
+    if model.trust_remote_code:
+        untrusted.check_code(f"code of the model {model.name} at {model.revision}")
     if "mirror" in identity:
         return mirror.bring(model.mirror)
-    repo = model_repo(model.name, model.revision)
-    return repo.snapshot(identity.get("revision") or repo.commit())
+    folder = model.folder
+    if not model.is_local:
+        repo = base_repo(recipe)
+        folder = repo.snapshot(identity.get("revision") or repo.commit())
+    untrusted.check_model(folder, trusted=model.trust_remote_code)
+    return folder
 
 
 def model_folder(name: str, recipe: Recipe) -> Path:
-    """The folder on this machine to load another model from, brought here where it must be."""
-    if is_path(name):
-        return located(name, recipe.model.base)
-    repo = model_repo(name)
-    return repo.snapshot(repo.commit())
+    """The folder on this machine to load another model from, brought here where it must be.
+
+    No code of its own is run, whatever the recipe says of its base. Raises as `base_folder` does.
+    """
+    repo, folder = model_repo(name), located(name, recipe.model.base)
+    if not is_path(name):
+        folder = repo.snapshot(repo.commit())
+    untrusted.check_model(folder)
+    return folder
 
 
 def dataset_place(table: DatasetTable) -> Path:

@@ -76,6 +76,8 @@ class ModelTable:
     quantization: Literal["none", "8bit", "4bit"] = "none"
     # A base model may bring a template whose end of turn it was never trained to write.
     chat_template: Literal["own", "plain"] = "own"
+    # Runs code that comes with the model; with a revision of 40 hex digits alone.
+    trust_remote_code: bool = False
     mirror: MirrorTable | None = field(default=None, metadata={"key": False})
     base: Path = _base()
 

@@ -8,8 +8,15 @@ and 27 in LOG.md).
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jinja2 import TemplateError
 
 from rlhf_recipes.errors import ModelError
 
@@ -43,6 +50,12 @@ PAD_CANDIDATES = (
 )
 
 
+# What a template may take for one conversation; those of any use take a thousandth of it.
+TEMPLATE_SECONDS = 5
+TEMPLATE_BYTES = 2**30
+OWN_TEMPLATE = 'chat_template = "plain" in [model] does without it'
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A settled tokenizer. `specials` are the texts that no row may contain."""
@@ -63,12 +76,16 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
     """Give `tokenizer` a template, EOS and pad, in place.
 
     `template` is "own" or "plain". `vocabulary` is the number of rows of the model's embedding: a
-    pad id beyond it crashes `gather` in PPO. Raises ModelError where no token is free to pad with.
+    pad id beyond it crashes `gather` in PPO. Raises ModelError where no token is free to pad with,
+    or where the template fails.
     """
     if tokenizer.chat_template is None or template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
-    tokenizer.eos_token = _end_of_turn(tokenizer)
-    tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
+    try:
+        tokenizer.eos_token = _end_of_turn(tokenizer)
+        tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
+    except TemplateError as error:
+        raise ModelError(f"the model's chat template fails: {error}", OWN_TEMPLATE) from error
     tokenizer.padding_side = "left"
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     specials = tuple(sorted({*tokenizer.all_special_tokens, *added}))
@@ -81,7 +98,7 @@ def encode(tokens: Tokens, prompt: Messages, answer: str | None = None) -> tuple
     The two are tokenized apart, as they are in a rollout: PPO appends what it samples to exactly
     these prompt ids, so SFT and the reward model see the ids that PPO will see.
     """
-    text = tokens.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = render(tokens.tokenizer, prompt, add_generation_prompt=True)
     prompt_ids = tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
     if answer is None:
         return prompt_ids, []
@@ -89,11 +106,56 @@ def encode(tokens: Tokens, prompt: Messages, answer: str | None = None) -> tuple
     return prompt_ids, [*answer_ids, tokens.eos_id]
 
 
+def render(tokenizer: PreTrainedTokenizerBase, turns: Messages, **words: Any) -> str:
+    """The text of a conversation by the model's template, which is a program of a stranger's.
+
+    transformers keeps it from all but text; here it is kept from running on, or taking all memory.
+    Raises TemplateError where it fails on these turns, ModelError where it takes too much.
+    """
+    try:
+        with _bounded():
+            return tokenizer.apply_chat_template(turns, tokenize=False, **words)
+    except (TimeoutError, MemoryError) as error:
+        what = "does not end" if isinstance(error, TimeoutError) else "takes all memory"
+        raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Time, where this is the main thread, and memory, on Linux, for what runs in here."""
+    import resource
+
+    def stop(*_: object) -> NoReturn:
+        raise TimeoutError
+
+    timed = threading.current_thread() is threading.main_thread()
+    before, limits = None, resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        if timed:
+            before = signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+        with contextlib.suppress(OSError, ValueError):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + TEMPLATE_BYTES
+            if limits[0] == resource.RLIM_INFINITY:
+                resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     """The special token that the template writes after an assistant's turn, else the EOS."""
     mark = "ANSWER-ENDS-HERE"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-    rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2].lstrip()
+    rest = render(tokenizer, turns).rpartition(mark)[2].lstrip()
     added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     for token in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
         if rest.startswith(token):
@@ -108,9 +170,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
     vocab = tokenizer.get_vocab()
-    used = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
-    )
+    used = render(tokenizer, [{"role": "user", "content": "?"}], add_generation_prompt=True)
     for token in (tokenizer.pad_token, *PAD_CANDIDATES):
         free = token in vocab and vocab[token] < vocabulary
         if free and token not in (tokenizer.eos_token, tokenizer.bos_token) and token not in used:

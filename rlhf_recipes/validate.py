@@ -28,10 +28,11 @@ from rlhf_recipes.tables import (
 )
 
 Key = tuple[str | int, ...]
-OUTSIDE = re.compile(r'"[/~]|\.\./|://')
+OUTSIDE = re.compile(r'"[/~]|(?<=["/])\.\.(?=["/])|://|::')
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
 GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # In a regular expression: what may match in many ways, and what may do so for ever.
 REPEATS, REPEATED_GROUP, MAX_COSTS = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)[*+{]"), 16
@@ -127,6 +128,10 @@ class Checker:
                 self.problem((*at, "revision"), "is for models on the hub; a folder has none")
             if is_path(name) and "mirror" in model:
                 self.problem((*at, "mirror"), "is for models on the hub; a folder needs none")
+            pinned = not is_path(name) and COMMIT.fullmatch(model.get("revision", ""))
+            if model.get("trust_remote_code") and not pinned:
+                what = "runs code of the hub's: name its revision, all 40 hex digits of the commit"
+                self.problem((*at, "trust_remote_code"), what)
         if isinstance(written.get("mirror"), dict):
             self.mirror(written["mirror"], model["mirror"], (*at, "mirror"))
         return model

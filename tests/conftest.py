@@ -15,6 +15,7 @@ os.environ.update(
     HF_HOME=tempfile.mkdtemp(prefix="rlhf-recipes-tests-"),
     HF_HUB_DISABLE_TELEMETRY="1",
     TRL_EXPERIMENTAL_SILENCE="1",
+    RLHF_RECIPES_ALLOW_CODE="1",  # of the judges that tests write
     RLHF_RECIPES_RUNS="",
     COLUMNS="200",
     OMP_NUM_THREADS="1",  # these models are too small to share out; it also fixes every sum's order

@@ -15,7 +15,7 @@ PACKAGE = Path(rlhf_recipes.__file__).parent
 # Each module may import those above it, never one below: lazily or not.
 ORDER = """
 errors stopping intervals evidence guards lines fields tables elsewhere validate wiring edit recipe
-identity rundir progress memory hub mirror sources fetch judge stages
+identity rundir progress memory untrusted hub mirror sources judge fetch stages
 tokens data attention models passes adapters rewards sequences ppo_losses checkpoints ppo_trainer
 shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
