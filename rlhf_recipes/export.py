@@ -20,7 +20,7 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models import compute_dtype
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import read_unit
-from rlhf_recipes.rundir import MANIFEST, read_json
+from rlhf_recipes.rundir import MANIFEST, entry_folder, read_json
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE, POLICY_KINDS
 
@@ -62,7 +62,7 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
         names = ", ".join(e["name"] for e in models) or "none"
         raise UsageError(f"{run_folder} has no finished stage {stage or 'with a policy'}", names)
     entry = fitting[-1]
-    return entry["name"], entry["kind"], run_folder.parent / entry["folder"] / "output"
+    return entry["name"], entry["kind"], entry_folder(run_folder.parent, entry) / "output"
 
 
 def write_model(shared: Shared, output: Path, folder: Path, *, form: str = "merged") -> None:

@@ -138,7 +138,7 @@ def read(folder: Path) -> Facts:
 
 
 def _stage(entry: Json, runs: Path) -> Stage:
-    folder = runs / ".stages" / Path(entry["folder"]).name
+    folder = rundir.entry_folder(runs, entry)
     record = rundir.read_record(folder) or {}
     return Stage(
         name=str(entry["name"]),

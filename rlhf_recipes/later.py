@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
         if not stage.done and stage.kind != BEST_OF:
             raise UsageError(
                 f"{stage.name} of {run_folder} would have to run first: {stage.reason}",
-                f"rlhf-recipes run {manifest['recipe']} --name {folder.name}",
+                shlex.join(["rlhf-recipes", "run", manifest["recipe"], "--name", folder.name]),
             )
     before = (word for word in manifest["overrides"] if not word.startswith(KEY))
     written = replace(

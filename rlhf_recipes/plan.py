@@ -229,7 +229,7 @@ def _last_of_run(stage: str, run_folder: Path) -> dict[str, Any] | None:
     """The payload that this stage of this run finished with last."""
     for entry in (read_manifest(run_folder) or {"stages": []})["stages"]:
         if entry["name"] == stage:
-            record = rundir.read_record(run_folder.parent / entry["folder"])
+            record = rundir.read_record(rundir.entry_folder(run_folder.parent, entry))
             return record and record["payload"]
     return None
 

@@ -51,6 +51,11 @@ def stage_folder(runs: Path, kind: str, key: str) -> Path:
     return runs / ".stages" / f"{kind}-{key[:12]}"
 
 
+def entry_folder(runs: Path, entry: dict[str, Any]) -> Path:
+    """The folder of a stage in a manifest: one of the stages here, whatever the manifest says."""
+    return runs / ".stages" / re.sub(r"[^\w-]", "_", Path(str(entry["folder"])).name)
+
+
 def find_run(word: str, runs: Path) -> Path:
     """The run that a person means: its folder, or its name. Raises UsageError with the nearest."""
     for folder in (Path(word), runs / word):

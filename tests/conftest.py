@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.canary import Canary
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -144,6 +148,17 @@ def tiny_recipe(tiny_model: Path, tiny_pairs: Path, tmp_path: Path) -> Path:
     file = tmp_path / "tiny.toml"
     file.write_text(RECIPE.format(model=tiny_model, data=tiny_pairs))
     return file
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Canary]:
+    """Must stay away all the test long; that its payloads would work is tried first."""
+    canary = Canary(tmp_path / "canary")
+    for payload in (lambda: pickle.loads(canary.pickled), lambda: exec(canary.code)):
+        payload()
+        canary.file.rmdir()
+    yield canary
+    assert not canary.touched
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
