@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rlhf_recipes import untrusted
-from rlhf_recipes.errors import DataError
+from rlhf_recipes.errors import DataError, ModelError, machine_error
 from rlhf_recipes.identity import digest
 from rlhf_recipes.sources import dataset_place
 from rlhf_recipes.tokens import Messages, Tokens, encode
@@ -152,17 +152,30 @@ def _fraction(purpose: str, prompt: str) -> float:
 
 
 def _load_split(table: Any, split: str) -> Any:
-    """A `datasets.Dataset`. Local files go through the builder that their suffix names."""
+    """A `datasets.Dataset`. Raises DataError where a file holds no rows, or asks for more."""
+    try:
+        return _read_split(table, split)
+    except Exception as error:
+        if isinstance(error, (DataError, ModelError)) or machine_error(error):
+            raise
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).partition("\n")[0]
+        raise DataError(
+            f"{table.path} cannot be read: {reason[:200]}", "look at its files"
+        ) from error
+
+
+def _read_split(table: Any, split: str) -> Any:
+    """Local files go through the builder that their suffix names."""
     from datasets import load_dataset_builder
 
-    words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
-    if isinstance(table.data_files, dict) and split in table.data_files:
-        words["data_files"] = {split: table.data_files[split]}  # others may have other columns
     place = dataset_place(table)
     builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if place.suffix in builder:
         made, mode = load_dataset_builder(builder[place.suffix], data_files=str(place)), None
     else:
+        words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
+        if isinstance(table.data_files, dict) and split in table.data_files:
+            words["data_files"] = {split: table.data_files[split]}  # others may have other columns
         untrusted.check_description(place)
         made = load_dataset_builder(str(place), **words)
         untrusted.check_files(place, *(made.config.data_files or {}).values())

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.adapters import ADAPTER, HEAD, UNIT
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.models import compute_dtype
+from rlhf_recipes.models import SAFELY, WEIGHTS, compute_dtype
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import read_unit
 from rlhf_recipes.rundir import MANIFEST, entry_folder, read_json
@@ -92,7 +92,9 @@ def write_reward_model(shared: Shared, output: Path, folder: Path, *, form: str)
             shutil.copy(output / name, folder / name)
         return
     dtype = compute_dtype(shared.recipe.model.dtype)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=dtype, **WEIGHTS, **SAFELY
+    )
     with torch.no_grad():
         model.score.weight.copy_(load_file(output / HEAD)["score.weight"])
     model.config.reward_unit = dict(zip(("mean", "std"), read_unit(output), strict=True))

@@ -105,7 +105,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    words = {"gguf_file": gguf.name}
+    words = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **words)
     model, found = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

@@ -56,6 +56,10 @@ TEMPLATE_BYTES = 2**30
 OWN_TEMPLATE = 'chat_template = "plain" in [model] does without it'
 
 
+class _OutOfTime(BaseException):
+    """Not an Exception: jinja passes over those, and tries another way."""
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A settled tokenizer. `specials` are the texts that no row may contain."""
@@ -115,8 +119,8 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Messages, **words: Any) ->
     try:
         with _bounded():
             return tokenizer.apply_chat_template(turns, tokenize=False, **words)
-    except (TimeoutError, MemoryError) as error:
-        what = "does not end" if isinstance(error, TimeoutError) else "takes all memory"
+    except (_OutOfTime, MemoryError) as error:
+        what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
         raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
     except TemplateError:
         raise
@@ -130,7 +134,7 @@ def _bounded() -> Iterator[None]:
     import resource
 
     def stop(*_: object) -> NoReturn:
-        raise TimeoutError
+        raise _OutOfTime
 
     timed = threading.current_thread() is threading.main_thread()
     before, limits = None, resource.getrlimit(resource.RLIMIT_AS)
