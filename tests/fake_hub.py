@@ -5,9 +5,10 @@
         hub.troubles["pairs.jsonl"] = "flip"  # by a part of "GET /owner/pairs/resolve/…"
         subprocess.run(…, env=os.environ | hub.environ(home))
 
-Troubles: `missing` and `gated` (the hub says no), `error` and `busy` (500, 429), `hang` (it never
-answers); of a file: `flip` (one bit is another), `cut` (the connection breaks half-way), `short`
-(half of it, in good order). Once the `with` is left, its address refuses connections.
+Troubles: `missing`, `gated`, `moved`, `absent`, `unauthorized`, `forbidden` (the hub says no),
+`error` and `busy` (500, 429), `hang` (it never answers); of a file: `flip` (one bit is another),
+`cut` (the connection breaks half-way), `stall` (nothing more comes from there), `short` (half of
+it, in good order). Once the `with` is left, its address refuses connections.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from urllib.parse import unquote, urlsplit
 
 LARGE = {".safetensors", ".parquet", ".gz"}  # what the hub keeps in LFS, and names by its SHA-256
 REFUSALS = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo")}
-REFUSALS |= {"error": (500, ""), "busy": (429, "")}
+REFUSALS |= {"error": (500, ""), "busy": (429, ""), "absent": (404, "")}
+REFUSALS |= {"unauthorized": (401, ""), "forbidden": (403, ""), "moved": (404, "RevisionNotFound")}
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -115,7 +117,7 @@ class _Answer(BaseHTTPRequestHandler):
         first = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
         if first:  # the client goes on where a connection broke
             headers["Content_Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        end = max(0, half - first) if self.trouble == "cut" else None
+        end = max(0, half - first) if self.trouble in ("cut", "stall") else None
         self._send(206 if first else 200, content[first:], end, **headers)
 
     def _send(self, status: int, body: bytes = b"", end: int | None = None, **headers: str) -> None:
@@ -125,6 +127,9 @@ class _Answer(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body[:end])
+            if self.trouble == "stall":
+                self.wfile.flush()
+                self.server.closing.wait()
             self.close_connection |= end is not None
 
     def log_message(self, *_: object) -> None:

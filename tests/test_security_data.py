@@ -66,7 +66,7 @@ BOMB = "---\na: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 HOSTILE = {
     "a script": ({"data.py": "{code}", "a.jsonl": ROW}, "scripts are no longer supported"),
     "only a script": ({"data.py": "{code}"}, "scripts are no longer supported"),
-    "a pickle": ({"train.pkl": "{pickle}"}, "No (supported) data files"),
+    "a pickle": ({"train.pkl": "{pickle}"}, "cannot be read: No .supported. data files"),
     "a pickle in a tar": ({"train.tar": "{tar:a.pickle}"}, "the rows in .* are webdataset"),
     "a torch file in a tar": ({"train.tar": "{tar:a.pth}"}, "the rows in .* are webdataset"),
     "code in YAML": (

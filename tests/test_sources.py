@@ -141,7 +141,8 @@ def test_what_is_nowhere_is_one_line(cache: Path, tmp_path: Path) -> None:
         "the model owner/model is neither on this machine nor to be had from the hub (Offline"
     )
     assert text.endswith(
-        "check the name and the network, or name a local folder (./…) as the model)"
+        "HF_HUB_OFFLINE is set: unset it, or `rlhf-recipes fetch` where there is a network, "
+        "or name a local folder (./…) as the model)"
     )
 
     recipe = load_recipe(toy(tmp_path, text=RECIPE.replace("./pairs.jsonl", "owner/pairs")))
