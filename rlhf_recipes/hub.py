@@ -1,8 +1,8 @@
 """The Hugging Face hub: what this machine has of it, and what it must bring.
 
 What is cached wins, and is used with no request at all; the hub is asked only for what is not here.
-Asked, it has `TIMEOUT` to answer: `snapshot_download` by itself waits for ever for a hub that
-hangs, and 23 s for one that refuses to connect.
+Asked, it has `TIMEOUT` to answer, and again for each part of a file: `huggingface_hub` by itself
+waits for ever for a listing that hangs, and six minutes for a file's first answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.errors import DataError, ModelError
 
@@ -55,9 +56,10 @@ class Repo:
         """
         from huggingface_hub import snapshot_download
 
+        _bound()
         scripts = ["*.py"] if self.kind == "dataset" else None
         words = {"allow_patterns": list(self.wanted), "ignore_patterns": scripts}
-        words |= {"repo_type": self.kind, "revision": commit}
+        words |= {"repo_type": self.kind, "revision": commit, "etag_timeout": TIMEOUT}
         for here in (True, False):
             try:
                 if not here:
@@ -89,6 +91,7 @@ class Repo:
         """
         from huggingface_hub import HfApi, hf_hub_download
 
+        _bound()
         words = {"repo_type": self.kind, "revision": commit}
         try:
             found = HfApi().verify_repo_checksums(self.name, **words)
@@ -181,6 +184,21 @@ class Repo:
         return by_status.get(
             status, "check the network: the same command goes on where it broke off"
         )
+
+
+def _bound() -> None:
+    """Let no request of `huggingface_hub` wait for ever; what it has no public setting for, too."""
+    from huggingface_hub import constants, file_download, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = 2 * TIMEOUT
+        return made
+
+    set_client_factory(client)
+    file_download._ETAG_RETRY_TIMEOUT = TIMEOUT
+    constants.HF_HUB_DOWNLOAD_TIMEOUT = min(constants.HF_HUB_DOWNLOAD_TIMEOUT, 2 * TIMEOUT)
 
 
 def _offline() -> bool:
