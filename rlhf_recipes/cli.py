@@ -290,6 +290,23 @@ def report(
 
 
 @app.command()
+def doctor(runs: Runs = None, json: Json = False) -> None:
+    """Say what this machine has and lacks, and what to do about it."""
+    from dataclasses import asdict
+
+    from rlhf_recipes.doctor import doctor as ask
+    from rlhf_recipes.rundir import runs_folder
+
+    found = ask(runs_folder(runs))
+    if json:
+        _print_json({"lines": [asdict(line) for line in found]})
+    else:
+        print(printable("\n".join(map(str, found))))
+    if any(line.level == "fault" for line in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
     runs: Runs = None,

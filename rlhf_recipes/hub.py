@@ -1,8 +1,8 @@
 """The Hugging Face hub: what this machine has of it, and what it must bring.
 
 What is cached wins, and is used with no request at all; the hub is asked only for what is not here.
-Asked, it has `TIMEOUT` to answer, and again for each part of a file: `huggingface_hub` by itself
-waits for ever for a listing that hangs, and six minutes for a file's first answer.
+Asked, it has `TIMEOUT` to answer, and HF_HUB_DOWNLOAD_TIMEOUT for each part of what it sends:
+`huggingface_hub` by itself waits for ever for a listing that hangs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Repo:
         _bound()
         scripts = ["*.py"] if self.kind == "dataset" else None
         words = {"allow_patterns": list(self.wanted), "ignore_patterns": scripts}
-        words |= {"repo_type": self.kind, "revision": commit, "etag_timeout": TIMEOUT}
+        words |= {"repo_type": self.kind, "revision": commit}
         for here in (True, False):
             try:
                 if not here:
@@ -157,6 +157,8 @@ class Repo:
     def _advice(self, error: Exception) -> str:
         from huggingface_hub import errors
 
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+            error = error.__cause__
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
         if isinstance(error, errors.OfflineModeIsEnabled) or (
             isinstance(error, errors.LocalEntryNotFoundError) and _offline()
@@ -187,18 +189,21 @@ class Repo:
 
 
 def _bound() -> None:
-    """Let no request of `huggingface_hub` wait for ever; what it has no public setting for, too."""
-    from huggingface_hub import constants, file_download, set_client_factory
+    """Let no request of `huggingface_hub` wait for ever: some of them have no setting for it."""
+    from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
+
+    def bound(request: Any) -> None:
+        waits, most = request.extensions.get("timeout", {}), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {kind: min(waits.get(kind) or most, most) for kind in kinds}
 
     def client() -> Any:
         made = default_client_factory()
-        made.timeout = 2 * TIMEOUT
+        made.event_hooks["request"].append(bound)
         return made
 
     set_client_factory(client)
-    file_download._ETAG_RETRY_TIMEOUT = TIMEOUT
-    constants.HF_HUB_DOWNLOAD_TIMEOUT = min(constants.HF_HUB_DOWNLOAD_TIMEOUT, 2 * TIMEOUT)
 
 
 def _offline() -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 import tomlkit
 
-from rlhf_recipes import memory, rundir, stages, stopping
+from rlhf_recipes import doctor, memory, rundir, stages, stopping
 from rlhf_recipes.errors import (
     DataError,
     Interrupted,
@@ -177,7 +177,8 @@ class _Run:
 
     def _compute(self, stage: PlannedStage) -> dict[str, Any]:
         """Run the stage in its folder; beside it, where a complete one must stay until then."""
-        if all(done.did == "cached" for done in self.done.values()):  # the first that has to run
+        first = all(done.did == "cached" for done in self.done.values())
+        if first:
             # What the hub sends, it shows itself; converting a mirror only makes noise.
             with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
                 bring(self.plan.recipe, self.plan.model)
@@ -202,7 +203,11 @@ class _Run:
                     shared=self.shared,
                     key=stage.key,
                 )
-                result = stages.load(stage.kind)(context)
+                compute = stages.load(stage.kind)
+                if first and compute.__module__.startswith(stages.__name__):  # torch is loaded now
+                    for line in doctor.short(self.plan.runs):
+                        self.screen.line(f"  {line}", "dim")
+                result = compute(context)
         record = {
             "kind": stage.kind,
             "name": stage.name,
