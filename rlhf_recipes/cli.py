@@ -24,6 +24,7 @@ from rlhf_recipes.errors import (
 
 if TYPE_CHECKING:
     from rlhf_recipes.clean import Spare
+    from rlhf_recipes.plan import Plan
     from rlhf_recipes.runner import RunOutcome
 
 app = typer.Typer(
@@ -140,6 +141,19 @@ def plan(
     print(show.plan(made))
     if made.mirrored:
         print(f"\nthe model: {made.mirrored}")
+    print(f"\n{_lint(made)}")
+
+
+def _lint(made: Plan) -> str:
+    """What is odd about the rows, a line each; what libraries say meanwhile is not for now."""
+    import contextlib
+    import io
+
+    from rlhf_recipes.lint import data_lint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        found = data_lint(made)
+    return printable("\n".join(map(str, found)))
 
 
 @app.command()

@@ -20,7 +20,7 @@ tokens data attention models passes adapters rewards sequences ppo_losses checkp
 shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-facts history clean doctor plan findings policy_rules verdict show plots charts house card
+facts history clean doctor plan lint findings policy_rules verdict show plots charts house card
 report comparison export chat runner later cli __main__
 """.split()
 

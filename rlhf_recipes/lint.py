@@ -1,0 +1,184 @@
+"""What is odd about a recipe's rows, after its own template and limits, before anything is trained.
+
+Rows are looked at as the stages get them: the same ids, sides and reasons for dropping.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes import sources
+from rlhf_recipes.doctor import Line
+from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.shared import Shared
+
+if TYPE_CHECKING:
+    from rlhf_recipes.data import Data, Example
+    from rlhf_recipes.plan import Plan
+    from rlhf_recipes.tokens import Tokens
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
+NEAR = 0.8  # of two prompts' words are the same
+BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
+MANY = 0.05
+SHOWN = 320  # characters of an example
+
+
+def data_lint(plan: Plan) -> list[Line]:
+    """What a person should know of the rows. Reads what is on this machine, and brings nothing."""
+    recipe = plan.recipe
+    if away := _away(plan):
+        change = f"rlhf-recipes fetch {recipe.path}"
+        return [Line("note", "rows", f"not looked at: {away} is not on this machine", change)]
+    shared = Shared(recipe, plan.model)
+    try:
+        if not any((shared.model_folder / name).is_file() for name in TOKENIZER):
+            return [Line("note", "rows", "not looked at: the model's folder has no tokenizer")]
+        tables = {"": recipe.dataset}
+        tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
+        found = []
+        for place, table in tables.items():
+            data = shared.data(table)
+            found += [*_counts(place, data), *_lengths(place, data, recipe)]
+            found += [*_pairs(place, data)]
+            if not place:
+                found += [*_leaks(data, shared.tokens), *_shown(data, shared.tokens)]
+        return found
+    except RlhfRecipesError as error:
+        return [Line("fault", "rows", error.message, error.hint.partition("\n")[0])]
+
+
+def _away(plan: Plan) -> str:
+    """What would have to be brought first."""
+    recipe = plan.recipe
+    if "mirror" in plan.model:
+        from rlhf_recipes.mirror import folder_of
+
+        return "" if folder_of(recipe.model.mirror).is_dir() else recipe.model.name
+    if not recipe.model.is_local and not sources.base_repo(recipe).cached():
+        return recipe.model.name
+    own = [table.dataset for table in recipe.tables.values() if table.dataset]
+    for table in (recipe.dataset, *recipe.dataset.more, *own):
+        if not table.is_local and not sources.dataset_repo(table).cached():
+            return table.path
+    return ""
+
+
+def _all(data: Data) -> list[Example]:
+    return [*data.train, *data.validation, *data.test]
+
+
+def _counts(place: str, data: Data) -> Iterator[Line]:
+    sides = [f"{len(getattr(data, side)):,} {side}" for side in ("train", "validation", "test")]
+    held = f", {len(data.judge):,} of the training rows for the judge alone" if data.judge else ""
+    yield Line("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
+    reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
+    if reasons:
+        many = data.dropped.total() > 0.2 * data.rows
+        change = (
+            "see its limits (max_prompt_tokens, max_answer_tokens) and its rows" if many else ""
+        )
+        yield Line("doubt" if many else "note", f"{place}dropped", "; ".join(reasons), change)
+
+
+def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
+    rows = _all(data)
+    groups = {"prompt": [len(e.prompt_ids) for e in rows]}
+    groups["chosen"] = [len(e.chosen_ids) for e in rows if e.chosen_ids]
+    groups["rejected"] = [len(e.rejected_ids) for e in rows if e.rejected_ids]
+    said = [f"{name} {_spread(lengths)}" for name, lengths in groups.items() if lengths]
+    yield Line("note", f"{place}tokens", f"{'; '.join(said)} (half · 95 % · most)")
+    for stage in recipe.stages if not place else ():
+        room = recipe.table(stage).options.get("response_length")
+        over = sum(length > room for length in groups["chosen"]) if room else 0
+        if over:
+            share = over / len(groups["chosen"])
+            text = (
+                f"{share:.1%} of the chosen answers are longer than {stage}.response_length, {room}"
+            )
+            longest = sorted(groups["chosen"])[int(0.99 * (len(groups["chosen"]) - 1))]
+            change = f"--set {stage}.response_length={longest}, or a lower max_answer_tokens"
+            yield Line("doubt" if share > MANY else "note", "too long", text, change)
+
+
+def _spread(lengths: Sequence[int]) -> str:
+    ordered = sorted(lengths)
+    half, most = ordered[len(ordered) // 2], ordered[-1]
+    return f"{half} · {ordered[int(0.95 * (len(ordered) - 1))]} · {most}"
+
+
+def _pairs(place: str, data: Data) -> Iterator[Line]:
+    """Pairs that stand twice, that contradict one another, and what length alone would say."""
+    pairs = [e for e in _all(data) if e.rejected_ids][:LOOKED]
+    if not pairs:
+        return
+    seen = Counter((*map(tuple, (e.prompt_ids, e.chosen_ids, e.rejected_ids)),) for e in pairs)
+    twice = sum(count - 1 for count in seen.values())
+    turned = sum(min(n, seen[(p, r, c)]) for (p, c, r), n in seen.items() if (p, r, c) in seen) // 2
+    for count, what in ((twice, "stand twice or more"), (turned, "say the opposite of another")):
+        if count:
+            level = "doubt" if count > MANY * len(pairs) else "note"
+            text = f"{count:,} of {len(pairs):,} pairs {what}"
+            yield Line(level, f"{place}pairs", text, "take them out" if level == "doubt" else "")
+    longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
+    shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
+    share = longer / max(1, longer + shorter)
+    biased = not 1 - BIASED <= share <= BIASED
+    text = f"the chosen answer is the longer one in {share:.0%} of pairs"
+    change = "the reward model may learn length: look at gain by length in the report"
+    yield Line("doubt" if biased else "note", f"{place}length", text, change if biased else "")
+
+
+def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
+    """Prompts of test and validation that are nearly one of the training prompts."""
+    train = {tuple(e.prompt_ids) for e in data.train}
+    words = [_words(tokens.decode(list(ids))) for ids in sorted(train)[:LOOKED]]
+    rare = Counter(word for one in words for word in one)
+    held: dict[str, list[frozenset[str]]] = defaultdict(list)
+    for one in words:
+        for word in _rarest(one, rare):
+            held[word].append(one)
+    for side in ("test", "validation"):
+        prompts = {tuple(e.prompt_ids) for e in getattr(data, side)}
+        near = []
+        for ids in sorted(prompts)[:LOOKED]:
+            one = _words(text := tokens.decode(list(ids)))
+            kin = (other for word in _rarest(one, rare) for other in held[word][:200])
+            if one and any(len(one & other) >= NEAR * len(one | other) for other in kin):
+                near.append(text)
+        if near:
+            share = f"{len(near):,} of {len(prompts):,} {side} prompts are nearly a training prompt"
+            change = f"as {_cut(near[0], 80)!r}: the {side} is easier than it looks"
+            yield Line(
+                "doubt" if len(near) > MANY * len(prompts) else "note", "splits", share, change
+            )
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.casefold()))
+
+
+def _rarest(words: frozenset[str], count: Counter[str]) -> list[str]:
+    """Those that a near prompt would share at least one of, most likely."""
+    return sorted((w for w in words if w in count), key=lambda w: (count[w], w))[:4]
+
+
+def _shown(data: Data, tokens: Tokens) -> Iterator[Line]:
+    """Three rows as the model sees them, special tokens and line breaks visible."""
+    rows = data.train or _all(data)
+    for place in sorted({0, len(rows) // 2, len(rows) - 1} if rows else ()):
+        row = rows[place]
+        parts = [tokens.tokenizer.decode(row.prompt_ids)]
+        for mark, ids in ((" ▸ ", row.chosen_ids), (" ✗ ", row.rejected_ids)):
+            parts += [mark + tokens.tokenizer.decode(ids)] if ids else []
+        text = "".join(_cut(part.replace("\n", "⏎"), SHOWN) for part in parts)
+        yield Line("note", "example", text)
+
+
+def _cut(text: str, width: int) -> str:
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]} … {text[-half:]}"
