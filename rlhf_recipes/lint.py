@@ -5,6 +5,7 @@ Rows are looked at as the stages get them: the same ids, sides and reasons for d
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
-NEAR = 0.8  # of two prompts' words are the same
+NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
 BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
 MANY = 0.05
 SHOWN = 320  # characters of an example
@@ -126,7 +127,7 @@ def _pairs(place: str, data: Data) -> Iterator[Line]:
             yield Line(level, f"{place}pairs", text, "take them out" if level == "doubt" else "")
     longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
     shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
-    share = longer / max(1, longer + shorter)
+    share = longer / (longer + shorter) if longer + shorter else 0.5
     biased = not 1 - BIASED <= share <= BIASED
     text = f"the chosen answer is the longer one in {share:.0%} of pairs"
     change = "the reward model may learn length: look at gain by length in the report"
@@ -138,6 +139,8 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
     train = {tuple(e.prompt_ids) for e in data.train}
     words = [_words(tokens.decode(list(ids))) for ids in sorted(train)[:LOOKED]]
     rare = Counter(word for one in words for word in one)
+    template = {word for word, count in rare.items() if count == len(words) > 1}
+    words = [one - template for one in words]
     held: dict[str, list[frozenset[str]]] = defaultdict(list)
     for one in words:
         for word in _rarest(one, rare):
@@ -146,7 +149,7 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
         prompts = {tuple(e.prompt_ids) for e in getattr(data, side)}
         near = []
         for ids in sorted(prompts)[:LOOKED]:
-            one = _words(text := tokens.decode(list(ids)))
+            one = _words(text := tokens.decode(list(ids))) - template
             kin = (other for word in _rarest(one, rare) for other in held[word][:200])
             if one and any(len(one & other) >= NEAR * len(one | other) for other in kin):
                 near.append(text)
@@ -159,7 +162,8 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
 
 
 def _words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text.casefold()))
+    words = re.findall(r"\w+", text.casefold())
+    return frozenset([*words, *map(" ".join, itertools.pairwise(words))])
 
 
 def _rarest(words: frozenset[str], count: Counter[str]) -> list[str]:
