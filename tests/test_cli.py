@@ -18,7 +18,7 @@ from rlhf_recipes.recipe import shipped_recipes
 from tests.counting import RECIPE, Counting, toy
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = "run plan check fork fetch recipes runs compare report clean chat export".split()
+COMMANDS = "run plan check fork fetch recipes runs compare report doctor clean chat export".split()
 
 
 def environment(fault: str = "") -> dict[str, str]:

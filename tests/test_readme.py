@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = "run plan check fork fetch recipes runs compare report clean doctor chat export".split()
+COMMANDS = "run plan check fork fetch recipes runs compare report doctor clean chat export".split()
 
 
 def helps() -> str:
