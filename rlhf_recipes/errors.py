@@ -85,11 +85,14 @@ class RecipeError(RlhfRecipesError):
     exit_code = 2
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("\n".join(map(str, problems)))
-        self.problems = [
-            replace(p, file=masked(p.file), key=masked(p.key), message=masked(p.message))
-            for p in problems
-        ]
+        said = "\n".join(map(str, problems))
+        super().__init__(said)
+        self.problems = list(problems)
+        if self.message != said:
+            self.problems = [
+                replace(p, file=masked(p.file), key=masked(p.key), message=masked(p.message))
+                for p in problems
+            ]
 
 
 class UsageError(RlhfRecipesError):

@@ -62,6 +62,7 @@ CASES = [
     (MODEL, MIRROR.replace("file =", "fiel = 1, file ="), 'my.toml:5: model.mirror.fiel: unknown key (did you mean "file"?)'),
     (MODEL, MIRROR.replace("org/base", "./model"), "my.toml:5: model.mirror: is for models on the hub; a folder needs none"),
     (MODEL, MODEL + "\nseed = 1", "my.toml:5: model.seed: unknown key here: it belongs at the top, before the first [table]"),
+    (MODEL, MODEL + '\n# hf_' + 20 * "a", "my.toml:5: holds a password or a token: take it out; it is read from the environment (HF_TOKEN)"),
     # dataset
     ("[dataset]\n" + DATA, "", 'my.toml: dataset: is missing: [dataset] with path = "…" names the preference data'),
     (DATA, "", 'my.toml:6: dataset: needs path = "…": a hub id, or a file or folder (./…)'),
@@ -130,7 +131,8 @@ CASES = [
     (MODEL, 'name = "./\\u0000"', "my.toml:4: model.name: holds a character of code 0"),
     (MODEL, f'name = "./{"a" * 300}"', f"my.toml:4: model.name: no such folder: {'a' * 300}"),
     (MODEL, 'name = "a/\\u001b[2J"', 'my.toml:4: model.name: "a/\\u001b[2J" is neither a hub id nor a folder (./… or /…)'),
-    (MODEL, MODEL + '\n"\\u001b[2J\\n" = 1', r"my.toml:5: model.\x1b[2J\n: unknown key (there are name, revision, dtype, quantization, chat_template, mirror)"),
+    (MODEL, MODEL + '\n"\\u001b[2J\\n" = 1', r"my.toml:5: model.\x1b[2J\n: unknown key (there are name, revision, dtype, quantization, chat_template, trust_remote_code, mirror)"),
+    (MODEL, MODEL + "\ntrust_remote_code = true", "my.toml:5: model.trust_remote_code: runs code of the hub's: name its revision, all 40 hex digits of the commit"),
     # keys that are of another table, or of a stage that this recipe has not
     (MODEL, MODEL + "\nlearning_rate = 1", "my.toml:5: model.learning_rate: unknown key here: it is one of [sft], [reward], [ppo]"),
     (MODEL, MODEL + "\nbf16 = true", "my.toml:5: model.bf16: belongs to model.dtype: one precision for all stages"),
