@@ -24,7 +24,6 @@ from rlhf_recipes.errors import (
 
 if TYPE_CHECKING:
     from rlhf_recipes.clean import Spare
-    from rlhf_recipes.plan import Plan
     from rlhf_recipes.runner import RunOutcome
 
 app = typer.Typer(
@@ -141,19 +140,11 @@ def plan(
     print(show.plan(made))
     if made.mirrored:
         print(f"\nthe model: {made.mirrored}")
-    print(f"\n{_lint(made)}")
-
-
-def _lint(made: Plan) -> str:
-    """What is odd about the rows, a line each; what libraries say meanwhile is not for now."""
-    import contextlib
-    import io
-
     from rlhf_recipes.lint import data_lint
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with show.quietly():
         found = data_lint(made)
-    return printable("\n".join(map(str, found)))
+    print(printable("\n".join(["", *map(str, found)])))
 
 
 @app.command()
@@ -310,8 +301,10 @@ def doctor(runs: Runs = None, json: Json = False) -> None:
 
     from rlhf_recipes.doctor import doctor as ask
     from rlhf_recipes.rundir import runs_folder
+    from rlhf_recipes.show import quietly
 
-    found = ask(runs_folder(runs))
+    with quietly():
+        found = ask(runs_folder(runs))
     if json:
         _print_json({"lines": [asdict(line) for line in found]})
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,17 @@ from rlhf_recipes.progress import plain
 
 WIDEST = 40  # of a value
 MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """What libraries say meanwhile is not for a person."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
