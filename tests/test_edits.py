@@ -119,7 +119,8 @@ def touch(world: World) -> set[str]:
 
 
 def change_bytes(world: World) -> set[str]:
-    elsewhere = "data_dir" in world.tables["dataset"][0]  # then the rows in no folder's top count
+    rows = world.tables["dataset"][0]  # those in the folder's top count for some, or for none
+    elsewhere = "data_dir" in rows or isinstance(rows.get("data_files"), str)
     names = [name for name in world.files if not (elsewhere and re.search(r"/t\w+\.jsonl", name))]
     name = world.draw.choice(names)
     content = world.files[name] + world.draw.randbytes(4).hex().encode()
@@ -189,7 +190,7 @@ EDITS = [
 
 # Keys that may have no other value: of a file, of a stage's own dataset, beside others' values.
 ONE_VALUE = set("name data_dir data_files test_split test_fraction validation_fraction".split())
-ONE_VALUE |= {"judge_fraction", "quantization", "best_of"}
+ONE_VALUE |= {"judge_fraction", "quantization", "best_of", "trust_remote_code"}
 
 # ---- the cases ----------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ def try_edits(case: int, folder: Path) -> None:
             own = [why for why in reasons if not why.startswith("input ")]
             assert not own or stage in roots | world.waiting, f"{stage}, after {name}: {reasons}"
             if stage in roots - world.waiting and not callable(step):
-                words = {*map(str, step[0]), "batch_size"}
+                words = {*map(str, step[0]), "batch_size", "n"}  # best_of's n
                 said = {word for why in own for word in re.split(r"[ .]", why)}
                 assert words & said, f"{stage}, after {name}: {reasons}"
         world.waiting = changed - there

@@ -211,12 +211,13 @@ class World:
         return {key: value for key, value in asked.items() if ppo or key != "best_of"}
 
     def sampled(self) -> tuple[Any, ...]:
-        """From what, how long and at which temperature the best of several is sampled."""
+        """From what, how long, at which temperature the best of several is sampled, and chosen."""
         ppo = [s for s in self.tables["stages"] if kind_of(self.tables, s) == "ppo"][-1:]
         trained = effective(self.load())[ppo[0]] if ppo else {}
         words = {key: trained.get(key) for key in ("response_length", "temperature")} | self.asked()
         policy = inputs(self.tables)["best_of"]["policy"]
-        return policy, words["response_length"], words["temperature"]
+        chosen = trained.get("missing_eos_penalty")
+        return policy, words["response_length"], words["temperature"], chosen
 
     def load(self) -> Recipe:
         text = written(self.tables, self.draw)
