@@ -85,6 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         ("[ppo]\nkl|", {"kl_coef", "kl_estimator"}),
         ("[ppo.guard]\n|", {"max_kl", "min_entropy", "min_length", "max_score_drop"}),
         ("[model]\nquantization = |", {'"none"', '"8bit"', '"4bit"'}),
+        ("[warmup]\nkind = |", {'"sft"', '"reward"', '"ppo"', '"dpo"'}),
         ("[lora]\ntarget|", {"target_modules"}),
         ("[|", {"model", "lora", "dataset", "sft", "reward", "ppo", "dpo", "evaluation"}),
     ],

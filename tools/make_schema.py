@@ -110,6 +110,11 @@ def schema_json(helps: dict[str, dict[str, str]]) -> str:
         **top,
         "required": ["stages", "model", "dataset"],
         # Not anyOf: Taplo would complete the stages' keys in every other table, too.
-        "additionalProperties": {"type": "object", "required": ["kind"], "allOf": of_kind},
+        "additionalProperties": {
+            "type": "object",
+            "properties": {"kind": {"enum": list(KINDS)}},
+            "required": ["kind"],
+            "allOf": of_kind,
+        },
     }
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
