@@ -23,9 +23,10 @@ from rlhf_recipes.identity import digest
 if TYPE_CHECKING:
     from rlhf_recipes.tables import MirrorTable
 
-# Seconds for one answer of the index, not for the whole download; and no second try.
+# Seconds for one answer of the index, not for the whole download; and no second try. -P: no module
+# of the folder where it is typed.
 PIP = (
-    "-m pip download --no-deps --only-binary=:all: --disable-pip-version-check"
+    "-P -m pip download --no-deps --only-binary=:all: --disable-pip-version-check"
     " --retries=0 --timeout=5"
 )
 

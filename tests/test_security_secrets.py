@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import cli, errors, fetch, judge, progress, untrusted
-from rlhf_recipes.errors import RecipeError, StageError, UsageError, masked
+from rlhf_recipes import cli, errors, fetch, judge, mirror, progress, untrusted
+from rlhf_recipes.errors import ModelError, RecipeError, StageError, UsageError, masked
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.runner import run
+from rlhf_recipes.tables import MirrorTable
 from tests.counting import RECIPE, Counting, toy
 from tests.test_cli import environment
 
@@ -216,6 +217,14 @@ def test_the_folder_where_it_is_started_gives_no_code(tmp_path: Path, canary) ->
             text=True,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_pip_is_not_the_one_of_that_folder(tmp_path: Path, monkeypatch, canary) -> None:
+    (tmp_path / "pip.py").write_text(canary.code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ModelError, match="the model's mirror, is not to be had"):
+        mirror._download(MirrorTable("none-such==1", "a.gguf", "0" * 64), tmp_path)
 
 
 # ---- others on this machine ---------------------------------------------------------------------
