@@ -26,6 +26,7 @@ ELSEWHERE = "see who may read and write it; --runs DIR keeps runs elsewhere"
 FAULTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FREE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), ELSEWHERE),
+    errno.ELOOP: "nothing is written through a link: look where it leads, and take it away",
     errno.EIO: "the disk may be failing; the same command goes on from what is whole",
 }
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries say it

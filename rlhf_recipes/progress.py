@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from rlhf_recipes.errors import masked
-from rlhf_recipes.rundir import now, to_json, write_text
+from rlhf_recipes.rundir import no_link, now, to_json, write_text
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
 LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often
@@ -59,7 +59,8 @@ class Screen:
     def __init__(self, log: Path) -> None:
         self.log_path = log
         self._start = log.stat().st_size if log.exists() else 0
-        self._log = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        words = {"encoding": "utf-8", "errors": "backslashreplace", "buffering": 1}
+        self._log = open(log, "a", opener=no_link, **words)
         self._log.write(masked(f"==== {now()} {' '.join(sys.argv)}\n"))
         self._stream = _own_way_to(sys.stderr)
         self.out = _own_way_to(sys.stdout)  # for results that come while all is quiet

@@ -227,7 +227,7 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
     file = lock_file(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with file.open("a+", encoding="utf-8") as stream:
+        with open(file, "a+", encoding="utf-8", opener=no_link) as stream:
             if not _got(stream):
                 stream.seek(0)
                 held = f"{what} is held by {stream.read().strip() or 'another process'}"
@@ -243,6 +243,11 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
             stream.flush()
             yield
             return
+
+
+def no_link(file: str, flags: int) -> int:
+    """An opener: what a link in a stranger's runs folder leads to is not ours to write to."""
+    return os.open(file, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _got(stream: IO[str]) -> bool:

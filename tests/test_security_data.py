@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import cli, tokens
+from rlhf_recipes import cli, progress, rundir, tokens
 from rlhf_recipes.errors import DataError, ModelError, RecipeError, RlhfRecipesError
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.runner import run
@@ -311,6 +311,21 @@ def test_a_manifest_leads_to_no_folder_but_its_stages(tmp_path: Path, place: str
         *history.stage_folders(tmp_path / "runs", manifest),
     ]
     assert {folder.resolve().parent for folder in found} == {stages}
+
+
+@pytest.mark.parametrize("name", ["tiny/log.txt", ".tiny.lock", ".stages/.sft-0123456789ab.lock"])
+def test_a_link_in_a_runs_folder_leads_no_writing_out(tmp_path: Path, name: str) -> None:
+    """The log is added to, and a lock's file is emptied."""
+    write(tmp_path, {"precious": "mine", "runs/tiny/a": "", "runs/.stages/a": ""})
+    file = tmp_path / "runs" / name
+    file.symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"):
+        if name.endswith(".lock"):
+            with rundir.lock(file.with_name(file.name[1:-5]), "it"):
+                pass
+        else:
+            progress.Screen(file)
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "/x", "a/b", ".x", "", "a\nb", "a\x1b[2J"])
