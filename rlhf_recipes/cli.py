@@ -112,7 +112,7 @@ def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
 def _print_json(value: dict[str, Any]) -> None:
     from rlhf_recipes.rundir import FORMAT, to_json
 
-    print(to_json({"format": FORMAT, **value}, indent=2))
+    print(masked(to_json({"format": FORMAT, **value}, indent=2)))
 
 
 @app.command()

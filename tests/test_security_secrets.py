@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import cli, errors, fetch, judge, mirror, progress, untrusted
+from rlhf_recipes import cli, doctor, errors, fetch, judge, mirror, progress, untrusted
 from rlhf_recipes.errors import ModelError, RecipeError, StageError, UsageError, masked
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.runner import run
@@ -110,6 +110,18 @@ def test_a_traceback_that_is_asked_for_holds_none(
         cli.main()
     told = "".join(capfd.readouterr())
     assert "Traceback" in told and not [name for name, t in TOKENS.items() if t in told]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_doctor_tells_no_password_of_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], form: list
+) -> None:
+    line = doctor.Line("doubt", "hub", f"{WRITTEN['a url' + chr(39) + 's']} does not answer")
+    monkeypatch.setattr(doctor, "doctor", lambda runs: [line])
+    monkeypatch.setattr(sys, "argv", ["rlhf-recipes", "doctor", *form])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "https://***@example.com/x does not answer" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
