@@ -58,7 +58,7 @@ class _Speaker(BaseStreamer):
     """A policy, its turns, and its answer, which `generate` puts here token by token."""
 
     def __init__(self, name: str, role: Role, tokens: Tokens):
-        self.name, self.role, self.tokens = name, role, tokens
+        self.name, self.role, self.tokens = plain(name), role, tokens
         self.turns: Messages = []
 
     def begin(self, out: IO[str] | None) -> None:

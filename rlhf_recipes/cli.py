@@ -60,9 +60,9 @@ def _main(
     if version:
         from importlib.metadata import version as version_of
 
-        print(f"rlhf-recipes {version_of('rlhf-recipes')}")
+        _print(f"rlhf-recipes {version_of('rlhf-recipes')}")
     elif context.invoked_subcommand is None:
-        print(context.get_help())
+        _print(context.get_help())
 
 
 @app.command()
@@ -83,7 +83,7 @@ def run(
     file = find_recipe(recipe)
     loaded = load_recipe(file, set=set_, unset=unset)
     for note in loaded.notes:
-        print(f"{file}: {note}", file=sys.stderr)
+        _print(f"{file}: {note}", file=sys.stderr)
     outcome = run_recipe(loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait)
     _print_outcome(outcome, recipe)
 
@@ -98,15 +98,15 @@ def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
     for done in outcome.stages:
         record = done.record
         rows.append([done.stage.name, done.did, duration(record["seconds"]), record["summary"]])
-    print(f"\n{show.table(rows, right=(2,))}\n")
+    _print(f"\n{show.table(rows, right=(2,))}\n")
     if outcome.verdict:
-        print(show.verdict(outcome.verdict), end="\n\n")
-    print(f"results  {outcome.run_folder / 'results.json'}")
-    print(f"report   {outcome.run_folder / REPORT}")
+        _print(show.verdict(outcome.verdict), end="\n\n")
+    _print(f"results  {outcome.run_folder / 'results.json'}")
+    _print(f"report   {outcome.run_folder / REPORT}")
     if outcome.model:
-        print(f"model    {outcome.model}")
-        print(f"next     rlhf-recipes chat {outcome.run_folder}")
-    print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
+        _print(f"model    {outcome.model}")
+        _print(f"next     rlhf-recipes chat {outcome.run_folder}")
+    _print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -137,14 +137,14 @@ def plan(
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
         return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
-    print(show.plan(made))
+    _print(show.plan(made))
     if made.mirrored:
-        print(f"\nthe model: {made.mirrored}")
+        _print(f"\nthe model: {made.mirrored}")
     from rlhf_recipes.lint import data_lint
 
     with show.quietly():
         found = data_lint(made)
-    print(printable("\n".join(["", *map(str, found)])))
+    _print("\n".join(["", *map(str, found)]))
 
 
 @app.command()
@@ -183,7 +183,7 @@ def check(
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
         if not json:
-            print(printable("\n".join(said)))
+            _print("\n".join(said))
     if json:
         _print_json({"recipes": found})
     if any(entry["problems"] for entry in found):
@@ -201,7 +201,7 @@ def fork(
     from rlhf_recipes.recipe import find_recipe, fork_recipe
 
     file = fork_recipe(find_recipe(recipe), new, set=set_, unset=unset)
-    print(f"{file} written; run it with: rlhf-recipes run {file}")
+    _print(f"{file} written; run it with: rlhf-recipes run {file}")
 
 
 @app.command()
@@ -210,8 +210,8 @@ def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
     from rlhf_recipes.fetch import fetch as fetch_recipe
     from rlhf_recipes.recipe import find_recipe, load_recipe
 
-    fetch_recipe(load_recipe(find_recipe(recipe), set=set_, unset=unset), print)
-    print("all that it loads is on this machine")
+    fetch_recipe(load_recipe(find_recipe(recipe), set=set_, unset=unset), _print)
+    _print("all that it loads is on this machine")
 
 
 @app.command()
@@ -226,7 +226,7 @@ def recipes(json: Json = False) -> None:
     if json:
         return _print_json({"recipes": found})
     for entry in found:
-        print(f"{entry['name']:<15} {entry['title']}")
+        _print(f"{entry['name']:<15} {entry['title']}")
 
 
 @app.command("runs")
@@ -237,7 +237,7 @@ def runs_(runs: Runs = None, json: Json = False) -> None:
     from rlhf_recipes.rundir import runs_folder
 
     found = list_runs(folder := runs_folder(runs))
-    _print_json(found) if json else print(show.runs(found, folder))
+    _print_json(found) if json else _print(show.runs(found, folder))
 
 
 @app.command()
@@ -263,9 +263,9 @@ def compare(
         comparison.write(folders, page)
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
-    print(show.comparison([folder.name for folder in folders], parts))
+    _print(show.comparison([folder.name for folder in folders], parts))
     if page:
-        print(f"\npage  {page}")
+        _print(f"\npage  {page}")
 
 
 @app.command()
@@ -286,8 +286,8 @@ def report(
         from rlhf_recipes import later
 
         later.best_of(run_folder=folder, count=best_of)
-    print(show.verdict(report.write(folder)))
-    print(f"\nreport   {folder / REPORT}")
+    _print(show.verdict(report.write(folder)))
+    _print(f"\nreport   {folder / REPORT}")
     if open_:
         import webbrowser
 
@@ -308,7 +308,7 @@ def doctor(runs: Runs = None, json: Json = False) -> None:
     if json:
         _print_json({"lines": [asdict(line) for line in found]})
     else:
-        print(printable("\n".join(map(str, found))))
+        _print("\n".join(map(str, found)))
     if any(line.level == "fault" for line in found):
         raise typer.Exit(1)
 
@@ -325,7 +325,7 @@ def clean(
     folder = runs_folder(runs)
     found, doubts = unused(folder)
     for doubt in doubts:
-        print(f"no stage is removed: {doubt}", file=sys.stderr)
+        _print(f"no stage is removed: {doubt}", file=sys.stderr)
     _remove(found, folder, yes)
     if doubts:
         raise typer.Exit(1)
@@ -338,18 +338,18 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     from rlhf_recipes.history import size
 
     if not found:
-        return print(f"nothing to remove in {runs}")
+        return _print(f"nothing to remove in {runs}")
     sizes = [size(path) for path, _, _ in found]
     rows = [[show.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)]
     rows = [["size", "what", "why"], *rows, [show.size(sum(sizes)), "in all", ""]]
-    print(show.table(rows, right=(0,)))
+    _print(show.table(rows, right=(0,)))
     if not yes and not sys.stdin.isatty():
-        return print("nothing was removed: there is no terminal to ask at; --yes removes")
+        return _print("nothing was removed: there is no terminal to ask at; --yes removes")
     if not yes and not typer.confirm("Remove all of it?"):
-        return print("nothing was removed")
+        return _print("nothing was removed")
     for spare in found:
         done = remove(spare, runs)
-        print(f"{'removed' if done else 'in use by now, kept:'} {spare[0]}")
+        _print(f"{'removed' if done else 'in use by now, kept:'} {spare[0]}")
 
 
 @app.command()
@@ -393,7 +393,7 @@ def export(
         from rlhf_recipes.export import export as export_model
 
         said = export_model(run_folder=run_folder, folder=folder, stage=stage, form=form)
-    print(said)
+    _print(said)
 
 
 def main() -> NoReturn:
@@ -424,9 +424,13 @@ def _say(message: str, code: int) -> int:
     if "--debug" in sys.argv:
         import traceback
 
-        print(printable(masked(traceback.format_exc())), file=sys.stderr)
-    print(printable(masked(message)), file=sys.stderr)
+        _print(traceback.format_exc(), file=sys.stderr)
+    _print(message, file=sys.stderr)
     return code
+
+
+def _print(text: str, **words: Any) -> None:
+    print(printable(masked(text)), **words)
 
 
 def printable(text: str) -> str:

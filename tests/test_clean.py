@@ -210,3 +210,20 @@ def test_a_run_refers_to_its_stages_from_the_start(
     ((nothing, named),) = seen
     assert nothing == ([], [])
     assert list(named) == ["sft", "reward", "ppo", "evaluation"]
+
+
+def test_names_in_a_runs_folder_command_no_terminal(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    evil = (runs / "other").rename(runs / "a\x1b[2J\u202eb")
+    (runs / "c\x1b[2J" / ".model").mkdir(parents=True)
+    (runs / "c\x1b[2J" / "recipe.toml").write_text("")
+    (runs / "d\x1b[2J").symlink_to("nowhere\x1b[2J")
+    said = [
+        *cleaned(runs, monkeypatch, capfd, "--yes", code=1),
+        *call(monkeypatch, capfd, "report", str(evil)),
+        *call(monkeypatch, capfd, "runs", "--runs", str(runs)),
+    ]
+    told = "\n".join(line for lines in said for line in lines)
+    assert "removed" in told and "report  " in told and "leads to nothing" in told
+    assert not set("\x1b\u202e") & set(told)
