@@ -130,7 +130,7 @@ def _row_files(table: DatasetTable) -> Callable[[Path], bool]:
     def has_a_say(file: Path) -> bool:
         if file == Path("README.md"):  # its front matter may say which files are of which split
             with (table.file / file).open(encoding="utf-8", errors="replace") as stream:
-                return stream.read(99).lstrip().startswith("---")
+                return stream.read().lstrip().startswith("---")
         return file in places if names and not patterns else file.suffix not in (".md", ".py")
 
     return has_a_say

@@ -77,12 +77,13 @@ def check_model(folder: Path, *, trusted: bool = False) -> None:
 def check_description(folder: Path) -> None:
     """Raise DataError where a dataset's own description names files that are not in its folder."""
     import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     for name in ("README.md", ".huggingface.yaml"):
         try:
             text = (folder / name).read_text(encoding="utf-8", errors="replace")
             if name == "README.md":
-                text = text.partition("---")[2].partition("\n---")[0] if "---" in text[:99] else ""
+                text = block[2] if (block := REGEX_YAML_BLOCK.search(text)) else ""
             described = yaml.safe_load(text) or {}
         except FileNotFoundError:
             continue

@@ -101,6 +101,14 @@ HOSTILE = {
         {"README.md": front('[{{data_files: "zip://*.jsonl::{url}/a.zip"}}]'), "a.jsonl": ROW},
         "README.md names",
     ),
+    "an address, far down": (
+        {"README.md": "\n" * 150 + front('[{{data_files: "{url}/a.jsonl"}}]'), "a.jsonl": ROW},
+        "README.md names 'http",
+    ),
+    "an address, after what looks like the end": (
+        {"README.md": "---\n---b: 1" + front('[{{data_files: "{url}/a"}}]')[3:], "a.jsonl": ROW},
+        "README.md names 'http",
+    ),
     "a bomb": ({"README.md": BOMB + "configs: *i\n---\n", "a.jsonl": ROW}, "names no end of files"),
 }
 
