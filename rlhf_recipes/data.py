@@ -7,6 +7,7 @@ stage, in every dataset, for ever. What is dropped is counted by reason.
 
 from __future__ import annotations
 
+import glob
 import os.path
 import re
 from collections import Counter
@@ -171,20 +172,22 @@ def _read_split(table: Any, split: str) -> Any:
     place = dataset_place(table)
     builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if place.suffix in builder:
-        made, mode = load_dataset_builder(builder[place.suffix], data_files=str(place)), None
+        made = load_dataset_builder(builder[place.suffix], data_files=glob.escape(str(place)))
+        mode = None
     else:
         words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
         if isinstance(table.data_files, dict) and split in table.data_files:
             words["data_files"] = {split: table.data_files[split]}  # others may have other columns
         untrusted.check_description(place)
         made = load_dataset_builder(str(place), **words)
-        untrusted.check_files(place, *(made.config.data_files or {}).values())
         # What `datasets` keeps of a folder is found by its name and patterns alone, not by its
         # bytes: a folder of ours is read anew. A snapshot's name is its commit.
         mode = "reuse_cache_if_exists" if table.is_local else None
     untrusted.check_reader(place, type(made).__module__)
+    untrusted.check_files(place, *(made.config.data_files or {}).values())
     made.download_and_prepare(download_mode=mode)
-    return made.as_dataset(split=split)
+    rows = made.as_dataset(split=split)
+    return rows.select_columns(untrusted.plain_columns(rows.features.to_dict()))
 
 
 def _check_share(data: Data, columns: list[str], table: Any) -> None:

@@ -17,6 +17,9 @@ from rlhf_recipes.errors import DataError, ModelError, UsageError
 ALLOW = "RLHF_RECIPES_ALLOW_CODE"  # set by a person, never by a recipe
 # What `datasets` may read rows with; others unpickle, fetch, or need what is not here.
 READERS = ("arrow", "csv", "json", "parquet", "text")
+# What a column may be made of; a picture or a sound is a path or an address that is opened.
+PLAIN = {"Value", "List", "LargeList", "ClassLabel", "Json"}
+ARCHIVES = ("tar", "zip", "7z", "rar")  # by what is in them: a name says nothing
 OUTSIDE = re.compile(r"^[/~]|(^|/)\.\.(/|$)|://|::")
 CONFIG_BYTES = 16 * 2**20
 DESCRIBED = 100_000  # words of a dataset's description; a few lines of YAML can hold billions
@@ -104,14 +107,28 @@ def check_reader(place: Path, module: str) -> None:
         raise DataError(f"the rows in {place} are {kind}", "give them as .jsonl, .csv or .parquet")
 
 
+def plain_columns(features: dict[str, Any]) -> list[str]:
+    """The columns of text and numbers, however deep: to read them opens nothing else."""
+    return [
+        name
+        for name, feature in features.items()
+        if {str(kind) for key, kind in _entries([feature]) if key == "_type"} <= PLAIN
+    ]
+
+
 def check_files(folder: Path, *groups: Iterable[str]) -> None:
-    """Raise DataError where a file, or what a link in its place leads to, is not in `folder`."""
+    """Raise DataError where a file, or what a link in its place leads to, is not in `folder`, or
+    is an archive."""
+    from datasets.utils.extract import Extractor
+
     root = folder.resolve()
     if folder.parent.name == "snapshots":  # of the hub's cache, where all files are links
         root = folder.parents[1].resolve()
     for file in (file for group in groups for file in group):
         if not Path(file).resolve().is_relative_to(root):
             raise climbs(folder, str(file), "it")
+        if Extractor.infer_extractor_format(file) in ARCHIVES:
+            raise DataError(f"{file} is an archive", "give rows as .jsonl, .csv or .parquet")
 
 
 def climbs(folder: Path, place: str, who: str) -> DataError:

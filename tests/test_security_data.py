@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -154,6 +155,53 @@ def test_hostile_datasets(
     with pytest.raises(DataError, match=line) as caught:
         rows(tiny_model, tmp_path / "data")
     assert "\n" not in str(caught.value)
+
+
+def picture(file: Path, place: str, name: str = "image") -> Path:
+    """Rows in Parquet, one column of which is a picture that lies elsewhere."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = {"dtype": "string", "_type": "Value"}
+    features = dict.fromkeys(json.loads(ROW), texts) | {name: {"_type": "Image"}}
+    one = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    columns = {column: [text] for column, text in json.loads(ROW).items()}
+    columns[name] = pyarrow.array([{"bytes": None, "path": place}], one)
+    table = pyarrow.table(columns)
+    table = table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    file.parent.mkdir(exist_ok=True)
+    parquet.write_table(table, file)
+    return file
+
+
+def test_a_picture_that_lies_elsewhere_is_not_opened(
+    tiny_model: Path, tmp_path: Path, visited: list[str]
+) -> None:
+    file = picture(tmp_path / "data" / "a.parquet", f"{visited[0]}/x.png")
+    assert rows(tiny_model, file) == rows(tiny_model, file.parent) == ["red"]
+    picture(file, "/etc/passwd", "prompt")
+    with pytest.raises(DataError, match="1 of 1 rows are unusable"):
+        rows(tiny_model, file)
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.jsonl", "a.csv"])
+def test_an_archive_is_not_unpacked(tiny_model: Path, tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / "data", {"b.jsonl": ROW}) / name
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("c.jsonl", ROW)
+    words = [f'dataset.data_files="{name}"']
+    with pytest.raises(DataError, match="is an archive"):
+        rows(tiny_model, file.parent, *words)
+    if file.suffix != ".zip":
+        with pytest.raises(DataError, match="is an archive"):
+            rows(tiny_model, file)
+
+
+def test_a_file_is_read_that_is_named_like_a_pattern(tiny_model: Path, tmp_path: Path) -> None:
+    write(tmp_path, {"a[1].jsonl": ROW, "a1.jsonl": SECRET})
+    assert rows(tiny_model, tmp_path / "a[1].jsonl") == ["red"]
 
 
 @pytest.mark.parametrize("what", ["a.jsonl", "folder"])
