@@ -10,13 +10,22 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 
 from rlhf_recipes import untrusted
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.tables import located, python_judge
 
 Judge = Callable[[str, str], float]
+
+
+class _AsWritten(SourceFileLoader):
+    """Runs the text that a person has read, and no compiled file that came with it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def check_judge(spec: str, base: Path) -> None:
@@ -33,7 +42,8 @@ def load_judge(spec: str, base: Path) -> Judge | None:
     check_judge(spec, base)
     name, function = named
     file = located(name, base)
-    module_spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)
+    loader = _AsWritten(f"judge_{file.stem}", str(file))
+    module_spec = importlib.util.spec_from_file_location(loader.name, file, loader=loader)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

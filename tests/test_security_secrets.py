@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +197,18 @@ def test_the_shipped_judge_needs_nobody(monkeypatch: pytest.MonkeyPatch, tmp_pat
             judge.check_judge("python:./oracle.py:score", place)
     (tmp_path / "link.py").symlink_to(recipes / "chat" / "oracle.py")
     judge.check_judge("python:./link.py:score", tmp_path)  # what it leads to is what is run
+
+
+def test_a_judge_is_run_as_it_is_written(tmp_path: Path, canary) -> None:
+    """Not as a compiled file beside it says, whatever times and sizes that one claims."""
+    file = tmp_path / "rule.py"
+    file.write_text("def score(prompt, answer):\n    return 2\n")
+    (tmp_path / "evil.py").write_text(canary.code)
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    to = importlib.util.cache_from_source(str(file))
+    py_compile.compile(str(tmp_path / "evil.py"), to, invalidation_mode=mode)
+    assert judge.load_judge("python:./rule.py:score", tmp_path)("red", "blue") == 2
+    assert len(list(Path(to).parent.iterdir())) == 1
 
 
 def test_to_plan_and_to_check_run_no_code(
