@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes import sources
+from rlhf_recipes import sources, untrusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,16 +65,27 @@ class Shared:
 
     def exported(self, output: Path | None) -> PreTrainedModel:
         """The causal model of a stage's output (None: of nothing trained), merged, unquantized."""
-        from peft import PeftModel
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
 
+        from rlhf_recipes.adapters import ADAPTER
         from rlhf_recipes.models import compute_dtype, load_causal_lm
 
         words = {"dtype": compute_dtype(self.recipe.model.dtype)}
         words["trusted"] = self.recipe.model.trust_remote_code
         if self.recipe.lora is None or output is None:
-            return load_causal_lm(output or self.model_folder, **words)
+            return load_causal_lm(self._whole(output), **words)
         lm = load_causal_lm(self.model_folder, **words)
-        return PeftModel.from_pretrained(lm, output).merge_and_unload()
+        # The recipe says what the adapter is: a folder's own word may name files and modules.
+        lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **self.recipe.lora))
+        set_peft_model_state_dict(lm, load_file(output / ADAPTER))
+        return lm.merge_and_unload()
+
+    def _whole(self, output: Path | None) -> Path:
+        """A folder of whole weights: a stage's, which may have come from elsewhere, or the base."""
+        if output is not None:
+            untrusted.check_model(output, trusted=self.recipe.model.trust_remote_code)
+        return output or self.model_folder
 
     def load_base(self, quantization: str) -> Base:
         """The base model with room for adapters, beside the one that is kept, if it is."""
@@ -88,7 +99,7 @@ class Shared:
 
         def load(source: Path | None) -> Any:
             lm = load_causal_lm(
-                source or self.model_folder,
+                self._whole(source),
                 # Weights that are trained whole are float32 under autocast: a step of 1e-6
                 # vanishes in bfloat16's 8 bits.
                 dtype=torch.float32 if whole else dtype,

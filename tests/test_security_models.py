@@ -170,6 +170,33 @@ def test_a_hostile_scorer_is_refused_too(
     assert begun(tmp_path / "runs") == []
 
 
+@pytest.mark.parametrize("spoil", HOSTILE, ids=lambda spoil: spoil.__name__)
+def test_the_weights_of_a_run_from_elsewhere_are_looked_at(
+    model: Path, tiny_model: Path, tiny_pairs: Path, canary: Canary, spoil: Spoil
+) -> None:
+    spoil(model, canary)
+    shared = Shared(recipe_on(model, tiny_pairs, f"model.name={tiny_model}", "lora=false"), {})
+    with pytest.raises(ModelError, match=HOSTILE[spoil]):
+        shared.exported(model)
+    with pytest.raises(ModelError, match=HOSTILE[spoil]):
+        shared.base.open("policy", model, seed=0)
+
+
+def test_an_adapter_of_a_run_from_elsewhere_is_what_the_recipe_says(
+    model: Path, tiny_pairs: Path, tmp_path: Path, canary: Canary
+) -> None:
+    shared = Shared(recipe_on(model, tiny_pairs), {})
+    role = shared.base.open("policy", None, seed=0, trainable=True)
+    shared.base.save(role, tmp_path)
+    evil = {"peft_type": "XLORA", "adapters": {"0": "evil/repo"}, "hidden_size": 32}
+    change(tmp_path / "adapter_config.json", **evil, megatron_config={"a": 1}, megatron_core="this")
+    (tmp_path / "adapter_model.bin").write_bytes(canary.torch())
+    assert shared.exported(tmp_path).config.model_type == "llama"
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        shared.exported(tmp_path)
+
+
 # ---- passed over --------------------------------------------------------------------------------
 
 
