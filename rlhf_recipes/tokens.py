@@ -83,6 +83,10 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
     pad id beyond it crashes `gather` in PPO. Raises ModelError where no token is free to pad with,
     or where the template fails.
     """
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if template == "own" and any(Path(name).name != name for name in named):
+        what = "the model's chat templates have names that no file of its folder can have"
+        raise ModelError(what, OWN_TEMPLATE)
     if tokenizer.chat_template is None or template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     try:

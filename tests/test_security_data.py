@@ -277,6 +277,21 @@ def test_hostile_templates(
     assert Shared(load_recipe(tmp_path / "plain.toml", set=words), {}).tokens.eos_id == 2
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil"])
+def test_a_template_whose_name_climbs(
+    tiny_model: Path, tiny_pairs: Path, tmp_path: Path, name: str
+) -> None:
+    """Refused before a stage, not where the finished model is written."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    text = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": text}, {"name": name, "template": "x"}]
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": named}))
+    with pytest.raises(ModelError, match="names that no file of its folder can have"):
+        rows(model, tiny_pairs)
+
+
 def test_a_template_that_waits_for_its_row(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
