@@ -17,10 +17,11 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.adapters import ADAPTER, HEAD, UNIT
 from rlhf_recipes.errors import UsageError
+from rlhf_recipes.history import manifest_of
 from rlhf_recipes.models import SAFELY, WEIGHTS, compute_dtype
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rewards import read_unit
-from rlhf_recipes.rundir import MANIFEST, entry_folder, read_json
+from rlhf_recipes.rundir import entry_folder
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE, POLICY_KINDS
 
@@ -48,13 +49,13 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
 
 def shared_of(run_folder: Path) -> Shared:
     """What the stages of a run shared: its recipe, and the base model that it started from."""
-    identity = read_json(run_folder / MANIFEST)["model"]
+    identity = manifest_of(run_folder)["model"]
     return Shared(load_recipe(run_folder / "resolved.toml"), identity)
 
 
 def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
-    entries = [e for e in read_json(run_folder / MANIFEST)["stages"] if e["outcome"] != "not run"]
+    entries = [e for e in manifest_of(run_folder)["stages"] if e["outcome"] != "not run"]
     models = [e for e in entries if e["kind"] not in (EVALUATION, BEST_OF)]
     wanted = POLICY_KINDS if stage is None else (stage,)
     fitting = [e for e in models if e["kind" if stage is None else "name"] in wanted]

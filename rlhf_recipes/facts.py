@@ -124,7 +124,7 @@ def read(folder: Path) -> Facts:
             stages.append(_stage(entry, folder.parent))
     outputs = {stage.kind: stage.folder / "output" for stage in stages if stage.record}
     recipe: Json = {}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
     return Facts(
         folder=folder,
@@ -165,7 +165,7 @@ def lines(file: Path) -> tuple[Json, ...]:
     found = []
     with contextlib.suppress(OSError):
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(value := json.loads(line), dict):
                     found.append(value)
     return tuple(found)

@@ -20,10 +20,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A run's manifest; None where it is missing or damaged."""
     manifest = rundir.read_json(folder / rundir.MANIFEST)
     with contextlib.suppress(KeyError, TypeError):
-        for entry in (manifest or {})["stages"]:
-            Path(entry["name"], entry["folder"])
+        texts = [(manifest or {})[key] for key in ("title", "outcome", "ended", "recipe")]
+        for entry in manifest["stages"]:
+            texts += [entry[key] for key in ("name", "kind", "folder", "outcome")]
+        Path(*texts, *manifest["overrides"], *manifest["model"])  # all of them are texts
         return manifest
     return None
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The same. Raises UsageError where there is none."""
+    if (manifest := read_manifest(folder)) is None:
+        raise UsageError(f"{folder} has no manifest.json that can be read", "run it again")
+    return manifest
 
 
 def run_folders(runs: Path) -> Iterator[tuple[Path, dict[str, Any] | None]]:
@@ -109,11 +118,9 @@ def compare(folders: Sequence[Path]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _told(folder: Path) -> dict[str, dict[str, Any]]:
-    manifest = read_manifest(folder)
-    found = manifest and facts.read(folder)
-    if not found or not found.recipe:
-        file = "resolved.toml" if manifest else "manifest.json"
-        raise UsageError(f"{folder} has no {file} that can be read", "run it again")
+    manifest, found = manifest_of(folder), facts.read(folder)
+    if not found.recipe:
+        raise UsageError(f"{folder} has no resolved.toml that can be read", "run it again")
     return {
         "recipe": _flat(found.recipe) | _contents(manifest),
         "results": {key: value for key, value in found.results.items() if key != "format"},
@@ -129,7 +136,7 @@ def _flat(value: Any, where: str = "") -> dict[str, Any]:
         return {where: ELSEWHERE.sub(r"\1", value) if isinstance(value, str) else value}
     flat: dict[str, Any] = {}
     for key, one in value.items():
-        flat |= _flat(one, where + key if key[0] == "[" else f"{where}.{key}".lstrip("."))
+        flat |= _flat(one, where + key if key[:1] == "[" else f"{where}.{key}".lstrip("."))
     return flat
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.history import read_manifest
+from rlhf_recipes.history import manifest_of
 from rlhf_recipes.plan import make_plan
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.runner import RunOutcome, run
@@ -22,9 +22,7 @@ def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
     Raises UsageError where another of its stages would have to run first, and what `run` raises.
     """
     folder = run_folder.resolve()
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UsageError(f"{run_folder} has no manifest.json that can be read", "run it again")
+    manifest = manifest_of(folder)
     recipe = load_recipe(folder / "resolved.toml", set=[f"{KEY}{count}"])
     for stage in make_plan(recipe, folder.parent, name=folder.name).stages:
         if not stage.done and stage.kind != BEST_OF:

@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON file of ours; None where it is missing, damaged or of another format."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and value.get("format") == FORMAT else None
 

@@ -261,3 +261,33 @@ print(sorted({"torch", "transformers", "datasets", "peft"} & set(sys.modules)))
     words = [sys.executable, "-c", code, str(runs), str(runs.parent / "toy.toml")]
     done = subprocess.run(words, capture_output=True, text=True, check=True, input="")
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+ODD = ['{"format": 1, "stages": []}', '{"format": 1, "stages": 5, "model": 3}', DEEP]
+
+
+@pytest.mark.parametrize("text", ODD, ids=["few keys", "other types", "deep"])
+def test_a_manifest_of_another_shape_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], text: str
+) -> None:
+    runs = two_runs(tmp_path, monkeypatch)
+    (runs / "other" / "manifest.json").write_text(text)
+    out, _ = call(monkeypatch, capfd, "runs", "--runs", str(runs))
+    assert out[-1] == f"{runs / 'other'} has no manifest.json that can be read"
+    call(monkeypatch, capfd, "report", str(runs / "other"))
+    line = f"{runs / 'other'} has no manifest.json that can be read (run it again)"
+    words = ["compare", str(runs / "other"), str(runs / "toy")]
+    assert call(monkeypatch, capfd, *words, code=2)[1] == [line]
+
+
+def test_a_recipe_of_another_shape_is_compared_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = two_runs(tmp_path, monkeypatch)
+    file, words = runs / "other" / "resolved.toml", [str(runs / "toy"), str(runs / "other")]
+    file.write_text(f'"" = 1\n{file.read_text()}')
+    call(monkeypatch, capfd, "compare", *words)
+    file.write_text(f"a = {DEEP}")
+    line = f"{runs / 'other'} has no resolved.toml that can be read (run it again)"
+    assert call(monkeypatch, capfd, "compare", *words, code=2)[1] == [line]
