@@ -151,6 +151,7 @@ CASES = [
     (STAGES, STAGES + "\nrloo = 3", "my.toml:2: rloo: unknown key (there are title, stages, seed, model, lora, dataset, evaluation)"),
     # keys of other tools: tests/test_elsewhere.py has the names
     (STAGES, STAGES + "\nsft.lr = 1", "my.toml:2: sft.lr: unknown key: here that is learning_rate"),
+    (STAGES, STAGES + "\nlora.alpha = 16", "my.toml:2: lora.alpha: unknown key: here that is lora.lora_alpha"),
     (STAGES, STAGES + "\ncutoff_len = 1", "my.toml:2: cutoff_len: unknown key: here that is dataset.max_prompt_tokens and dataset.max_answer_tokens"),
     (STAGES, STAGES + "\noptimizer = {}", "my.toml:2: optimizer: unknown table: stages does not name it: here that is optim"),
     (STAGES, 'stages = ["rm"]', 'my.toml:1: stages: "rm" is no kind of stage, and has no table: here that is reward'),
