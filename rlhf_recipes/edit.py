@@ -42,7 +42,8 @@ def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
             edited.problems.append(Problem(f"--unset {key}", None, key, wrong))
     for path, raw in sorted(pairs, key=lambda pair: len(pair[0])):
         key = ".".join(path)
-        word = edited.words[path] = f"--set {key}={raw}"
+        shown = raw if len(raw) <= 80 else f"{raw[:79]}…"
+        word = edited.words[path] = f"--set {key}={shown}"
         wrong = _put(document, path, raw, edited)
         if wrong:
             edited.problems.append(Problem(word, None, key, wrong))

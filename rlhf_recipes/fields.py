@@ -123,7 +123,12 @@ def show(value: Any) -> str:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)
+    known = list(known)
+    near = [
+        close
+        for spelt in (word, word.lower())
+        for close in difflib.get_close_matches(spelt, known, n=1, cutoff=0.65)
+    ]
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 
