@@ -7,7 +7,7 @@ from statistics import fmean
 
 from rlhf_recipes import plots
 from rlhf_recipes.facts import Facts, Share, Stage, number
-from rlhf_recipes.findings import percent, plain_title
+from rlhf_recipes.findings import percent
 from rlhf_recipes.plots import BASE, PPO, SFT, Plot
 
 LEAST = 4  # points: a curve of fewer says nothing
@@ -49,7 +49,7 @@ def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
                 rows.append((f"{whose}, {words} {share.count}", share, colour))
     if not rows:
         return None
-    who, other = plain_title(facts, name), plain_title(facts, start)
+    who, other = facts.plain_title(name), facts.plain_title(start)
     share = percent(rows[0][1].value)
     told = f"{who}'s answers are preferred to {other}'s on {share} of the prompts"
     said = "; ".join(f"by the {label}: {_between(share)}" for label, share, _ in rows)
@@ -73,7 +73,7 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
     whose, unit = "the judge", "gain, the judge's points"
     if by == "score":
         whose, unit = "the reward model", "gain, units of the reward"
-    who, best = plain_title(facts, name), []
+    who, best = facts.plain_title(name), []
     told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
     if facts.best_of.get("against") == name:
         columns = [facts.best_of.get(key) or [] for key in ("n", "kl", f"{by}_gain")]

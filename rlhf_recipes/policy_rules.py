@@ -6,18 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rlhf_recipes.facts import Facts, Share, number
-from rlhf_recipes.findings import (
-    Finding,
-    Found,
-    interval,
-    leash,
-    percent,
-    said,
-    setting,
-    slower,
-    steps,
-    title,
-)
+from rlhf_recipes.findings import Finding, Found, interval, percent, said
 from rlhf_recipes.tables import INDEPENDENT
 
 # A win rate whose interval holds a half is open where it is that wide, or itself from there on.
@@ -42,7 +31,7 @@ def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
     starts = facts.starts()
     for stage in facts.of_kind("ppo", "dpo"):
         start = starts[stage.name]
-        yield stage.name, start, title(facts, stage.name), title(facts, start)
+        yield stage.name, start, facts.title(stage.name), facts.title(start)
 
 
 def went_far(facts: Facts) -> Found:
@@ -54,7 +43,7 @@ def went_far(facts: Facts) -> Found:
         if kl is not None and kl > limit:
             text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
             text += "from what the reward model has seen, its scores mean little."
-            yield Finding("fault", name, text, f"{slower(facts, name)}.")
+            yield Finding("fault", name, text, f"{facts.slower(name)}.")
             if why.startswith("KL"):
                 continue
         if why:
@@ -63,7 +52,7 @@ def went_far(facts: Facts) -> Found:
             if kept is not None and kept != updates:
                 text += f" The policy of update {kept:.0f} was kept."
             level = "doubt" if why.startswith("KL") else "fault"
-            yield Finding(level, name, text, f"{slower(facts, name)}.")
+            yield Finding(level, name, text, f"{facts.slower(name)}.")
 
 
 def collapsed(facts: Facts) -> Found:
@@ -88,7 +77,7 @@ def collapsed(facts: Facts) -> Found:
         stage = facts.stage(name)
         if stage and (entropy := stage.series("val/entropy_per_token")[1]):
             what += f"; entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats a token"
-        change = f"{slower(facts, name)}; and see what the reward model likes so much."
+        change = f"{facts.slower(name)}; and see what the reward model likes so much."
         yield Finding("fault", name, f"{what}.", change)
 
 
@@ -109,14 +98,14 @@ def never_ends(facts: Facts) -> Found:
             continue
         kinds = [stage.name for stage in facts.of_kind("ppo")]
         ppo = name if name in kinds else next(iter(kinds), "")
-        text = f"{percent(now)} of {title(facts, name)}'s answers end within their tokens"
+        text = f"{percent(now)} of {facts.title(name)}'s answers end within their tokens"
         own = not ppo or facts.of("evaluation", "response_length")
-        room = setting(facts, "evaluation" if own else ppo, "response_length")
+        room = facts.setting("evaluation" if own else ppo, "response_length")
         if before != "base" and then is not None:
-            text += f", {percent(then)} of {title(facts, before)}'s"
-        cure = f"Raise {setting(facts, name, 'missing_eos_penalty')}, or {room}."
+            text += f", {percent(then)} of {facts.title(before)}'s"
+        cure = f"Raise {facts.setting(name, 'missing_eos_penalty')}, or {room}."
         if name != ppo:
-            cure = f"Raise {steps(facts, name)}; or {room}, where good answers are longer."
+            cure = f"Raise {facts.steps(name)}; or {room}, where good answers are longer."
         if now < ENDING:
             yield Finding("fault", name, f"Only {text}: most are cut off.", cure)
             return
@@ -180,17 +169,17 @@ def no_gain(facts: Facts) -> Found:
         if wins is None or wins.low > 0.5 or _open(wins):
             continue
         text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
-        change = f"{slower(facts, name)}."
+        change = f"{facts.slower(name)}."
         if facts.number(f"{name}.kept_update") == 0:
             text += ": no update beat its start on the validation prompts, so its start was kept."
         elif kl is not None and kl < STILL:
             text += f", at {kl:.2f} nats: it has hardly moved."
-            change = f"Raise {setting(facts, name, 'learning_rate')} or give it more steps."
+            change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps."
         elif wins.high < 0.5:
             text += ": training made it worse."
         else:
             text += ": it gained nothing that can be told."
-            change = f"Give it more steps, or lower {leash(facts, name)}."
+            change = f"Give it more steps, or lower {facts.leash(name)}."
         yield Finding("fault", name, text, change)
 
 
@@ -204,7 +193,7 @@ def fooled(facts: Facts) -> Found:
             text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
             text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
             text += "it learned to please its reward model, not to answer better."
-            change = f"{slower(facts, name)}; or give the reward model more pairs, of such answers."
+            change = f"{facts.slower(name)}; or give the reward model more pairs, of such answers."
             yield Finding("fault", own, text, change)
 
 
@@ -215,7 +204,7 @@ def judged_worse(facts: Facts) -> Found:
         for share, called in () if own and wins and wins.low > 0.5 else _judges(facts, name):
             if share.high < 0.5:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
-                yield Finding("fault", name, f"{text}it became worse.", f"{slower(facts, name)}.")
+                yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
 
 
 def by_length_alone(facts: Facts) -> Found:
@@ -239,7 +228,7 @@ def over_base(facts: Facts) -> Found:
         over = "_over_base" if starts[name] != "base" else ""
         own = [(share, "the reward model")] if (share := _wins(facts, name, "", over)) else []
         for share, called in [*_judges(facts, name, over)] or own:
-            text = f"{title(facts, name)} wins against the base model on {said(share, 'prompts')} "
+            text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
             if share.low > 0.5:
                 yield Finding("good", name, f"{text}by {called}.")
             elif share.high < 0.5:
@@ -260,7 +249,7 @@ def too_few_prompts(facts: Facts) -> Found:
             if share and _open(share):
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
                 text += "few prompts to tell."
-                more = f"Raise {setting(facts, *key)}: {MORE_PROMPTS}"
+                more = f"Raise {facts.setting(*key)}: {MORE_PROMPTS}"
                 yield Finding("doubt", "evaluation", text, more)
 
 
@@ -274,7 +263,7 @@ def against_best_of(facts: Facts) -> Found:
         gain = facts.number(f"{policy}.{by}_gain")
         best = facts.number(f"best_of.{most}.{by}_gain")
         if gain is not None and best and best > 0 and kl is not None and least:
-            who, start = (title(facts, str(name)) for name in (policy, facts.best_of.get("policy")))
+            who, start = (facts.title(str(name)) for name in (policy, facts.best_of.get("policy")))
             share = percent(gain / best) if gain > 0 else "nothing"
             text = f"By {called}, {who} gained {share} of what taking the best of "
             text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."

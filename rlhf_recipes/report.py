@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Stage, number, read
-from rlhf_recipes.findings import Finding, interval, plain_title
+from rlhf_recipes.findings import Finding, interval
 from rlhf_recipes.house import page, style
 from rlhf_recipes.identity import digest
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
@@ -82,7 +82,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
-        "titles": [plain_title(facts, policy) for policy in last or ()],
+        "titles": [facts.plain_title(policy) for policy in last or ()],
         "cases": _cases(facts, *last) if last else [],
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),

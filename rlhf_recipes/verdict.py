@@ -11,17 +11,7 @@ from collections.abc import Iterator
 
 from rlhf_recipes import policy_rules
 from rlhf_recipes.facts import Facts, Share
-from rlhf_recipes.findings import (
-    LEVELS,
-    Finding,
-    Found,
-    interval,
-    percent,
-    said,
-    setting,
-    steps,
-    title,
-)
+from rlhf_recipes.findings import LEVELS, Finding, Found, percent, said
 from rlhf_recipes.intervals import wilson
 
 MINIMUM = 0.55  # of a reward model's accuracy, where the recipe does not say otherwise
@@ -68,12 +58,12 @@ def sft_loss(facts: Facts) -> Found:
             before, after, whose = trained[0], trained[-1], "training"
         if before is None or after is None:
             continue
-        text = f"{title(facts, name)}'s {whose} loss went from {before:.3f} to {after:.3f}"
+        text = f"{facts.title(name)}'s {whose} loss went from {before:.3f} to {after:.3f}"
         if after > before * (1 + LEARNED):
-            fewer = f"Fewer {steps(facts, name)}, or lower {setting(facts, name, 'learning_rate')}."
+            fewer = f"Fewer {facts.steps(name)}, or lower {facts.setting(name, 'learning_rate')}."
             yield Finding("fault", name, f"{text}: it made the model worse.", fewer)
         elif after > before * (1 - LEARNED):
-            more = f"Raise {setting(facts, name, 'learning_rate')} or {steps(facts, name)}; or "
+            more = f"Raise {facts.setting(name, 'learning_rate')} or {facts.steps(name)}; or "
             more += "leave it out, where the model before it answers so already."
             yield Finding("fault", name, f"{text}: it learned next to nothing.", more)
         else:
@@ -95,8 +85,7 @@ def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
 
 
 def _ranks(who: str, share: Share) -> str:
-    value, count = percent(share.value), share.count
-    return f"{who} ranks {value} of {count} test pairs right ({interval(share)})"
+    return f"{who} ranks {said(share, 'test pairs right')}"
 
 
 def worse_than_chance(facts: Facts) -> Found:
@@ -119,11 +108,11 @@ def untrained(facts: Facts) -> Found:
         # A judge's settings are the last reward stage's.
         rewards = [other.name for other in facts.of_kind("reward")]
         table = rewards[-1] if name == "judge" and rewards else name
-        change = f"Raise {setting(facts, table, 'learning_rate')} or {steps(facts, table)}; and "
+        change = f"Raise {facts.setting(table, 'learning_rate')} or {facts.steps(table)}; and "
         change += "read some pairs: is the better answer the chosen one?"
         if trained is not None and trained > 0.8:
             text += f" Of its training pairs it ranked {percent(trained)} right: by heart."
-            change = f"Give it more pairs, or fewer {steps(facts, table)}."
+            change = f"Give it more pairs, or fewer {facts.steps(table)}."
         elif trained is not None:
             text += f" Nor did it learn its training pairs ({percent(trained)} right)."
         after = "What follows it learned from noise." if level == "fault" else "It is no judge."
@@ -134,7 +123,7 @@ def too_few_pairs(facts: Facts) -> Found:
     for name, share, who, _ in _measured(facts):
         if share.low <= 0.5 and share.high >= TELLING:
             text = f"{_ranks(who, share)}: too few pairs to tell it from chance."
-            more = f"More pairs, or a larger {setting(facts, 'dataset', 'test_fraction')}."
+            more = f"More pairs, or a larger {facts.setting('dataset', 'test_fraction')}."
             yield Finding("doubt", name, text, more)
 
 
@@ -180,7 +169,7 @@ def gate_lowered(facts: Facts) -> Found:
         names = (facts.of(stage.name, "reward_model"), "foreign", "reward")
         found = [facts.number(f"{name}.accuracy") for name in names]
         value = next((one for one in found if one is not None), None)
-        text = f"The gate before {title(facts, stage.name)} was lowered to {least:g}, from "
+        text = f"The gate before {facts.title(stage.name)} was lowered to {least:g}, from "
         known = "was held against no test pairs"
         if value is not None:
             known = f"ranks {percent(value)} of test pairs right"
