@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes import sources
 from rlhf_recipes.doctor import Line
 from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.fetch import datasets
 from rlhf_recipes.shared import Shared
 
 if TYPE_CHECKING:
@@ -62,11 +63,7 @@ def _away(plan: Plan) -> str:
         return "" if folder_of(recipe.model.mirror).is_dir() else recipe.model.name
     if not recipe.model.is_local and not sources.base_repo(recipe).cached():
         return recipe.model.name
-    own = [table.dataset for table in recipe.tables.values() if table.dataset]
-    for table in (recipe.dataset, *recipe.dataset.more, *own):
-        if not table.is_local and not sources.dataset_repo(table).cached():
-            return table.path
-    return ""
+    return next((repo.name for repo in datasets(recipe) if not repo.cached()), "")
 
 
 def _all(data: Data) -> list[Example]:

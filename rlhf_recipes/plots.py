@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +27,7 @@ INK, MUTED, GRID = "#010101", "#020202", "#030303"
 PPO, SFT, BASE, BAD = "#040404", "#050505", "#060606", "#070707"
 NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PPO: "ppo", SFT: "sft", BASE: "base", BAD: "bad"}
 POINTS = 300  # of a curve: more cannot be told apart
-RC = {
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "text.color": MUTED,
-    "text.parse_math": False,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "lines.linewidth": 2,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 @dataclass
@@ -63,7 +46,7 @@ class Plot:
         from matplotlib.figure import Figure
 
         drawn = io.BytesIO()
-        with matplotlib.rc_context(RC | {"svg.hashsalt": self.name}):
+        with matplotlib.rc_context({"svg.hashsalt": self.name}, STYLE):
             figure = Figure(figsize=(330 / 72, height / 72), dpi=72, layout="constrained")
             yield figure.add_subplot()
             figure.savefig(drawn, format="svg", metadata={"Date": None})

@@ -212,12 +212,14 @@ def by_length_alone(facts: Facts) -> Found:
     for name, _, who, start in _trained(facts):
         for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
             share = _wins(facts, name, by)
-            for what, words in (("like_length", "of like length"), ("ended", "that both ended")):
+            for what, words, so in (
+                ("like_length", "of like length", "its gain is in their length"),
+                ("ended", "that both ended", "no gain"),
+            ):
                 few = facts.share(f"{name}.{by}win_rate_{what}", f"{name}.{what}_pairs")
                 if share and share.low > 0.5 and few and few.count >= SOME and few.value < 0.5:
                     text = f"Among answers {words}, {who} wins against {start} on "
-                    text += f"{said(few, 'prompts')} by {called}: "
-                    text += "its gain is in their length." if what == "like_length" else "no gain."
+                    text += f"{said(few, 'prompts')} by {called}: {so}."
                     yield Finding("doubt", name, text, "Read some of them side by side.")
 
 
@@ -271,16 +273,5 @@ def against_best_of(facts: Facts) -> Found:
             return
 
 
-RULES = (
-    went_far,
-    collapsed,
-    never_ends,
-    success,
-    no_gain,
-    fooled,
-    judged_worse,
-    by_length_alone,
-    over_base,
-    too_few_prompts,
-    against_best_of,
-)
+RULES = [went_far, collapsed, never_ends, success, no_gain, fooled, judged_worse]
+RULES += [by_length_alone, over_base, too_few_prompts, against_best_of]

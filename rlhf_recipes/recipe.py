@@ -115,22 +115,18 @@ def _without_none(value: Any) -> Any:
 
 # ---- loading
 
-# What to do about tomllib's messages, by how they begin.
+# What to do about tomllib's messages, by how they begin, as patterns.
 TOML_HINTS = {
     "Invalid value": "text needs quotes, true and false are small, and there is no null",
     "Invalid initial": "a key is letters, digits, - and _, or stands in quotes",
     "Invalid statement": "a line is key = value, or a [table]",
-    "Invalid hex": "write a backslash twice, or the text in single quotes",
-    "Unescaped": "write a backslash twice, or the text in single quotes",
-    "Escaped": "write a backslash twice, or the text in single quotes",
+    "Invalid hex|Unescaped|Escaped": "write a backslash twice, or the text in single quotes",
     "Invalid date": "text needs quotes",
     "Expected newline": "one key a line; text needs quotes",
     "Expected '='": "a key is written key = value",
     "Expected ']": "a table is written [table]",
-    "Expected": "the quotes do not close on their line",
-    "Illegal": "the quotes do not close on their line",
+    "Expected|Illegal|Found invalid character '.n'": "the quotes do not close on their line",
     "Unterminated": "its quotes do not close",
-    "Found invalid character '\\n'": "the quotes do not close on their line",
     "Found": "take it out, or close the quotes before it",
     "Unclosed array": "a ] or a comma is missing",
     "Unclosed inline": "a } or a comma is missing, or it takes more than one line",
@@ -198,7 +194,7 @@ def _no_toml(said: str, text: str, path: Path) -> Problem:
     written = text.rstrip("\n").split("\n")
     found = re.match(r"line (\d+)", place)
     line = int(found[1]) if found else len(written)
-    hint = next((hint for start, hint in TOML_HINTS.items() if message.startswith(start)), "")
+    hint = next((hint for start, hint in TOML_HINTS.items() if re.match(start, message)), "")
     if place.startswith("end"):
         hint = "something is not closed: quotes, a ] or a }"
     shown = written[line - 1].strip()

@@ -19,14 +19,11 @@ from rlhf_recipes.verdict import verdict
 
 REWARDS = ("reward", "judge")
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
+JUDGES = {"judge_": "the judge", "judge2_": "the second judge", "": "the reward model"}
 # What the table of the policies says: a key, and how a person calls it.
-POLICY_ROWS = {
-    "judge_win_rate": "preferred by the judge",
-    "judge2_win_rate": "preferred by the second judge",
-    "win_rate": "preferred by the reward model",
-    "judge_win_rate_over_base": "to the base, by the judge",
-    "judge2_win_rate_over_base": "to the base, by the second judge",
-    "win_rate_over_base": "to the base, by the reward model",
+POLICY_ROWS = {f"{by}win_rate": f"preferred by {who}" for by, who in JUDGES.items()}
+POLICY_ROWS |= {f"{by}win_rate_over_base": f"to the base, by {who}" for by, who in JUDGES.items()}
+POLICY_ROWS |= {
     "judge_gain": "gain by the judge",
     "judge2_gain": "gain by the second judge",
     "score_gain": "gain, units of the reward",

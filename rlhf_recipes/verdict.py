@@ -190,13 +190,5 @@ def learned_preferences(facts: Facts) -> Found:
                 yield Finding("doubt", name, f"{text}: it tells no more than length does.", change)
 
 
-RULES = (
-    ended,
-    sft_loss,
-    worse_than_chance,
-    untrained,
-    too_few_pairs,
-    follows_length,
-    gate_lowered,
-    learned_preferences,
-)
+RULES = [ended, sft_loss, worse_than_chance, untrained, too_few_pairs, follows_length]
+RULES += [gate_lowered, learned_preferences]

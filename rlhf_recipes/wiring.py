@@ -1,6 +1,7 @@
 """The stages of a recipe: the kind of each, what it takes from those before, its settings."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,8 @@ NEEDED_BY_SCHEDULERS = {
     "cosine_warmup_with_min_lr": "min_lr or min_lr_rate",
     "warmup_stable_decay": "num_decay_steps",
 }
-LOSSES_OF_DIVERGENCES = set(
-    "sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()
-)  # DPOTrainer raises for the others
+# DPOTrainer raises for the others.
+LOSSES_OF_DIVERGENCES = {*"sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()}
 
 
 class StageChecker(Checker):
@@ -92,9 +92,8 @@ class StageChecker(Checker):
             self.problem((*at, "kind"), f'must be "{name}", or left out')
         options, given = resolve(trl_fields()[kind], values, lora)
         extras = _extras(kind, values, options)
-        self.clashes(kind, options, at)
-        if kind == "ppo":
-            self.ppo(options, extras, at)
+        for key, what in (*_clashes(options), *_clashes_of_kind(kind, options, extras)):
+            self.problem((*at, key), what)
         return StageTable(
             name=name,
             kind=kind,
@@ -137,55 +136,6 @@ class StageChecker(Checker):
             inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
 
-    def clashes(self, kind: str, options: dict[str, Any], at: Key) -> None:
-        """What TRL's trainers and transformers refuse, or would trip over, hours later."""
-        if not options.get("dataloader_num_workers"):
-            for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-                if options.get(key):
-                    self.problem((*at, key), "needs dataloader_num_workers of at least 1")
-        scheduler, words = options["lr_scheduler_type"], options["lr_scheduler_kwargs"] or {}
-        needed = NEEDED_BY_SCHEDULERS.get(scheduler, "")
-        if needed and len(words.keys() & needed.split(" or ")) != 1:
-            what = f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
-            self.problem((*at, "lr_scheduler_kwargs"), what)
-        words = options["gradient_checkpointing_kwargs"]
-        if words and words.get("use_reentrant") is not False:
-            what = "must hold use_reentrant = false: else no gradient passes a frozen base"
-            self.problem((*at, "gradient_checkpointing_kwargs"), what)
-        if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
-            self.problem((*at, "optim_args"), 'must be "name=value", with commas between several')
-        if kind == "dpo":
-            self.dpo(options, at)
-
-    def dpo(self, options: dict[str, Any], at: Key) -> None:
-        losses, weights = options["loss_type"], options["loss_weights"]
-        if not losses:
-            self.problem((*at, "loss_type"), "names no loss")
-        if weights is not None and len(weights) != len(losses):
-            what = f"{len(weights)} for {len(losses)} of loss_type"
-            self.problem((*at, "loss_weights"), f"must be one for each loss, not {what}")
-        if "robust" in losses and options["label_smoothing"] >= 0.5:
-            self.problem((*at, "label_smoothing"), 'must be below 0.5 for loss_type "robust"')
-        if "exo_pair" in losses and not options["label_smoothing"]:
-            what = 'loss_type "exo_pair" needs it above 0: its paper has 0.001'
-            self.problem((*at, "label_smoothing"), what)
-        if options["f_divergence_type"] != "reverse_kl":
-            for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
-                what = f'loss_type "{loss}" goes with "reverse_kl" alone'
-                self.problem((*at, "f_divergence_type"), what)
-
-    def ppo(self, options: dict[str, Any], extras: dict[str, Any], at: Key) -> None:
-        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-        parts = options["num_mini_batches"]
-        if batch % parts:
-            what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
-            self.problem((*at, "num_mini_batches"), f"{parts} does not divide {what}")
-        elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
-            what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
-            self.problem((*at, "whiten_rewards"), f"needs {what}")
-        if options["eval_strategy"] == "no" and extras["keep"] == "best":
-            self.problem((*at, "eval_strategy"), 'leaves no score to choose by: say keep = "last"')
-
     def implied(
         self, evaluation: EvaluationTable, tables: list[StageTable], lora: bool, share: float
     ) -> list[StageTable]:
@@ -204,12 +154,6 @@ class StageChecker(Checker):
         extras, none = _extras("reward", {}, options), dict.fromkeys([*ROLES, "dataset"])
         return [StageTable(JUDGE, "reward", **none, extras=extras, options=options, given=given)]
 
-    def scoring(self, table: StageTable) -> None:
-        if table.kind == "ppo" and table.reward_model is None:
-            key: Key = (table.name,) if table.name in self.data else ("stages",)
-            what = 'put a "reward" stage before it, or say reward_model = "…"'
-            self.problem(key, f"{table.name} has nothing to score with: {what}")
-
 
 def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecker]:
     """The parts of a Recipe, to be used only if the checker holds no problem.
@@ -227,7 +171,10 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     asked = None if evaluation is None else EvaluationTable(**evaluation)
     if names == written:
         for table in tables:
-            checker.scoring(table)
+            if table.kind == "ppo" and table.reward_model is None:
+                key: Key = (table.name,) if table.name in data else ("stages",)
+                what = 'put a "reward" stage before it, or say reward_model = "…"'
+                checker.problem(key, f"{table.name} has nothing to score with: {what}")
         if asked:
             share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
             tables += checker.implied(asked, tables, lora is not None, share)
@@ -247,6 +194,54 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
         "tables": {table.name: table for table in tables},
         "notes": tuple(checker.notes),
     }, checker
+
+
+def _clashes(options: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What TRL's trainers and transformers refuse, or would trip over, hours later."""
+    if not options.get("dataloader_num_workers"):
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            if options.get(key):
+                yield key, "needs dataloader_num_workers of at least 1"
+    scheduler, words = options["lr_scheduler_type"], options["lr_scheduler_kwargs"] or {}
+    needed = NEEDED_BY_SCHEDULERS.get(scheduler, "")
+    if needed and len(words.keys() & needed.split(" or ")) != 1:
+        yield "lr_scheduler_kwargs", f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
+    words = options["gradient_checkpointing_kwargs"]
+    if words and words.get("use_reentrant") is not False:
+        what = "must hold use_reentrant = false: else no gradient passes a frozen base"
+        yield "gradient_checkpointing_kwargs", what
+    if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
+        yield "optim_args", 'must be "name=value", with commas between several'
+
+
+def _clashes_of_kind(
+    kind: str, options: dict[str, Any], extras: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    if kind == "dpo":
+        losses, weights = options["loss_type"], options["loss_weights"]
+        if not losses:
+            yield "loss_type", "names no loss"
+        if weights is not None and len(weights) != len(losses):
+            what = f"{len(weights)} for {len(losses)} of loss_type"
+            yield "loss_weights", f"must be one for each loss, not {what}"
+        if "robust" in losses and options["label_smoothing"] >= 0.5:
+            yield "label_smoothing", 'must be below 0.5 for loss_type "robust"'
+        if "exo_pair" in losses and not options["label_smoothing"]:
+            yield "label_smoothing", 'loss_type "exo_pair" needs it above 0: its paper has 0.001'
+        if options["f_divergence_type"] != "reverse_kl":
+            for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
+                yield "f_divergence_type", f'loss_type "{loss}" goes with "reverse_kl" alone'
+    elif kind == "ppo":
+        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        parts = options["num_mini_batches"]
+        if batch % parts:
+            what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
+            yield "num_mini_batches", f"{parts} does not divide {what}"
+        elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
+            what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
+            yield "whiten_rewards", f"needs {what}"
+        if options["eval_strategy"] == "no" and extras["keep"] == "best":
+            yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'
 
 
 def _extras(kind: str, values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
