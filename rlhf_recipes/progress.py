@@ -18,7 +18,6 @@ import re
 import sys
 import time
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Self, TextIO
@@ -40,7 +39,7 @@ ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|.
 def plain(text: str) -> str:
     """Hostile text as one printable line: no control sequence, no line break, no bidi trick."""
     text = " ".join(ESCAPES.sub("", text).split())
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+    return "".join(c for c in text if c.isprintable())
 
 
 def duration(seconds: float) -> str:
