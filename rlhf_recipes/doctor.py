@@ -16,7 +16,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from rlhf_recipes.errors import masked
+from rlhf_recipes.errors import briefly, masked
 from rlhf_recipes.hub import TIMEOUT
 
 MARKS = {"good": "✓", "note": "·", "doubt": "?", "fault": "✗"}
@@ -68,9 +68,7 @@ def answered(about: str, question: Callable[[], Answers]) -> Iterator[Line]:
         for level, *words in question():
             yield Line(level, about, *words)
     except Exception as error:  # a library that is broken is what is asked about
-        reason = (str(error).strip() or "fails").partition("\n")[0]
-        what = f"{type(error).__name__}: {reason[:160]}"
-        yield Line("fault", about, what, "install the versions of constraints.txt again")
+        yield Line("fault", about, briefly(error), "install the versions of constraints.txt again")
 
 
 # ---- the questions ------------------------------------------------------------------------------

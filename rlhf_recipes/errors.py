@@ -61,6 +61,11 @@ class RlhfRecipesError(Exception):
         self.hint = hint
 
 
+def briefly(error: BaseException) -> str:
+    """Its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0][:160]
+
+
 def plain(text: str) -> str:
     """`text` in one line, with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -153,9 +158,9 @@ def machine_error(error: BaseException, what: str = "", smaller: str = "") -> Ma
             hint = FAULTS[number]
         elif isinstance(cause, RuntimeError) and NOT_WRITTEN.search(str(cause)):
             words, hint = "a file could not be written whole: the disk may be full", FREE
-        elif isinstance(cause, MemoryError):
-            words = "out of memory"
-        elif isinstance(cause, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(str(cause)):
+        elif isinstance(cause, MemoryError) or (
+            isinstance(cause, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(str(cause))
+        ):
             words = "out of memory"
         if words:
             return MachineError(f"{what}: {words}" if what else words, hint)
