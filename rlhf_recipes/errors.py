@@ -66,6 +66,10 @@ def briefly(error: BaseException) -> str:
     return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0][:160]
 
 
+def cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def plain(text: str) -> str:
     """`text` in one line, with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlhf_recipes.errors import masked
+from rlhf_recipes.errors import cut, masked
 from rlhf_recipes.rundir import now, to_json, write_text
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
@@ -199,7 +199,7 @@ class StageProgress:
         """A completion worth looking at, as the stage goes."""
         entry = {"step": self._done, "prompt": prompt, "answer": answer, **numbers}
         self._append("samples.jsonl", entry)
-        text = f"    {_cut(plain(prompt), 60)} → {_cut(plain(answer), 120)}"
+        text = f"    {cut(plain(prompt), 60)} → {cut(plain(answer), 120)}"
         self._screen.line(f"{text}   {_shown(numbers)}".rstrip(), "dim")
 
     def resume(self, done: int) -> None:
@@ -238,10 +238,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _shown(numbers: dict[str, float]) -> str:

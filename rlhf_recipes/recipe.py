@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.edit import Edited, edit, rebase
-from rlhf_recipes.errors import Problem, RecipeError, UsageError, masked
+from rlhf_recipes.errors import Problem, RecipeError, UsageError, cut, masked
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import MAX_SIZE, key_lines, parse
 from rlhf_recipes.tables import (
@@ -68,18 +68,16 @@ class Recipe:
         tested = any(table.test_split for table in tables)
         resolved = [_resolved_dataset(table, tested) for table in tables]
         stages = {name: self._resolved_stage(self.tables[name]) for name in self.stages}
-        return _without_none(
-            {
-                "title": self.title,
-                "stages": list(self.stages),
-                "seed": self.seed,
-                "evaluation": self._resolved_evaluation(),
-                "lora": False if self.lora is None else self.lora,
-                "model": model,
-                "dataset": resolved if self.dataset.more else resolved[0],
-                **stages,
-            }
-        )
+        keys = {
+            "title": self.title,
+            "stages": list(self.stages),
+            "seed": self.seed,
+            "evaluation": self._resolved_evaluation(),
+            "lora": False if self.lora is None else self.lora,
+            "model": model,
+            "dataset": resolved if self.dataset.more else resolved[0],
+        }
+        return _without_none(keys | stages)
 
     def _resolved_evaluation(self) -> dict[str, Any] | bool:
         if self.evaluation is None:
@@ -156,12 +154,8 @@ def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Re
     if problems or edited.problems:
         problems.sort(key=lambda p: (p.file != str(path), p.line or 0))
         raise RecipeError([*problems, *edited.problems])
-    return Recipe(
-        path=path,
-        text=edited.text,
-        overrides=(*set, *(f"unset {key}" for key in unset)),
-        **parts,
-    )
+    overrides = (*set, *(f"unset {key}" for key in unset))
+    return Recipe(path=path, text=edited.text, overrides=overrides, **parts)
 
 
 def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
@@ -197,8 +191,7 @@ def _no_toml(said: str, text: str, path: Path) -> Problem:
     hint = next((hint for start, hint in TOML_HINTS.items() if re.match(start, message)), "")
     if place.startswith("end"):
         hint = "something is not closed: quotes, a ] or a }"
-    shown = written[line - 1].strip()
-    shown = shown if len(shown) <= 60 else shown[:59] + "…"
+    shown = cut(written[line - 1].strip(), 60)
     return Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint and '; '}{hint}")
 
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.errors import cut
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.plan import Plan
 from rlhf_recipes.progress import plain
@@ -107,7 +108,7 @@ def _value(value: Any) -> str:
     if value is None or re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text):
         return "—" if value is None else text[:12]
     text = f"{value:.4g}" if isinstance(value, float) else text
-    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+    return cut(text, WIDEST)
 
 
 def _gain(first: Any, value: Any, part: str) -> str:

@@ -94,11 +94,12 @@ class StageChecker(Checker):
         extras = _extras(kind, values, options)
         for key, what in (*_clashes(options), *_clashes_of_kind(kind, options, extras)):
             self.problem((*at, key), what)
+        own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
         return StageTable(
             name=name,
             kind=kind,
             **{role: self.role(role, name, values, stages) for role in ROLES},
-            dataset=self.own_dataset(name, values, data),
+            dataset=own,
             extras=extras,
             options=options,
             given=given,
@@ -124,13 +125,8 @@ class StageChecker(Checker):
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
 
-    def own_dataset(
-        self, name: str, values: dict[str, Any], data: list[dict]
-    ) -> DatasetTable | None:
-        if "dataset" not in values:
-            return None
-        own, at = values["dataset"], (name, "dataset")
-        self.data_source(self.data[name]["dataset"], own, at)
+    def own_dataset(self, name: str, own: dict[str, Any], data: list[dict]) -> DatasetTable:
+        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
         inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
         if any("test_split" in table for table in data):
             inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
