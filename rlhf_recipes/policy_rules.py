@@ -144,83 +144,83 @@ def _open(share: Share) -> bool:
     return share.low <= 0.5 <= share.high and wide
 
 
-def success(facts: Facts) -> Found:
+def winning(facts: Facts) -> Found:
+    """By the reward model, and by the judges that it was not trained against."""
     for name, _, who, start in _trained(facts):
-        kl, wins = facts.number(f"{name}.kl"), _wins(facts, name)
+        wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
+        own, judged = facts.of(name, "reward_model"), list(_judges(facts, name))
         price = f", at {kl:.1f} nats" if kl is not None else ""
-        judged = list(_judges(facts, name))
+        if gained := wins is not None and wins.low > 0.5:
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
+            text += f"{' that it was trained against' if own else ''}{price}."
+            other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
+            other += ", with `dataset.judge_fraction` over 0."
+            level, change = ("good", "") if judged else ("doubt", other)
+            yield Finding(level, name, text, change)
+        elif wins and not _open(wins):
+            yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
         for share, called in judged:
             if share.low > 0.5:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
                 yield Finding("success", name, text)
-        if wins and wins.low > 0.5:
-            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
-            own = " that it was trained against" if facts.of(name, "reward_model") else ""
-            other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
-            other += ", with `dataset.judge_fraction` over 0."
-            level, change = ("good", "") if judged else ("doubt", other)
-            yield Finding(level, name, f"{text}{own}{price}.", change)
-
-
-def no_gain(facts: Facts) -> Found:
-    """None that even the reward model sees."""
-    for name, _, who, start in _trained(facts):
-        wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
-        if wins is None or wins.low > 0.5 or _open(wins):
-            continue
-        text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
-        change = f"{facts.slower(name)}."
-        if facts.number(f"{name}.kept_update") == 0:
-            text += ": no update beat its start on the validation prompts, so its start was kept."
-        elif kl is not None and kl < STILL:
-            text += f", at {kl:.2f} nats: it has hardly moved."
-            change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps."
-        elif wins.high < 0.5:
-            text += ": training made it worse."
-        else:
-            text += ": it gained nothing that can be told."
-            change = f"Give it more steps, or lower {facts.leash(name)}."
-        yield Finding("fault", name, text, change)
-
-
-def fooled(facts: Facts) -> Found:
-    """The reward model sees a gain that a judge does not."""
-    for name, _, who, start in _trained(facts):
-        wins, own = _wins(facts, name), facts.of(name, "reward_model")
-        for share, called in _judges(facts, name) if own and wins and wins.low > 0.5 else ():
-            if share.low > 0.5 or share.high >= wins.low or _open(share):
-                continue
-            text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
-            text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
-            text += "it learned to please its reward model, not to answer better."
-            change = f"{facts.slower(name)}; or give the reward model more pairs, of such answers."
-            yield Finding("fault", own, text, change)
-
-
-def judged_worse(facts: Facts) -> Found:
-    """A judge sees a loss where the reward model is no witness of a gain: what `fooled` is not."""
-    for name, _, who, start in _trained(facts):
-        wins, own = _wins(facts, name), facts.of(name, "reward_model")
-        for share, called in () if own and wins and wins.low > 0.5 else _judges(facts, name):
-            if share.high < 0.5:
+            elif own and gained:
+                if share.high < wins.low and not _open(share):
+                    text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
+                    text += f"by its reward model, and on {percent(share.value)} "
+                    text += f"({interval(share)}) by {called}: it learned to please its reward "
+                    text += "model, not to answer better."
+                    change = f"{facts.slower(name)}; or give the reward model more pairs, of such "
+                    yield Finding("fault", own, text, f"{change}answers.")
+            elif share.high < 0.5:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
                 yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
+        yield from _only_by_length(facts, name, f"{who} wins against {start}")
+        yield from _too_few_prompts(facts, f"{who} wins against {start}", wins, judged)
 
 
-def by_length_alone(facts: Facts) -> Found:
+def _no_gain(facts: Facts, name: str, versus: str, wins: Share, kl: float | None) -> Finding:
+    """None that even the reward model sees."""
+    text, change = f"{versus} on {said(wins, 'prompts')} by the reward model", facts.slower(name)
+    if facts.number(f"{name}.kept_update") == 0:
+        text += ": no update beat its start on the validation prompts, so its start was kept."
+    elif kl is not None and kl < STILL:
+        text += f", at {kl:.2f} nats: it has hardly moved."
+        change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps"
+    elif wins.high < 0.5:
+        text += ": training made it worse."
+    else:
+        text += ": it gained nothing that can be told."
+        change = f"Give it more steps, or lower {facts.leash(name)}"
+    return Finding("fault", name, text, f"{change}.")
+
+
+def _only_by_length(facts: Facts, name: str, versus: str) -> Found:
     """A gain that is gone among answers of like length, or among those that ended."""
-    for name, _, who, start in _trained(facts):
-        for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
-            share = _wins(facts, name, by)
-            for what, words, so in (
-                ("like_length", "of like length", "its gain is in their length"),
-                ("ended", "that both ended", "no gain"),
-            ):
-                few = facts.share(f"{name}.{by}win_rate_{what}", f"{name}.{what}_pairs")
-                if share and share.low > 0.5 and few and few.count >= SOME and few.value < 0.5:
-                    text = f"Among answers {words}, {who} wins against {start} on "
-                    text += f"{said(few, 'prompts')} by {called}: {so}."
-                    yield Finding("doubt", name, text, "Read some of them side by side.")
+    parts = {
+        "like_length": ("of like length", "its gain is in their length"),
+        "ended": ("that both ended", "no gain"),
+    }
+    for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
+        share = _wins(facts, name, by)
+        for part, (words, so) in parts.items() if share and share.low > 0.5 else ():
+            few = facts.share(f"{name}.{by}win_rate_{part}", f"{name}.{part}_pairs")
+            if few and few.count >= SOME and few.value < 0.5:
+                text = f"Among answers {words}, {versus} on {said(few, 'prompts')} by {called}: "
+                yield Finding("doubt", name, f"{text}{so}.", "Read some of them side by side.")
+
+
+def _too_few_prompts(
+    facts: Facts, versus: str, wins: Share | None, judged: list[tuple[Share, str]]
+) -> Found:
+    asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
+    key = ("evaluation", "prompts")
+    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
+        key = ("dataset", "test_fraction")
+    for share, called in [(wins, "the reward model"), *judged]:
+        if share and _open(share):
+            text = f"{versus} on {said(share, 'prompts')} by {called}: too few prompts to tell."
+            more = f"Raise {facts.setting(*key)}: {MORE_PROMPTS}"
+            yield Finding("doubt", "evaluation", text, more)
 
 
 def over_base(facts: Facts) -> Found:
@@ -238,21 +238,6 @@ def over_base(facts: Facts) -> Found:
                 yield Finding("doubt", name, f"{text}by {called}: it became worse.", change)
             else:
                 yield Finding("note", name, f"{text}by {called}: no difference to tell.")
-
-
-def too_few_prompts(facts: Facts) -> Found:
-    asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
-    key = ("evaluation", "prompts")
-    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
-        key = ("dataset", "test_fraction")
-    for name, _, who, start in _trained(facts):
-        shares = [(_wins(facts, name), "the reward model"), *_judges(facts, name)]
-        for share, called in shares:
-            if share and _open(share):
-                text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
-                text += "few prompts to tell."
-                more = f"Raise {facts.setting(*key)}: {MORE_PROMPTS}"
-                yield Finding("doubt", "evaluation", text, more)
 
 
 def against_best_of(facts: Facts) -> Found:
@@ -273,5 +258,4 @@ def against_best_of(facts: Facts) -> Found:
             return
 
 
-RULES = [went_far, collapsed, never_ends, success, no_gain, fooled, judged_worse]
-RULES += [by_length_alone, over_base, too_few_prompts, against_best_of]
+RULES = (went_far, collapsed, never_ends, winning, over_base, against_best_of)
