@@ -121,8 +121,8 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
         plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
         looks = stage.series(f"eval/{key}")  # at validation prompts
         words = {"percent": form == ".1%", "from_0": key != "score"}
-        plots.curve(plot, xs, ys, PPO, "update", limit=limit, mark=mark, points=looks, **words)
-        made.append(plot)
+        marks = {"limit": limit, "mark": mark, "points": looks}
+        made.append(plots.curve(plot, xs, ys, PPO, "update", **marks, **words))
     return made
 
 

@@ -69,22 +69,19 @@ def _plain(drawn: bytes, alt: str) -> str:
             elif key != "id" or value in named:
                 plain[key.rpartition("}")[2]] = value
         element.attrib = plain
-    return re.sub(r"#0[1-7]0[1-7]0[1-7]", _variable, ET.tostring(root, encoding="unicode"))
+    svg = ET.tostring(root, encoding="unicode")
+    for colour, name in NAMES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
 
 
 def _attributes(style: str) -> dict[str, str]:
     """The declarations of a `style` attribute as attributes; the letters are the page's."""
-    pairs = [part.partition(":")[::2] for part in style.split(";") if part.strip()]
-    plain = {key.strip(): value.strip() for key, value in pairs}
+    plain = dict(re.findall(r"([\w-]+): *([^;]+)", style))
     if "font" in plain:
-        size = re.search(r"([\d.]+)px", plain.pop("font"))
-        plain["font-size"] = size[1] if size else "11"
+        plain["font-size"] = re.search(r"([\d.]+)px", plain.pop("font"))[1]
     plain.pop("font-family", None)
     return plain
-
-
-def _variable(colour: re.Match[str]) -> str:
-    return f"var(--{NAMES[colour[0]]})" if colour[0] in NAMES else colour[0]
 
 
 # ---- shapes -------------------------------------------------------------------------------------

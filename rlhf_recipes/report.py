@@ -153,12 +153,8 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     name = stage.name
     if stage.kind not in REWARDS:
         name = "foreign" if "foreign.accuracy" in facts.results else "reward"
-    made = [
-        charts.accuracy(facts, name),
-        charts.margins(name, stage),
-        charts.calibration(facts, name, stage),
-    ]
-    if stage.kind in REWARDS:
-        made.append(charts.loss(facts, stage))
-    plots = [plot for plot in made if plot]
-    return {"name": name, "plots": plots, "worst": stage.evidence.get("worst")}
+    plots = [charts.accuracy(facts, name), charts.margins(name, stage)]
+    plots.append(charts.calibration(facts, name, stage))
+    plots += [charts.loss(facts, stage)] if stage.kind in REWARDS else []
+    worst = stage.evidence.get("worst")
+    return {"name": name, "plots": [plot for plot in plots if plot], "worst": worst}
