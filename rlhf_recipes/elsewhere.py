@@ -17,12 +17,9 @@ def names() -> dict[str, dict[str, list[str]]]:
 
 @cache
 def _answers() -> list[tuple[str, re.Pattern[str]]]:
-    renamed = [(f"here that is {ours}", theirs) for ours, theirs in names()["renamed"].items()]
-    absent = [(f"nothing here does that: {w}", theirs) for w, theirs in names()["absent"].items()]
-    return [
-        (said, re.compile("|".join(map(fnmatch.translate, theirs))))
-        for said, theirs in renamed + absent
-    ]
+    said = {f"here that is {ours}": theirs for ours, theirs in names()["renamed"].items()}
+    said |= {f"nothing here does that: {why}": t for why, t in names()["absent"].items()}
+    return [(s, re.compile("|".join(map(fnmatch.translate, t)))) for s, t in said.items()]
 
 
 def elsewhere(name: str) -> str:

