@@ -176,11 +176,8 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
     if alone:
         told += f"; by length alone it would be {percent(alone.value)}"
     shares = {"all": whole, "shorter preferred,": shorter, "length alone,": alone}
-    rows = [
-        (f"{label} {share.count}", share, BASE if share is alone else PPO)
-        for label, share in shares.items()
-        if share
-    ]
+    there = [(f"{label} {share.count}", share) for label, share in shares.items() if share]
+    rows = [(label, share, BASE if share is alone else PPO) for label, share in there]
     said = "; ".join(f"{label}: {_between(share)}" for label, share, _ in rows)
     note = "Pairs that nothing was trained on. Bars hold the share in 95 of 100 repetitions."
     plot = Plot(f"{name}-accuracy", told, f"Shares ranked right, {said}.", note)

@@ -90,11 +90,8 @@ def device() -> Answers:
             yield "fault", f"this torch has no code for compute {able}", change
         return
     if not seen:
-        threads = torch.get_num_threads()
-        yield (
-            "note",
-            f"no NVIDIA driver: all on {threads} threads of the processor, torch {version}",
-        )
+        text = f"no NVIDIA driver: all on {torch.get_num_threads()} threads of the processor"
+        yield "note", f"{text}, torch {version}"
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     why, change = "CUDA does not start", "`nvidia-smi` says more; try after a restart"

@@ -73,9 +73,8 @@ def runs(found: dict[str, Any], folder: Path) -> str:
         rows.append([run["name"], _when(run["ended"]), run["outcome"], stages, *said, *sizes])
     own, shared = size(sum(run["bytes"] for run in found["runs"])), size(found["stages_bytes"])
     lines = [table(rows, right=(4, 5, 6, 7, 8)), ""] if found["runs"] else []
-    lines.append(
-        f"runs in {folder}: {len(found['runs'])}, {own}; their stages, each once: {shared}"
-    )
+    count = len(found["runs"])
+    lines.append(f"runs in {folder}: {count}, {own}; their stages, each once: {shared}")
     lines += [f"{folder / plain(other['name'])} {other['why']}" for other in found["others"]]
     return "\n".join(lines)
 

@@ -7,7 +7,6 @@ are the same run; only where nothing is cached is the hub asked.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes import mirror, rundir, untrusted
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.hub import MODEL_FILES, Repo, says_no
-from rlhf_recipes.identity import digest
+from rlhf_recipes.identity import digest, file_digest
 from rlhf_recipes.tables import is_path, located
 
 if TYPE_CHECKING:
@@ -159,12 +158,11 @@ def content_digest(
 def _file_digest(path: Path, runs: Path) -> str:
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_digest(path)
     place, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     entry = remembered(runs)["files"].get(place)
     if entry is None or entry[:-1] != stamp:
-        with path.open("rb") as stream:
-            entry = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+        entry = [*stamp, file_digest(path)]
         _remember(runs, "files", place, entry)
     return entry[-1]
 
