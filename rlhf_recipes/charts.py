@@ -49,9 +49,8 @@ def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
                 rows.append((f"{whose}, {words} {share.count}", share, colour))
     if not rows:
         return None
-    who, other = facts.plain_title(name), facts.plain_title(start)
-    share = percent(rows[0][1].value)
-    told = f"{who}'s answers are preferred to {other}'s on {share} of the prompts"
+    who, other, share = facts.plain_title(name), facts.plain_title(start), rows[0][1]
+    told = f"{who}'s answers are preferred to {other}'s on {percent(share.value)} of the prompts"
     said = "; ".join(f"by the {label}: {_between(share)}" for label, share, _ in rows)
     alt = f"Shares of prompts on which {who} wins against {other}, ties one half, {said}."
     note = "Ties count one half; bars hold the share in 95 of 100 repetitions. The dotted line is "

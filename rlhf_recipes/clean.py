@@ -35,7 +35,7 @@ def remove(spare: Spare, runs: Path) -> bool:
                     shutil.rmtree(gone, ignore_errors=True)
                 path = path.rename(gone)
                 rundir.lock_file(owner).unlink(missing_ok=True)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            rundir.remove(path)
     except BusyError:
         return False
     return True

@@ -162,10 +162,9 @@ def machine_error(error: BaseException, what: str = "", smaller: str = "") -> Ma
             hint = FAULTS[number]
         elif isinstance(cause, RuntimeError) and NOT_WRITTEN.search(str(cause)):
             words, hint = "a file could not be written whole: the disk may be full", FREE
-        elif isinstance(cause, MemoryError) or (
-            isinstance(cause, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(str(cause))
-        ):
-            words = "out of memory"
+        elif isinstance(cause, (RuntimeError, OSError, MemoryError)):
+            full = isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause))
+            words = "out of memory" if full else ""
         if words:
             return MachineError(f"{what}: {words}" if what else words, hint)
         cause = cause.__cause__ or cause.__context__

@@ -135,8 +135,6 @@ def gate(found: Mapping[str, float], minimum: float, key: str) -> str:
         return f"{said}: too few pairs to tell whether it is over {key} = {minimum:g}"
     if accuracy >= minimum and high >= 0.5:
         return ""
-    raise GateError(
-        f"{said}: " + ("worse than chance" if high < 0.5 else f"under {key} = {minimum:g}"),
-        "try more or cleaner pairs, more epochs or another learning_rate; "
-        f"--set {key}=0 trains against it all the same",
-    )
+    what = "worse than chance" if high < 0.5 else f"under {key} = {minimum:g}"
+    hint = "try more or cleaner pairs, more epochs or another learning_rate"
+    raise GateError(f"{said}: {what}", f"{hint}; --set {key}=0 trains against it all the same")

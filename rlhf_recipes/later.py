@@ -16,7 +16,7 @@ from rlhf_recipes.tables import BEST_OF, EVALUATION
 KEY = f"{EVALUATION}.{BEST_OF}="
 
 
-def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
+def best_of(*, run_folder: Path, count: int) -> RunOutcome:
     """Run the best-of-`count` stage of a run, in that run; its recipe.toml stays as written.
 
     Raises UsageError where another of its stages would have to run first, and what `run` raises.
@@ -34,4 +34,4 @@ def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
     before = (word for word in manifest["overrides"] if not word.startswith(KEY))
     text, path = (folder / "recipe.toml").read_text(encoding="utf-8"), Path(manifest["recipe"])
     written = replace(recipe, path=path, text=text, overrides=(*before, f"{KEY}{count}"))
-    return run(written, runs=folder.parent, name=folder.name, wait=wait)
+    return run(written, runs=folder.parent, name=folder.name)

@@ -47,10 +47,8 @@ def check_model(folder: Path, *, trusted: bool = False) -> None:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise refuse(f"names {name!r} as its weights, which is no safetensors file in it")
         if not (folder / name).is_file():
-            raise refuse(
-                f"has no {name}",
-                "weights must be safetensors: a pickle (.bin, .pt) can run any code as it loads",
-            )
+            hint = "weights must be safetensors: a pickle (.bin, .pt) can run any code as it loads"
+            raise refuse(f"has no {name}", hint)
     if (folder / "adapter_config.json").exists():
         raise refuse("holds an adapter as well", "name one of the two: a folder of its own")
     for key, value in _entries(config):
@@ -114,10 +112,8 @@ def check_files(folder: Path, *groups: Iterable[str]) -> None:
 
 
 def climbs(folder: Path, place: str, who: str) -> DataError:
-    return DataError(
-        f"{who} names {place!r} as rows, which is not inside {folder}",
-        "name the folder that all of it is in as `path`, if it is yours",
-    )
+    hint = "name the folder that all of it is in as `path`, if it is yours"
+    return DataError(f"{who} names {place!r} as rows, which is not inside {folder}", hint)
 
 
 def check_code(what: str, file: Path | None = None) -> None:
