@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rlhf_recipes.errors import briefly, masked
 from rlhf_recipes.hub import TIMEOUT
+from rlhf_recipes.progress import size
 
 MARKS = {"good": "✓", "note": "·", "doubt": "?", "fault": "✗"}
 LEAST_MEMORY = 4 * 2**30
@@ -139,13 +140,13 @@ def memory() -> Answers:
 
     if torch.cuda.is_available():
         free, whole = torch.cuda.mem_get_info()
-        text = f"{_gb(free)} of the card's {_gb(whole)} free"
+        text = f"{size(free)} of the card's {size(whole)} free"
         if free < 0.8 * whole:
             yield "doubt", text, "end what else uses the card: `nvidia-smi` lists it"
         else:
             yield "good", text
     held = psutil.virtual_memory()
-    text = f"{_gb(held.available)} of {_gb(held.total)} free"
+    text = f"{size(held.available)} of {size(held.total)} free"
     if held.available < LEAST_MEMORY:
         yield "doubt", text, "end what else runs, or take a smaller model"
     else:
@@ -224,7 +225,7 @@ def disk(runs: Path) -> Answers:
     """Room and right to write where runs are kept; and whether others may write there."""
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     free, elsewhere = shutil.disk_usage(there).free, "--runs DIR keeps runs elsewhere"
-    room = f"{_gb(free)} free for {runs}"
+    room = f"{size(free)} free for {runs}"
     if not os.access(there, os.W_OK):
         yield "fault", f"{there} is not yours to write to", elsewhere
     elif free < LEAST_DISK:
@@ -234,7 +235,3 @@ def disk(runs: Path) -> Answers:
     if runs.is_dir() and runs.stat().st_mode & 0o002:
         text = f"anyone on this machine may change what is in {runs}"
         yield "doubt", text, f"chmod o-w {runs}"
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

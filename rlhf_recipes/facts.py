@@ -103,11 +103,6 @@ class Facts:
         before = dict(zip(names, ["base", *names], strict=False))
         return {name: self.of(name, "policy") or before[name] for name in names}
 
-    def reward_models(self) -> list[str]:
-        """Those that were measured on test pairs, the judge last."""
-        found = [key[: -len(".accuracy")] for key in self.results if key.endswith(".accuracy")]
-        return sorted(found, key=lambda name: name == "judge")
-
     # ---- how sentences name what stands here; words in `…` are keys
 
     def title(self, name: str) -> str:

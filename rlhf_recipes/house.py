@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.progress import duration
-from rlhf_recipes.show import size
+from rlhf_recipes.progress import duration, size
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -29,14 +29,10 @@ PIP = (
 )
 
 
-def cache_folder() -> Path:
-    """What this program keeps for all runs of this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf-recipes"
-
-
 def folder_of(mirror: MirrorTable) -> Path:
-    """Where the converted model lies, if it is here."""
-    return cache_folder() / "models" / digest([mirror.file, mirror.sha256])[:16]
+    """Where the converted model lies, if it is here: kept for all runs of this user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf-recipes"
+    return cache / "models" / digest([mirror.file, mirror.sha256])[:16]
 
 
 def bring(mirror: MirrorTable) -> Path:

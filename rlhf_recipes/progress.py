@@ -51,6 +51,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
+def size(count: float) -> str:
+    """999 B · 17.6 MB"""
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.{max(3, len(str(int(count))))}g} {units[0]}"
+
+
 class Screen:
     """The person's side of one run, and the run's log file."""
 

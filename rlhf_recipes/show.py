@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_recipes.errors import cut
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.plan import Plan
-from rlhf_recipes.progress import plain
+from rlhf_recipes.progress import plain, size
 
 WIDEST = 40  # of a value
 MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
@@ -42,14 +42,6 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         cells = [f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """999 B · 17.6 MB"""
-    units = ["B", "kB", "MB", "GB"]
-    while count >= 999.5 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.{max(3, len(str(int(count))))}g} {units[0]}"
 
 
 def plan(made: Plan) -> str:

@@ -74,8 +74,12 @@ def sft_loss(facts: Facts) -> Found:
 
 
 def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
-    """Each reward model: its name, its accuracy, how a sentence calls it, how grave its faults."""
-    names = facts.reward_models()
+    """Each reward model: its name, its accuracy, how a sentence calls it, how grave its faults.
+
+    The judge is the last.
+    """
+    found = [key.removesuffix(".accuracy") for key in facts.results if key.endswith(".accuracy")]
+    names = sorted(found, key=lambda name: name == "judge")
     for name in names:
         share = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
         own = "The independent judge" if name == "judge" else "The reward model"
