@@ -31,6 +31,8 @@ from rlhf_recipes.tables import (
 from rlhf_recipes.validate import Key, dotted
 from rlhf_recipes.wiring import check
 
+HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -113,27 +115,6 @@ def _without_none(value: Any) -> Any:
 
 # ---- loading
 
-# What to do about tomllib's messages, by how they begin, as patterns.
-TOML_HINTS = {
-    "Invalid value": "text needs quotes, true and false are small, and there is no null",
-    "Invalid initial": "a key is letters, digits, - and _, or stands in quotes",
-    "Invalid statement": "a line is key = value, or a [table]",
-    "Invalid hex|Unescaped|Escaped": "write a backslash twice, or the text in single quotes",
-    "Invalid date": "text needs quotes",
-    "Expected newline": "one key a line; text needs quotes",
-    "Expected '='": "a key is written key = value",
-    "Expected ']": "a table is written [table]",
-    "Expected|Illegal|Found invalid character '.n'": "the quotes do not close on their line",
-    "Unterminated": "its quotes do not close",
-    "Found": "take it out, or close the quotes before it",
-    "Unclosed array": "a ] or a comma is missing",
-    "Unclosed inline": "a } or a comma is missing, or it takes more than one line",
-    "Cannot": "it stands there already: put what belongs together in one place",
-    "Duplicate": "leave one of the two out",
-    "More than": "a recipe holds settings, no data",
-    "Nested": "a recipe has tables in tables, no more",
-}
-
 
 def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
@@ -188,7 +169,8 @@ def _no_toml(said: str, text: str, path: Path) -> Problem:
     written = text.rstrip("\n").split("\n")
     found = re.match(r"line (\d+)", place)
     line = int(found[1]) if found else len(written)
-    hint = next((hint for start, hint in TOML_HINTS.items() if re.match(start, message)), "")
+    hints = tomllib.loads(HINTS.read_text(encoding="utf-8")).items()
+    hint = next((hint for start, hint in hints if re.match(start, message)), "")
     if place.startswith("end"):
         hint = "something is not closed: quotes, a ] or a }"
     shown = cut(written[line - 1].strip(), 60)

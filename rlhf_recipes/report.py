@@ -6,38 +6,20 @@ given, and the page's own policy lets it run and load nothing.
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Stage, number, read
 from rlhf_recipes.findings import Finding, interval
-from rlhf_recipes.house import page, style
+from rlhf_recipes.house import TEMPLATES, page, style
 from rlhf_recipes.identity import digest
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
 
 REWARDS = ("reward", "judge")
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
-JUDGES = {"judge_": "the judge", "judge2_": "the second judge", "": "the reward model"}
-# What the table of the policies says: a key, and how a person calls it.
-POLICY_ROWS = {f"{by}win_rate": f"preferred by {who}" for by, who in JUDGES.items()}
-POLICY_ROWS |= {f"{by}win_rate_over_base": f"to the base, by {who}" for by, who in JUDGES.items()}
-POLICY_ROWS |= {
-    "judge_gain": "gain by the judge",
-    "judge2_gain": "gain by the second judge",
-    "score_gain": "gain, units of the reward",
-    "kl": "KL, nats an answer",
-    "score": "score, units of the reward",
-    "judge_score": "the judge's score",
-    "judge2_score": "the second judge's score",
-    "length": "tokens an answer",
-    "ended": "answers that end",
-    "repetition": "repeated 3-grams",
-    "distinct_2": "distinct 2-grams",
-    "nats_under_base": "nats a token under the base",
-    "unchanged": "answers unchanged",
-}
 
 
 def write(folder: Path, *, again: bool = True) -> list[Finding]:
@@ -125,7 +107,8 @@ def policies(facts: Facts) -> list[list[str]]:
         return []
     heads = [f"{name}, against {starts[name]}" if starts[name] else name for name in names]
     rows = [["", *heads]]
-    for key, words in POLICY_ROWS.items():
+    said = tomllib.loads((TEMPLATES / "policies.toml").read_text(encoding="utf-8"))
+    for key, words in said.items():
         cells = [_cell(facts, f"{name}.{key}") for name in names]
         if any(cells):
             rows.append([words, *(cell or "—" for cell in cells)])
