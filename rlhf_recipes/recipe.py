@@ -1,35 +1,26 @@
 """A recipe: one TOML file that names a model, a dataset and the stages. No torch in here."""
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.edit import Edited, edit, rebase
 from rlhf_recipes.errors import Problem, RecipeError, UsageError, cut, masked
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import MAX_SIZE, key_lines, parse
-from rlhf_recipes.tables import (
-    BEST_OF,
-    EVALUATION,
-    EXTRAS,
-    JUDGE,
-    ROLES,
-    SHARED_DATA_KEYS,
-    DatasetTable,
-    EvaluationTable,
-    ModelTable,
-    StageTable,
-    is_path,
-    located,
-    move_judge,
-)
+from rlhf_recipes.tables import BEST_OF, EVALUATION, EXTRAS, JUDGE
 from rlhf_recipes.validate import Key, dotted
 from rlhf_recipes.wiring import check
+
+if TYPE_CHECKING:
+    from rlhf_recipes.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
 HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
 
@@ -63,48 +54,20 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, paths absolute: a recipe of its own, whose stages are these."""
-        model = asdict(self.model) | {"base": None}
-        if self.model.is_local:
-            model["name"] = str(self.model.folder)
-        tables = (self.dataset, *self.dataset.more)
-        tested = any(table.test_split for table in tables)
-        resolved = [_resolved_dataset(table, tested) for table in tables]
-        stages = {name: self._resolved_stage(self.tables[name]) for name in self.stages}
+        base, datasets = self.model.base, (self.dataset, *self.dataset.more)
+        tested = any(table.test_split for table in datasets)
+        listed = [table.resolved(tested) for table in datasets]
         keys = {
             "title": self.title,
             "stages": list(self.stages),
             "seed": self.seed,
-            "evaluation": self._resolved_evaluation(),
+            "evaluation": self.evaluation.resolved(base) if self.evaluation else False,
             "lora": False if self.lora is None else self.lora,
-            "model": model,
-            "dataset": resolved if self.dataset.more else resolved[0],
+            "model": self.model.resolved(),
+            "dataset": listed if self.dataset.more else listed[0],
+            **{name: self.tables[name].resolved(base) for name in self.stages},
         }
-        return _without_none(keys | stages)
-
-    def _resolved_evaluation(self) -> dict[str, Any] | bool:
-        if self.evaluation is None:
-            return False
-        base = self.model.base
-        judge = move_judge(self.evaluation.judge, lambda place: str(located(place, base)))
-        return asdict(self.evaluation) | {"judge": judge}
-
-    def _resolved_stage(self, table: StageTable) -> dict[str, Any]:
-        roles = {role: getattr(table, role) for role in ROLES}
-        if is_path(roles["reward_model"] or ""):
-            roles["reward_model"] = str(located(roles["reward_model"], self.model.base))
-        own = _resolved_dataset(table.dataset, False) if table.dataset else {}
-        own = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
-        dataset = {"dataset": own} if own else {}
-        return {"kind": table.kind, **roles, **table.options, **table.extras, **dataset}
-
-
-def _resolved_dataset(table: DatasetTable, tested: bool) -> dict[str, Any]:
-    out = asdict(table) | {"base": None, "more": None}
-    if table.is_local:
-        out["path"] = str(table.file)
-    if tested:
-        out["test_fraction"] = None
-    return out
+        return _without_none(keys)
 
 
 def _without_none(value: Any) -> Any:
