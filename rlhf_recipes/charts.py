@@ -24,8 +24,7 @@ def _went(values: Sequence[float], form: str = ".2f") -> str:
     """rose from 1.00 to 2.00"""
     first, last = ends(values)
     verb = "rose" if last > first else "fell"
-    text = f"{verb} from {first:{form}} to {last:{form}}"
-    return text.replace("-", "−").replace("%", " %")
+    return f"{verb} from {first:{form}} to {last:{form}}".replace("-", "−").replace("%", " %")
 
 
 def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f") -> str:

@@ -233,5 +233,4 @@ def disk(runs: Path) -> Answers:
     else:
         yield "good", room
     if runs.is_dir() and runs.stat().st_mode & 0o002:
-        text = f"anyone on this machine may change what is in {runs}"
-        yield "doubt", text, f"chmod o-w {runs}"
+        yield "doubt", f"anyone on this machine may change what is in {runs}", f"chmod o-w {runs}"

@@ -10,8 +10,7 @@ from pathlib import Path
 @cache
 def names() -> dict[str, dict[str, list[str]]]:
     """`renamed`: theirs by ours; `absent`: theirs by why there is none, with * in them."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    tables = tomllib.loads(text)
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     return {table: {k: v.split() for k, v in said.items()} for table, said in tables.items()}
 
 

@@ -86,8 +86,7 @@ class Problem:
 
     def __str__(self) -> str:
         parts = (self.file if self.line is None else f"{self.file}:{self.line}", self.key)
-        text = ": ".join([*(part for part in parts if part), self.message])
-        return plain(text)
+        return plain(": ".join([*(part for part in parts if part), self.message]))
 
 
 class RecipeError(RlhfRecipesError):

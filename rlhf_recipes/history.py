@@ -74,8 +74,7 @@ def list_runs(runs: Path) -> dict[str, Any]:
 
 def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
     """The folders of a run's stages."""
-    entries = manifest["stages"] if manifest else []
-    return {rundir.entry_folder(runs, entry) for entry in entries}
+    return {rundir.entry_folder(runs, entry) for entry in (manifest or {}).get("stages", [])}
 
 
 def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:

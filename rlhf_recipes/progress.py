@@ -11,6 +11,7 @@ import contextlib
 import gc
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -103,13 +104,18 @@ class Screen:
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Everything that anything in this process prints, logs or warns goes to the log."""
+        handler, ours = logging.StreamHandler(self._log), logging.getLogger("rlhf_recipes")
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         _flush()
         saved = {descriptor: os.dup(descriptor) for descriptor in _outputs()}
         for descriptor in saved:
             os.dup2(self._log.fileno(), descriptor)
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
         try:
             yield
         finally:
+            ours.removeHandler(handler)
             gc.collect()  # an abandoned tqdm bar prints its last line when it is collected
             try:
                 _flush()

@@ -135,8 +135,7 @@ class DatasetTable:
         """Where a `test_split` says what is `tested`, it has no fraction."""
         path = str(self.file) if self.is_local else self.path
         fraction = None if tested else self.test_fraction
-        own = {"path": path, "test_fraction": fraction, "base": None, "more": None}
-        return asdict(self) | own
+        return asdict(self) | {"path": path, "test_fraction": fraction, "base": None, "more": None}
 
 
 @dataclass(frozen=True)
@@ -210,9 +209,7 @@ EXTRAS: dict[str, Keys] = {
 
 
 def dataset_keys() -> Keys:
-    keys: dict[str, Any] = fields_of(DatasetTable)
-    keys["columns"] = dict.fromkeys(COLUMNS.split(), _TEXT)
-    return keys
+    return {**fields_of(DatasetTable), "columns": dict.fromkeys(COLUMNS.split(), _TEXT)}
 
 
 def _own_dataset_keys() -> Keys:
@@ -227,11 +224,9 @@ def _own_dataset_keys() -> Keys:
 @cache
 def stage_keys(kind: str) -> Keys:
     """Every key of a stage's table, TRL's fields first."""
-    wiring = {"kind": Field(("str",), choices=KINDS), "policy": _TEXT}
-    if kind == "ppo":
-        wiring["reward_model"] = _TEXT
-    if kind in ("ppo", "dpo"):
-        wiring["reference"] = _TEXT
+    roles = {"ppo": ("policy", "reward_model", "reference"), "dpo": ("policy", "reference")}
+    wiring = {"kind": Field(("str",), choices=KINDS)}
+    wiring |= dict.fromkeys(roles.get(kind, ("policy",)), _TEXT)
     return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": _own_dataset_keys()}
 
 

@@ -290,8 +290,7 @@ class Checker:
                 self.model_name(one, key)
             elif one != INDEPENDENT:
                 known = '"none", "independent", "python:FILE.py:FUNCTION"'
-                what = f"must be {known}, or a model's folder or id, not {show(one)}"
-                self.problem(key, what)
+                self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
         return values
 
 
