@@ -22,6 +22,7 @@ from typing import Any
 
 from rlhf_recipes.lines import parse
 
+Values = dict[str, Any]  # of keys, by their names
 LARGEST = 2**63  # as in TOML
 TYPE_NAMES = {
     "bool": "true or false",
@@ -135,9 +136,7 @@ def trl_fields() -> dict[str, dict[str, Field]]:
     return {table: {n: Field(**entry) for n, entry in fields.items()} for table, fields in tables}
 
 
-def resolve(
-    fields: dict[str, Field], written: dict[str, Any], lora: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def resolve(fields: dict[str, Field], written: Values, lora: bool) -> tuple[Values, Values]:
     """Every passed field, as written, else our default, else upstream's; and all but the latter."""
     given = {n: ours for n, f in fields.items() if (ours := f.our_default(lora)) is not None}
     given |= {name: value for name, value in written.items() if name in fields}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 PPO, SFT, BASE, BAD = "#040404", "#050505", "#060606", "#070707"
 NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PPO: "ppo", SFT: "sft", BASE: "base", BAD: "bad"}
+Point = tuple[float, float]
 POINTS = 300  # of a curve: more cannot be told apart
 STYLE = Path(__file__).with_suffix(".mplstyle")
 
@@ -121,9 +122,7 @@ def curve(
     return plot
 
 
-def _say(
-    axes: Axes, text: str, at: tuple[float, float], off: tuple[float, float], **words: Any
-) -> None:
+def _say(axes: Axes, text: str, at: Point, off: Point, **words: Any) -> None:
     axes.annotate(text, at, xytext=off, textcoords="offset points", **words)
 
 

@@ -175,7 +175,8 @@ def winning(facts: Facts) -> Found:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
                 yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
         yield from _only_by_length(facts, name, f"{who} wins against {start}")
-        yield from _too_few_prompts(facts, f"{who} wins against {start}", wins, judged)
+        shares = [(wins, "the reward model"), *judged] if wins else judged
+        yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
 
 
 def _no_gain(facts: Facts, name: str, versus: str, wins: Share, kl: float | None) -> Finding:
@@ -209,15 +210,13 @@ def _only_by_length(facts: Facts, name: str, versus: str) -> Found:
                 yield Finding("doubt", name, f"{text}{so}.", "Read some of them side by side.")
 
 
-def _too_few_prompts(
-    facts: Facts, versus: str, wins: Share | None, judged: list[tuple[Share, str]]
-) -> Found:
+def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]]) -> Found:
     asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
     key = ("evaluation", "prompts")
     if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
         key = ("dataset", "test_fraction")
-    for share, called in [(wins, "the reward model"), *judged]:
-        if share and _open(share):
+    for share, called in shares:
+        if _open(share):
             text = f"{versus} on {said(share, 'prompts')} by {called}: too few prompts to tell."
             more = f"Raise {facts.setting(*key)}: {MORE_PROMPTS}"
             yield Finding("doubt", "evaluation", text, more)

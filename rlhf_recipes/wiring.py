@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.elsewhere import elsewhere
-from rlhf_recipes.fields import Field, resolve, suggest, trl_fields
+from rlhf_recipes.fields import Field, Values, resolve, suggest, trl_fields
 from rlhf_recipes.tables import (
     EXTRAS,
     IMPLIED,
@@ -84,7 +84,7 @@ class StageChecker(Checker):
             return f": {hint}"
         return suggest(name, known) if len(self.problems) < ENOUGH else ""
 
-    def stage(self, name: str, stages: list[str], lora: bool, data: list[dict]) -> StageTable:
+    def stage(self, name: str, stages: list[str], lora: bool, data: list[Values]) -> StageTable:
         """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
         kind, at = self.kinds[name], (name,)
         values = self.table(self.data.get(name, {}), stage_keys(kind), at)
@@ -92,7 +92,7 @@ class StageChecker(Checker):
             self.problem((*at, "kind"), f'must be "{name}", or left out')
         options, given = resolve(trl_fields()[kind], values, lora)
         extras = _extras(kind, values, options)
-        for key, what in (*_clashes(options), *_clashes_of_kind(kind, options, extras)):
+        for key, what in _clashes(kind, options, extras):
             self.problem((*at, key), what)
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
         return StageTable(
@@ -105,7 +105,7 @@ class StageChecker(Checker):
             given=given,
         )
 
-    def role(self, role: str, name: str, values: dict[str, Any], stages: list[str]) -> str | None:
+    def role(self, role: str, name: str, values: Values, stages: list[str]) -> str | None:
         """What serves a role: what the table names, or the latest stage before that can."""
         if role not in stage_keys(self.kinds[name]):
             return None
@@ -125,7 +125,7 @@ class StageChecker(Checker):
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
 
-    def own_dataset(self, name: str, own: dict[str, Any], data: list[dict]) -> DatasetTable:
+    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
         self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
         inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
         if any("test_split" in table for table in data):
@@ -192,7 +192,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     }, checker
 
 
-def _clashes(options: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, str]]:
     """What TRL's trainers and transformers refuse, or would trip over, hours later."""
     if not options.get("dataloader_num_workers"):
         for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
@@ -208,11 +208,6 @@ def _clashes(options: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "gradient_checkpointing_kwargs", what
     if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
         yield "optim_args", 'must be "name=value", with commas between several'
-
-
-def _clashes_of_kind(
-    kind: str, options: dict[str, Any], extras: dict[str, Any]
-) -> Iterator[tuple[str, str]]:
     if kind == "dpo":
         losses, weights = options["loss_type"], options["loss_weights"]
         if not losses:
@@ -240,9 +235,9 @@ def _clashes_of_kind(
             yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'
 
 
-def _extras(kind: str, values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _extras(kind: str, values: Values, options: Values) -> Values:
     """Our own keys of the kind; a learning rate that is left out is the stage's."""
-    extras: dict[str, Any] = {}
+    extras: Values = {}
     for key, field in EXTRAS[kind].items():
         if isinstance(field, Field):
             rate = options["learning_rate"] if key.endswith("learning_rate") else field.default
