@@ -120,11 +120,9 @@ def dataset_place(table: DatasetTable) -> Path:
 
 def _row_files(table: DatasetTable) -> Callable[[Path], bool]:
     """Whether a file, by its place in the dataset's folder, has a say in what its rows are."""
-    given = table.data_files or []
-    groups = given.values() if isinstance(given, dict) else [given]
-    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
-    places = {PurePosixPath(table.data_dir or ".") / str(name) for name in names}
-    patterns = [name for name in names if re.search(r"[*?\[{]", str(name))]
+    names = [str(name) for name in untrusted.leaves(table.data_files or [])]
+    places = {PurePosixPath(table.data_dir or ".") / name for name in names}
+    patterns = [name for name in names if re.search(r"[*?\[{]", name)]
 
     def has_a_say(file: Path) -> bool:
         if file == Path("README.md"):  # its front matter may say which files are of which split
