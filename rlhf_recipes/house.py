@@ -7,12 +7,12 @@ import functools
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
 from rlhf_recipes.progress import duration, size
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 1500  # characters of a text; a page stays under 2 MB
@@ -34,9 +34,6 @@ def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-    from markupsafe import Markup, escape
-
     def words(text: str) -> Markup:
         text = str(escape(UNSEEN.sub("", text)))
         return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))

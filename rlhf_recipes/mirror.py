@@ -14,13 +14,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.identity import digest, file_digest
-
-if TYPE_CHECKING:
-    from rlhf_recipes.tables import MirrorTable
+from rlhf_recipes.tables import MirrorTable
 
 # Seconds for one answer of the index, not for the whole download; and no second try.
 PIP = (

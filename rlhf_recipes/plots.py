@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.facts import Share
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from rlhf_recipes.facts import Share
 
 # Stand-ins that matplotlib knows for the page's colours, which differ by light and dark.
 INK, MUTED, GRID = "#010101", "#020202", "#030303"

@@ -10,17 +10,14 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_recipes import mirror, rundir, untrusted
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.hub import MODEL_FILES, Repo, says_no
 from rlhf_recipes.identity import digest, file_digest
-from rlhf_recipes.tables import is_path, located
-
-if TYPE_CHECKING:
-    from rlhf_recipes.recipe import Recipe
-    from rlhf_recipes.tables import DatasetTable
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.tables import DatasetTable, is_path, located
 
 # Smaller files are read each time; the digest of a larger one is kept by size and time of change.
 REMEMBERED_BYTES = 8 * 2**20
