@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes import sources
+from rlhf_recipes import mirror, sources
 from rlhf_recipes.doctor import Line
 from rlhf_recipes.errors import RlhfRecipesError
 from rlhf_recipes.fetch import datasets
@@ -57,9 +57,7 @@ def _away(plan: Plan) -> str:
     """What would have to be brought first."""
     recipe = plan.recipe
     if "mirror" in plan.model:
-        from rlhf_recipes.mirror import folder_of
-
-        return "" if folder_of(recipe.model.mirror).is_dir() else recipe.model.name
+        return "" if mirror.folder_of(recipe.model.mirror).is_dir() else recipe.model.name
     if not recipe.model.is_local and not sources.base_repo(recipe).cached():
         return recipe.model.name
     return next((repo.name for repo in datasets(recipe) if not repo.cached()), "")
