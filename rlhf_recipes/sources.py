@@ -49,17 +49,14 @@ def identify_base(recipe: Recipe, runs: Path) -> dict[str, str]:
     if model.is_local:
         return identify_model(model.name, recipe, runs)
     repo = base_repo(recipe)
-    mirrored = model.mirror and {"repo": model.name, "mirror": model.mirror.sha256}
-    if mirrored and not repo.cached():
-        if mirror.folder_of(model.mirror).is_dir():
-            return mirrored
+    mirrored = model.mirror is not None and not repo.cached()
+    if not (mirrored and mirror.folder_of(model.mirror).is_dir()):
         try:
-            return {"repo": model.name, "revision": repo.commit(newest=True)}
+            return {"repo": model.name, "revision": repo.commit(newest=mirrored)}
         except ModelError as error:
-            if says_no(error.__cause__):
+            if not mirrored or says_no(error.__cause__):
                 raise
-            return mirrored
-    return {"repo": model.name, "revision": repo.commit()}
+    return {"repo": model.name, "mirror": model.mirror.sha256}
 
 
 def identify_model(name: str, recipe: Recipe, runs: Path) -> dict[str, str]:
