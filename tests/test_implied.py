@@ -10,7 +10,7 @@ import tomlkit
 
 from rlhf_recipes import history
 from rlhf_recipes.clean import unused
-from rlhf_recipes.fetch import _others
+from rlhf_recipes.fetch import _models
 from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import Recipe, load_recipe, smaller_layout
 from tests.counting import RECIPE, toy
@@ -168,10 +168,9 @@ def test_resolved_is_the_same_recipe(recipe: Path) -> None:
 
 def test_fetch_brings_a_judge_from_the_hub(recipe: Path) -> None:
     both = 'evaluation.judge=["python:./rule.py:score", "me/judge"]'
-    names = [repo.name for repo in _others(load_recipe(recipe, set=[both]))]
-    assert names == ["me/judge"]
-    for none in (INDEPENDENT, "evaluation.judge=./other", "evaluation=false"):
-        assert list(_others(load_recipe(recipe, set=[none]))) == []
+    brought = {both: ["me/judge"], "evaluation.judge=./other": ["./other"]}
+    for word, names in {**brought, INDEPENDENT: [], "evaluation=false": []}.items():
+        assert list(_models(load_recipe(recipe, set=[word]))) == names
 
 
 def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> None:
