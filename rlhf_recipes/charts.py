@@ -7,7 +7,7 @@ from statistics import fmean
 
 from rlhf_recipes import plots
 from rlhf_recipes.facts import Facts, Share, Stage, number
-from rlhf_recipes.findings import percent, plain_title
+from rlhf_recipes.findings import percent
 from rlhf_recipes.plots import BASE, PPO, SFT, Plot
 
 LEAST = 4  # points: a curve of fewer says nothing
@@ -24,8 +24,7 @@ def _went(values: Sequence[float], form: str = ".2f") -> str:
     """rose from 1.00 to 2.00"""
     first, last = ends(values)
     verb = "rose" if last > first else "fell"
-    text = f"{verb} from {first:{form}} to {last:{form}}"
-    return text.replace("-", "−").replace("%", " %")
+    return f"{verb} from {first:{form}} to {last:{form}}".replace("-", "−").replace("%", " %")
 
 
 def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f") -> str:
@@ -49,9 +48,8 @@ def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
                 rows.append((f"{whose}, {words} {share.count}", share, colour))
     if not rows:
         return None
-    who, other = plain_title(facts, name), plain_title(facts, start)
-    share = percent(rows[0][1].value)
-    told = f"{who}'s answers are preferred to {other}'s on {share} of the prompts"
+    who, other, share = facts.plain_title(name), facts.plain_title(start), rows[0][1]
+    told = f"{who}'s answers are preferred to {other}'s on {percent(share.value)} of the prompts"
     said = "; ".join(f"by the {label}: {_between(share)}" for label, share, _ in rows)
     alt = f"Shares of prompts on which {who} wins against {other}, ties one half, {said}."
     note = "Ties count one half; bars hold the share in 95 of 100 repetitions. The dotted line is "
@@ -73,7 +71,7 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
     whose, unit = "the judge", "gain, the judge's points"
     if by == "score":
         whose, unit = "the reward model", "gain, units of the reward"
-    who, best = plain_title(facts, name), []
+    who, best = facts.plain_title(name), []
     told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
     if facts.best_of.get("against") == name:
         columns = [facts.best_of.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
@@ -121,8 +119,8 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
         plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
         looks = stage.series(f"eval/{key}")  # at validation prompts
         words = {"percent": form == ".1%", "from_0": key != "score"}
-        plots.curve(plot, xs, ys, PPO, "update", limit=limit, mark=mark, points=looks, **words)
-        made.append(plot)
+        marks = {"limit": limit, "mark": mark, "points": looks}
+        made.append(plots.curve(plot, xs, ys, PPO, "update", **marks, **words))
     return made
 
 
@@ -176,11 +174,8 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
     if alone:
         told += f"; by length alone it would be {percent(alone.value)}"
     shares = {"all": whole, "shorter preferred,": shorter, "length alone,": alone}
-    rows = [
-        (f"{label} {share.count}", share, BASE if share is alone else PPO)
-        for label, share in shares.items()
-        if share
-    ]
+    there = [(f"{label} {share.count}", share) for label, share in shares.items() if share]
+    rows = [(label, share, BASE if share is alone else PPO) for label, share in there]
     said = "; ".join(f"{label}: {_between(share)}" for label, share, _ in rows)
     note = "Pairs that nothing was trained on. Bars hold the share in 95 of 100 repetitions."
     plot = Plot(f"{name}-accuracy", told, f"Shares ranked right, {said}.", note)

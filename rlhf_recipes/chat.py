@@ -93,10 +93,8 @@ class _Talk:
             outputs = {BASE: None} | {name: finished_stage(run_folder, name)[2] for name in names}
 
         self.tokens = tokens = shared.tokens
-        self.speakers = [
-            _Speaker(name, shared.base.open(f"policy-{name}", output, seed=0), tokens)
-            for name, output in outputs.items()
-        ]
+        roles = {n: shared.base.open(f"policy-{n}", out, seed=0) for n, out in outputs.items()}
+        self.speakers = [_Speaker(name, role, tokens) for name, role in roles.items()]
         self.reward = None
         if everyone and ppo:
             with contextlib.suppress(UsageError):  # it is from elsewhere: no scores
@@ -140,12 +138,9 @@ class _Talk:
         self.asked += 1
         for speaker in self.speakers:
             speaker.begin(None if columns else out)
-        live = Live(
-            console=self.console,
-            get_renderable=self._table,
-            redirect_stdout=False,  # what others print goes to the log, not above the columns
-            redirect_stderr=False,
-        )
+        # What others print goes to the log, not above the columns.
+        own = {"redirect_stdout": False, "redirect_stderr": False}
+        live = Live(console=self.console, get_renderable=self._table, **own)
         with live if columns else contextlib.nullcontext():
             for speaker in self.speakers:
                 if count > 1 and not columns:

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 
 from rlhf_recipes import rundir
 from rlhf_recipes.errors import lost
+from rlhf_recipes.identity import file_digest
 from rlhf_recipes.progress import StageProgress
 
 RECORD = "checkpoint.json"
@@ -41,7 +42,7 @@ def written(work: Path, step: int, start: str, keep: int | None) -> Iterator[Pat
             rundir._sync(file)
             if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))  # torch is silent
-        files = {file.name: _digest(file) for file in sorted(aside.iterdir())}
+        files = {file.name: file_digest(file) for file in sorted(aside.iterdir())}
         rundir.write_json(aside / RECORD, {"start": start, "step": step, "files": files})
         aside.rename(work / f"checkpoint-{step:06d}")
         rundir._sync(work)
@@ -89,16 +90,11 @@ def _wrong(folder: Path, start: str) -> str:
         for name in sorted(there | set(files)):
             if name not in there:
                 return f"{name} is missing"
-            if _digest(folder / name) != files.get(name):
+            if file_digest(folder / name) != files.get(name):
                 return f"{name} is not what was written"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     return ""
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Resumable:

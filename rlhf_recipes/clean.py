@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -25,20 +26,18 @@ def unused(runs: Path) -> tuple[list[Spare], list[str]]:
 def remove(spare: Spare, runs: Path) -> bool:
     """Remove what `unused` found, unless it is held or referred to by now."""
     path, _, owner = spare
-    try:
-        with rundir.lock(owner, owner.name):
-            if spare not in _unused(runs)[0]:
-                return False
-            if path.parent == runs / ".stages":  # cut off half-way, it must not look whole
-                gone = path.with_name(f".{owner.name}.gone")
-                if path != gone:
-                    shutil.rmtree(gone, ignore_errors=True)
-                path = path.rename(gone)
-                rundir.lock_file(owner).unlink(missing_ok=True)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except BusyError:
-        return False
-    return True
+    with contextlib.suppress(BusyError), rundir.lock(owner, owner.name):
+        if spare not in _unused(runs)[0]:
+            return False
+        if path.parent == runs / ".stages":  # cut off half-way, it must not look whole
+            gone = path.with_name(f".{owner.name}.gone")
+            if path != gone:
+                shutil.rmtree(gone, ignore_errors=True)
+            path = path.rename(gone)
+            rundir.lock_file(owner).unlink(missing_ok=True)
+        rundir.remove(path)
+        return True
+    return False
 
 
 def _unused(runs: Path) -> tuple[list[Spare], list[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.errors import Problem, UsageError, plain
+from rlhf_recipes.errors import Problem, UsageError, cut, plain
 from rlhf_recipes.fields import parse_value, show, suggest
 from rlhf_recipes.tables import DatasetTable, field_at, is_path, kinds_of, move_judge, top_keys
 
@@ -37,15 +37,12 @@ def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
     pairs = [_split(word) for word in set]
     for key in unset:
         path = tuple(key.split("."))
-        wrong = _remove(document, path, edited)
-        if wrong:
+        if wrong := _remove(document, path, edited):
             edited.problems.append(Problem(f"--unset {key}", None, key, wrong))
     for path, raw in sorted(pairs, key=lambda pair: len(pair[0])):
         key = ".".join(path)
-        shown = raw if len(raw) <= 80 else f"{raw[:79]}…"
-        word = edited.words[path] = f"--set {key}={shown}"
-        wrong = _put(document, path, raw, edited)
-        if wrong:
+        word = edited.words[path] = f"--set {key}={cut(raw, 80)}"
+        if wrong := _put(document, path, raw, edited):
             edited.problems.append(Problem(word, None, key, wrong))
     edited.text = document.as_string()
     return edited
@@ -90,10 +87,9 @@ def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
     known = field_at(path, kinds)
     value = known.read(raw) if known and known.types else parse_value(raw)
     name, old = path[-1], node.get(path[-1])
-    change = f"{show(value)} set"
-    if old is not None:
-        change = f"{show(tomlkit.item(old).unwrap())} → {show(value)}"
-    edited.changes.append(f"{'.'.join(path)} {change}")
+    before = "" if old is None else f"{show(tomlkit.item(old).unwrap())} → "
+    after = f"{show(value)} set" if old is None else show(value)
+    edited.changes.append(f"{'.'.join(path)} {before}{after}")
     if isinstance(old, dict):
         del node[name]  # in place, a plain value would end up inside the table before it
     node[name] = tomlkit.parse(f"_ = {raw}")["_"] if isinstance(value, dict) else value

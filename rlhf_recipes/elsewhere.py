@@ -10,19 +10,15 @@ from pathlib import Path
 @cache
 def names() -> dict[str, dict[str, list[str]]]:
     """`renamed`: theirs by ours; `absent`: theirs by why there is none, with * in them."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    tables = tomllib.loads(text)
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     return {table: {k: v.split() for k, v in said.items()} for table, said in tables.items()}
 
 
 @cache
 def _answers() -> list[tuple[str, re.Pattern[str]]]:
-    renamed = [(f"here that is {ours}", theirs) for ours, theirs in names()["renamed"].items()]
-    absent = [(f"nothing here does that: {w}", theirs) for w, theirs in names()["absent"].items()]
-    return [
-        (said, re.compile("|".join(map(fnmatch.translate, theirs))))
-        for said, theirs in renamed + absent
-    ]
+    said = {f"here that is {ours}": theirs for ours, theirs in names()["renamed"].items()}
+    said |= {f"nothing here does that: {why}": t for why, t in names()["absent"].items()}
+    return [(s, re.compile("|".join(map(fnmatch.translate, t)))) for s, t in said.items()]
 
 
 def elsewhere(name: str) -> str:

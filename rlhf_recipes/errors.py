@@ -62,6 +62,15 @@ class RlhfRecipesError(Exception):
         self.hint = hint
 
 
+def briefly(error: BaseException) -> str:
+    """Its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0][:160]
+
+
+def cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def plain(text: str) -> str:
     """`text` in one line, with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -78,8 +87,7 @@ class Problem:
 
     def __str__(self) -> str:
         parts = (self.file if self.line is None else f"{self.file}:{self.line}", self.key)
-        text = ": ".join([*(part for part in parts if part), self.message])
-        return plain(text)
+        return plain(": ".join([*(part for part in parts if part), self.message]))
 
 
 class RecipeError(RlhfRecipesError):
@@ -154,10 +162,9 @@ def machine_error(error: BaseException, what: str = "", smaller: str = "") -> Ma
             hint = FAULTS[number]
         elif isinstance(cause, RuntimeError) and NOT_WRITTEN.search(str(cause)):
             words, hint = "a file could not be written whole: the disk may be full", FREE
-        elif isinstance(cause, MemoryError):
-            words = "out of memory"
-        elif isinstance(cause, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(str(cause)):
-            words = "out of memory"
+        elif isinstance(cause, (RuntimeError, OSError, MemoryError)):
+            full = isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause))
+            words = "out of memory" if full else ""
         if words:
             return MachineError(f"{what}: {words}" if what else words, hint)
         cause = cause.__cause__ or cause.__context__

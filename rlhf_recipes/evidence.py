@@ -129,16 +129,12 @@ def gate(found: Mapping[str, float], minimum: float, key: str) -> str:
     if not found:
         return "no test pairs to say whether the reward model learned anything"
     accuracy, low, high = (found[f"accuracy{end}"] for end in ("", "_low", "_high"))
-    said = (
-        f"the reward model ranks {accuracy:.1%} of {found['test_pairs']} test pairs right "
-        f"(95 %: {low:.0%} to {high:.0%}), and length alone {found['length_accuracy']:.0%}"
-    )
+    said = f"the reward model ranks {accuracy:.1%} of {found['test_pairs']} test pairs right "
+    said += f"(95 %: {low:.0%} to {high:.0%}), and length alone {found['length_accuracy']:.0%}"
     if high - low > UNSURE and low < minimum and high >= max(minimum, 0.5):
         return f"{said}: too few pairs to tell whether it is over {key} = {minimum:g}"
     if accuracy >= minimum and high >= 0.5:
         return ""
-    raise GateError(
-        f"{said}: " + ("worse than chance" if high < 0.5 else f"under {key} = {minimum:g}"),
-        "try more or cleaner pairs, more epochs or another learning_rate; "
-        f"--set {key}=0 trains against it all the same",
-    )
+    what = "worse than chance" if high < 0.5 else f"under {key} = {minimum:g}"
+    hint = "try more or cleaner pairs, more epochs or another learning_rate"
+    raise GateError(f"{said}: {what}", f"{hint}; --set {key}=0 trains against it all the same")

@@ -37,14 +37,10 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
     if form == "adapter" and shared.recipe.lora is None:
         raise UsageError("with lora = false there is no adapter", "leave out --form adapter")
     name, kind, output = finished_stage(run_folder, stage)
-    if kind in ("reward", JUDGE):
-        write_reward_model(shared, output, folder, form=form)
-    else:
-        write_model(shared, output, folder, form=form)
-    return (
-        f"{folder} holds {name} ({form}), ready for from_pretrained\n"
-        f"to share it: hf upload YOUR-NAME/{run_folder.name}-{name} {folder}"
-    )
+    write = write_reward_model if kind in ("reward", JUDGE) else write_model
+    write(shared, output, folder, form=form)
+    share = f"to share it: hf upload YOUR-NAME/{run_folder.name}-{name} {folder}"
+    return f"{folder} holds {name} ({form}), ready for from_pretrained\n{share}"
 
 
 def shared_of(run_folder: Path) -> Shared:

@@ -103,10 +103,33 @@ class Facts:
         before = dict(zip(names, ["base", *names], strict=False))
         return {name: self.of(name, "policy") or before[name] for name in names}
 
-    def reward_models(self) -> list[str]:
-        """Those that were measured on test pairs, the judge last."""
-        found = [key[: -len(".accuracy")] for key in self.results if key.endswith(".accuracy")]
-        return sorted(found, key=lambda name: name == "judge")
+    # ---- how sentences name what stands here; words in `…` are keys
+
+    def title(self, name: str) -> str:
+        """A stage: by its kind, where that is its name."""
+        if name == "base":
+            return "the base model"
+        stage = self.stage(name)
+        return name.upper() if stage and name == stage.kind and len(name) < 4 else f"`{name}`"
+
+    def plain_title(self, name: str) -> str:
+        return self.title(name).strip("`")
+
+    def setting(self, stage: str, key: str) -> str:
+        value = self.of(stage, key)
+        return f"`{stage}.{key}`" + (f" ({value:g} now)" if isinstance(value, int | float) else "")
+
+    def steps(self, stage: str) -> str:
+        limited = (self.of(stage, "max_steps") or -1) > 0
+        return self.setting(stage, "max_steps" if limited else "num_train_epochs")
+
+    def leash(self, stage: str) -> str:
+        """The setting that holds a policy near its start."""
+        return self.setting(stage, "beta" if self.of(stage, "kl_coef") is None else "kl_coef")
+
+    def slower(self, stage: str) -> str:
+        """What keeps a policy nearer to its start."""
+        return f"Raise {self.leash(stage)} or lower {self.setting(stage, 'learning_rate')}"
 
 
 def number(values: Json, key: str) -> float | None:

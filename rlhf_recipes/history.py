@@ -65,28 +65,25 @@ def list_runs(runs: Path) -> dict[str, Any]:
             continue
         stages = stage_folders(runs, manifest)
         known |= {stage: size(stage) for stage in stages if stage not in known}
-        done = sum(rundir.read_record(stage) is not None for stage in stages)
-        found.append(
-            {
-                "name": folder.name,
-                "title": manifest.get("title"),
-                "ended": str(manifest.get("ended") or ""),
-                "outcome": "running" if rundir.held(folder) else manifest.get("outcome"),
-                "stages_done": done,
-                "stages": len(manifest["stages"]),
-                "numbers": _headline(manifest, rundir.read_json(folder / "results.json") or {}),
-                "bytes": size(folder),
-                "stages_bytes": sum(known[stage] for stage in stages),
-            }
-        )
+        run = {
+            "name": folder.name,
+            "title": manifest.get("title"),
+            "ended": str(manifest.get("ended") or ""),
+            "outcome": "running" if rundir.held(folder) else manifest.get("outcome"),
+            "stages_done": sum(rundir.read_record(stage) is not None for stage in stages),
+            "stages": len(manifest["stages"]),
+            "numbers": _headline(manifest, rundir.read_json(folder / "results.json") or {}),
+            "bytes": size(folder),
+            "stages_bytes": sum(known[stage] for stage in stages),
+        }
+        found.append(run)
     found.sort(key=lambda row: row["ended"])
     return {"runs": found, "others": others, "stages_bytes": sum(known.values())}
 
 
 def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
     """The folders of a run's stages."""
-    entries = manifest["stages"] if manifest else []
-    return {rundir.entry_folder(runs, entry) for entry in entries}
+    return {rundir.entry_folder(runs, entry) for entry in (manifest or {}).get("stages", [])}
 
 
 def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:
@@ -110,10 +107,8 @@ def compare(folders: Sequence[Path]) -> dict[str, dict[str, list[Any]]]:
     parts: dict[str, dict[str, list[Any]]] = {}
     for part in told[0]:
         keys = dict.fromkeys(key for one in told for key in one[part])
-        rows = {key: [one[part].get(key) for one in told] for key in keys}
-        parts[part] = {
-            key: row for key, row in rows.items() if any(value != row[0] for value in row)
-        }
+        rows = [(key, [one[part].get(key) for one in told]) for key in keys]
+        parts[part] = {key: row for key, row in rows if any(value != row[0] for value in row)}
     return parts
 
 
@@ -147,8 +142,5 @@ def _contents(manifest: dict[str, Any]) -> dict[str, Any]:
         for key, value in _flat(entry.get("payload", {})).items():
             if found.get(key) != value:
                 found[f"{entry['name']}.{key}"] = value
-    return {
-        key: value
-        for key, value in found.items()
-        if key.rpartition(".")[2] in ("content", "revision", "mirror")
-    }
+    ends = ("content", "revision", "mirror")
+    return {key: value for key, value in found.items() if key.rpartition(".")[2] in ends}

@@ -7,13 +7,12 @@ import functools
 import hashlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf_recipes.progress import duration
-from rlhf_recipes.show import size
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from rlhf_recipes.progress import duration, size
 
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN = 1500  # characters of a text; a page stays under 2 MB
@@ -35,17 +34,13 @@ def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-    from markupsafe import Markup, escape
-
     def words(text: str) -> Markup:
         text = str(escape(UNSEEN.sub("", text)))
         return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
     def cut(text: Any) -> str:
-        text = str(text)
-        more = f" … ({len(text) - SHOWN:,} characters more)" if len(text) > SHOWN else ""
-        return text[:SHOWN] + more
+        over = len(text := str(text)) - SHOWN
+        return text[:SHOWN] + (f" … ({over:,} characters more)" if over > 0 else "")
 
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.errors import DataError, ModelError
+from rlhf_recipes.errors import DataError, ModelError, briefly
 
 TIMEOUT = 5  # seconds
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+ADVICE = {  # by the status that the hub answers with
+    401: "set HF_TOKEN to a token that is valid",
+    403: "set HF_TOKEN to a token that may read it",
+    404: "check the name and the revision",
+    429: "it has had too many requests: wait some minutes, or set HF_TOKEN",
+}
 
 
 @dataclass(frozen=True)
@@ -147,25 +154,22 @@ class Repo:
 
     def _trouble(self, error: Exception) -> DataError | ModelError:
         """The hub's own first line says what went wrong; by what it is, what to do."""
-        reason = str(error).strip().splitlines() or [""]
         return (DataError if self.kind == "dataset" else ModelError)(
             f"the {self.kind} {self.name} is neither on this machine nor to be had from the hub "
-            f"({type(error).__name__}: {reason[0][:160]})",
+            f"({briefly(error)})",
             f"{self._advice(error)}, or name a local folder (./…) as the {self.kind}",
         )
 
     def _advice(self, error: Exception) -> str:
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
 
-        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        not_here = isinstance(error, errors.LocalEntryNotFoundError)
+        if not_here and error.__cause__:
             error = error.__cause__
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-        if isinstance(error, errors.OfflineModeIsEnabled) or (
-            isinstance(error, errors.LocalEntryNotFoundError) and _offline()
-        ):
-            return (
-                "HF_HUB_OFFLINE is set: unset it, or `rlhf-recipes fetch` where there is a network"
-            )
+        if isinstance(error, errors.OfflineModeIsEnabled) or not_here and constants.HF_HUB_OFFLINE:
+            what = "HF_HUB_OFFLINE is set: unset it, or `rlhf-recipes fetch`"
+            return f"{what} where there is a network"
         if isinstance(error, errors.GatedRepoError):
             place = f"https://huggingface.co/{'datasets/' * (self.kind == 'dataset')}{self.name}"
             return f"ask for access at {place}, and set HF_TOKEN to a token of yours"
@@ -173,19 +177,11 @@ class Repo:
             return "that revision is not there, or not any more: name another as `revision`"
         if isinstance(error, errors.RepositoryNotFoundError):
             return "check the name; if it is private, set HF_TOKEN to a token that may read it"
-        by_status = {
-            401: "set HF_TOKEN to a token that is valid",
-            403: "set HF_TOKEN to a token that may read it",
-            404: "check the name and the revision",
-            429: "it has had too many requests: wait some minutes, or set HF_TOKEN",
-        }
         if status >= 500:
             return "it has trouble of its own: try again later"
         if isinstance(error, FileNotFoundError) and not status:
             return "check the name"
-        return by_status.get(
-            status, "check the network: the same command goes on where it broke off"
-        )
+        return ADVICE.get(status, "check the network: the same command goes on where it broke off")
 
 
 def _bound() -> None:
@@ -204,12 +200,6 @@ def _bound() -> None:
         return made
 
     set_client_factory(client)
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
 
 
 def says_no(error: BaseException | None) -> bool:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 
@@ -44,6 +45,12 @@ def _refuse_unstable(value: Any, where: str) -> None:
 def digest(value: Any) -> str:
     """SHA-256 of the canonical encoding, as 64 hex digits."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def derive_seed(seed: int, *place: str | int) -> int:

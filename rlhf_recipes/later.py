@@ -16,7 +16,7 @@ from rlhf_recipes.tables import BEST_OF, EVALUATION
 KEY = f"{EVALUATION}.{BEST_OF}="
 
 
-def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
+def best_of(*, run_folder: Path, count: int) -> RunOutcome:
     """Run the best-of-`count` stage of a run, in that run; its recipe.toml stays as written.
 
     Raises UsageError where another of its stages would have to run first, and what `run` raises.
@@ -26,15 +26,10 @@ def best_of(*, run_folder: Path, count: int, wait: bool = False) -> RunOutcome:
     recipe = load_recipe(folder / "resolved.toml", set=[f"{KEY}{count}"])
     for stage in make_plan(recipe, folder.parent, name=folder.name).stages:
         if not stage.done and stage.kind != BEST_OF:
-            raise UsageError(
-                f"{stage.name} of {run_folder} would have to run first: {stage.reason}",
-                shlex.join(["rlhf-recipes", "run", manifest["recipe"], "--name", folder.name]),
-            )
+            hint = shlex.join(["rlhf-recipes", "run", manifest["recipe"], "--name", folder.name])
+            what = f"{stage.name} of {run_folder} would have to run first"
+            raise UsageError(f"{what}: {stage.reason}", hint)
     before = (word for word in manifest["overrides"] if not word.startswith(KEY))
-    written = replace(
-        recipe,
-        path=Path(manifest["recipe"]),
-        text=(folder / "recipe.toml").read_text(encoding="utf-8"),
-        overrides=(*before, f"{KEY}{count}"),
-    )
-    return run(written, runs=folder.parent, name=folder.name, wait=wait)
+    text, path = (folder / "recipe.toml").read_text(encoding="utf-8"), Path(manifest["recipe"])
+    written = replace(recipe, path=path, text=text, overrides=(*before, f"{KEY}{count}"))
+    return run(written, runs=folder.parent, name=folder.name)

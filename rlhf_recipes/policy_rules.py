@@ -6,18 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from rlhf_recipes.facts import Facts, Share, number
-from rlhf_recipes.findings import (
-    Finding,
-    Found,
-    interval,
-    leash,
-    percent,
-    said,
-    setting,
-    slower,
-    steps,
-    title,
-)
+from rlhf_recipes.findings import Finding, Found, interval, percent, said
 from rlhf_recipes.tables import INDEPENDENT
 
 # A win rate whose interval holds a half is open where it is that wide, or itself from there on.
@@ -42,7 +31,7 @@ def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
     starts = facts.starts()
     for stage in facts.of_kind("ppo", "dpo"):
         start = starts[stage.name]
-        yield stage.name, start, title(facts, stage.name), title(facts, start)
+        yield stage.name, start, facts.title(stage.name), facts.title(start)
 
 
 def went_far(facts: Facts) -> Found:
@@ -54,7 +43,7 @@ def went_far(facts: Facts) -> Found:
         if kl is not None and kl > limit:
             text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
             text += "from what the reward model has seen, its scores mean little."
-            yield Finding("fault", name, text, f"{slower(facts, name)}.")
+            yield Finding("fault", name, text, f"{facts.slower(name)}.")
             if why.startswith("KL"):
                 continue
         if why:
@@ -63,7 +52,7 @@ def went_far(facts: Facts) -> Found:
             if kept is not None and kept != updates:
                 text += f" The policy of update {kept:.0f} was kept."
             level = "doubt" if why.startswith("KL") else "fault"
-            yield Finding(level, name, text, f"{slower(facts, name)}.")
+            yield Finding(level, name, text, f"{facts.slower(name)}.")
 
 
 def collapsed(facts: Facts) -> Found:
@@ -88,7 +77,7 @@ def collapsed(facts: Facts) -> Found:
         stage = facts.stage(name)
         if stage and (entropy := stage.series("val/entropy_per_token")[1]):
             what += f"; entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats a token"
-        change = f"{slower(facts, name)}; and see what the reward model likes so much."
+        change = f"{facts.slower(name)}; and see what the reward model likes so much."
         yield Finding("fault", name, f"{what}.", change)
 
 
@@ -109,14 +98,14 @@ def never_ends(facts: Facts) -> Found:
             continue
         kinds = [stage.name for stage in facts.of_kind("ppo")]
         ppo = name if name in kinds else next(iter(kinds), "")
-        text = f"{percent(now)} of {title(facts, name)}'s answers end within their tokens"
+        text = f"{percent(now)} of {facts.title(name)}'s answers end within their tokens"
         own = not ppo or facts.of("evaluation", "response_length")
-        room = setting(facts, "evaluation" if own else ppo, "response_length")
+        room = facts.setting("evaluation" if own else ppo, "response_length")
         if before != "base" and then is not None:
-            text += f", {percent(then)} of {title(facts, before)}'s"
-        cure = f"Raise {setting(facts, name, 'missing_eos_penalty')}, or {room}."
+            text += f", {percent(then)} of {facts.title(before)}'s"
+        cure = f"Raise {facts.setting(name, 'missing_eos_penalty')}, or {room}."
         if name != ppo:
-            cure = f"Raise {steps(facts, name)}; or {room}, where good answers are longer."
+            cure = f"Raise {facts.steps(name)}; or {room}, where good answers are longer."
         if now < ENDING:
             yield Finding("fault", name, f"Only {text}: most are cut off.", cure)
             return
@@ -155,81 +144,82 @@ def _open(share: Share) -> bool:
     return share.low <= 0.5 <= share.high and wide
 
 
-def success(facts: Facts) -> Found:
+def winning(facts: Facts) -> Found:
+    """By the reward model, and by the judges that it was not trained against."""
     for name, _, who, start in _trained(facts):
-        kl, wins = facts.number(f"{name}.kl"), _wins(facts, name)
+        wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
+        own, judged = facts.of(name, "reward_model"), list(_judges(facts, name))
         price = f", at {kl:.1f} nats" if kl is not None else ""
-        judged = list(_judges(facts, name))
+        if gained := wins is not None and wins.low > 0.5:
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
+            text += f"{' that it was trained against' if own else ''}{price}."
+            other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
+            other += ", with `dataset.judge_fraction` over 0."
+            level, change = ("good", "") if judged else ("doubt", other)
+            yield Finding(level, name, text, change)
+        elif wins and not _open(wins):
+            yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
         for share, called in judged:
             if share.low > 0.5:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
                 yield Finding("success", name, text)
-        if wins and wins.low > 0.5:
-            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
-            own = " that it was trained against" if facts.of(name, "reward_model") else ""
-            other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
-            other += ", with `dataset.judge_fraction` over 0."
-            level, change = ("good", "") if judged else ("doubt", other)
-            yield Finding(level, name, f"{text}{own}{price}.", change)
-
-
-def no_gain(facts: Facts) -> Found:
-    """None that even the reward model sees."""
-    for name, _, who, start in _trained(facts):
-        wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
-        if wins is None or wins.low > 0.5 or _open(wins):
-            continue
-        text = f"{who} wins against {start} on {said(wins, 'prompts')} by the reward model"
-        change = f"{slower(facts, name)}."
-        if facts.number(f"{name}.kept_update") == 0:
-            text += ": no update beat its start on the validation prompts, so its start was kept."
-        elif kl is not None and kl < STILL:
-            text += f", at {kl:.2f} nats: it has hardly moved."
-            change = f"Raise {setting(facts, name, 'learning_rate')} or give it more steps."
-        elif wins.high < 0.5:
-            text += ": training made it worse."
-        else:
-            text += ": it gained nothing that can be told."
-            change = f"Give it more steps, or lower {leash(facts, name)}."
-        yield Finding("fault", name, text, change)
-
-
-def fooled(facts: Facts) -> Found:
-    """The reward model sees a gain that a judge does not."""
-    for name, _, who, start in _trained(facts):
-        wins, own = _wins(facts, name), facts.of(name, "reward_model")
-        for share, called in _judges(facts, name) if own and wins and wins.low > 0.5 else ():
-            if share.low > 0.5 or share.high >= wins.low or _open(share):
-                continue
-            text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts by its "
-            text += f"reward model, and on {percent(share.value)} ({interval(share)}) by {called}: "
-            text += "it learned to please its reward model, not to answer better."
-            change = f"{slower(facts, name)}; or give the reward model more pairs, of such answers."
-            yield Finding("fault", own, text, change)
-
-
-def judged_worse(facts: Facts) -> Found:
-    """A judge sees a loss where the reward model is no witness of a gain: what `fooled` is not."""
-    for name, _, who, start in _trained(facts):
-        wins, own = _wins(facts, name), facts.of(name, "reward_model")
-        for share, called in () if own and wins and wins.low > 0.5 else _judges(facts, name):
-            if share.high < 0.5:
+            elif own and gained:
+                if share.high < wins.low and not _open(share):
+                    text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
+                    text += f"by its reward model, and on {percent(share.value)} "
+                    text += f"({interval(share)}) by {called}: it learned to please its reward "
+                    text += "model, not to answer better."
+                    change = f"{facts.slower(name)}; or give the reward model more pairs, of such "
+                    yield Finding("fault", own, text, f"{change}answers.")
+            elif share.high < 0.5:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
-                yield Finding("fault", name, f"{text}it became worse.", f"{slower(facts, name)}.")
+                yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
+        yield from _only_by_length(facts, name, f"{who} wins against {start}")
+        shares = [(wins, "the reward model"), *judged] if wins else judged
+        yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
 
 
-def by_length_alone(facts: Facts) -> Found:
+def _no_gain(facts: Facts, name: str, versus: str, wins: Share, kl: float | None) -> Finding:
+    """None that even the reward model sees."""
+    text, change = f"{versus} on {said(wins, 'prompts')} by the reward model", facts.slower(name)
+    if facts.number(f"{name}.kept_update") == 0:
+        text += ": no update beat its start on the validation prompts, so its start was kept."
+    elif kl is not None and kl < STILL:
+        text += f", at {kl:.2f} nats: it has hardly moved."
+        change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps"
+    elif wins.high < 0.5:
+        text += ": training made it worse."
+    else:
+        text += ": it gained nothing that can be told."
+        change = f"Give it more steps, or lower {facts.leash(name)}"
+    return Finding("fault", name, text, f"{change}.")
+
+
+def _only_by_length(facts: Facts, name: str, versus: str) -> Found:
     """A gain that is gone among answers of like length, or among those that ended."""
-    for name, _, who, start in _trained(facts):
-        for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
-            share = _wins(facts, name, by)
-            for what, words in (("like_length", "of like length"), ("ended", "that both ended")):
-                few = facts.share(f"{name}.{by}win_rate_{what}", f"{name}.{what}_pairs")
-                if share and share.low > 0.5 and few and few.count >= SOME and few.value < 0.5:
-                    text = f"Among answers {words}, {who} wins against {start} on "
-                    text += f"{said(few, 'prompts')} by {called}: "
-                    text += "its gain is in their length." if what == "like_length" else "no gain."
-                    yield Finding("doubt", name, text, "Read some of them side by side.")
+    parts = {
+        "like_length": ("of like length", "its gain is in their length"),
+        "ended": ("that both ended", "no gain"),
+    }
+    for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
+        share = _wins(facts, name, by)
+        for part, (words, so) in parts.items() if share and share.low > 0.5 else ():
+            few = facts.share(f"{name}.{by}win_rate_{part}", f"{name}.{part}_pairs")
+            if few and few.count >= SOME and few.value < 0.5:
+                text = f"Among answers {words}, {versus} on {said(few, 'prompts')} by {called}: "
+                yield Finding("doubt", name, f"{text}{so}.", "Read some of them side by side.")
+
+
+def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]]) -> Found:
+    asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
+    key = ("evaluation", "prompts")
+    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
+        key = ("dataset", "test_fraction")
+    for share, called in shares:
+        if _open(share):
+            text = f"{versus} on {said(share, 'prompts')} by {called}: too few prompts to tell."
+            more = f"Raise {facts.setting(*key)}: {MORE_PROMPTS}"
+            yield Finding("doubt", "evaluation", text, more)
 
 
 def over_base(facts: Facts) -> Found:
@@ -239,7 +229,7 @@ def over_base(facts: Facts) -> Found:
         over = "_over_base" if starts[name] != "base" else ""
         own = [(share, "the reward model")] if (share := _wins(facts, name, "", over)) else []
         for share, called in [*_judges(facts, name, over)] or own:
-            text = f"{title(facts, name)} wins against the base model on {said(share, 'prompts')} "
+            text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
             if share.low > 0.5:
                 yield Finding("good", name, f"{text}by {called}.")
             elif share.high < 0.5:
@@ -247,21 +237,6 @@ def over_base(facts: Facts) -> Found:
                 yield Finding("doubt", name, f"{text}by {called}: it became worse.", change)
             else:
                 yield Finding("note", name, f"{text}by {called}: no difference to tell.")
-
-
-def too_few_prompts(facts: Facts) -> Found:
-    asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
-    key = ("evaluation", "prompts")
-    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
-        key = ("dataset", "test_fraction")
-    for name, _, who, start in _trained(facts):
-        shares = [(_wins(facts, name), "the reward model"), *_judges(facts, name)]
-        for share, called in shares:
-            if share and _open(share):
-                text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: too "
-                text += "few prompts to tell."
-                more = f"Raise {setting(facts, *key)}: {MORE_PROMPTS}"
-                yield Finding("doubt", "evaluation", text, more)
 
 
 def against_best_of(facts: Facts) -> Found:
@@ -274,7 +249,7 @@ def against_best_of(facts: Facts) -> Found:
         gain = facts.number(f"{policy}.{by}_gain")
         best = facts.number(f"best_of.{most}.{by}_gain")
         if gain is not None and best and best > 0 and kl is not None and least:
-            who, start = (title(facts, str(name)) for name in (policy, facts.best_of.get("policy")))
+            who, start = (facts.title(str(name)) for name in (policy, facts.best_of.get("policy")))
             share = percent(gain / best) if gain > 0 else "nothing"
             text = f"By {called}, {who} gained {share} of what taking the best of "
             text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
@@ -282,16 +257,4 @@ def against_best_of(facts: Facts) -> Found:
             return
 
 
-RULES = (
-    went_far,
-    collapsed,
-    never_ends,
-    success,
-    no_gain,
-    fooled,
-    judged_worse,
-    by_length_alone,
-    over_base,
-    too_few_prompts,
-    against_best_of,
-)
+RULES = (went_far, collapsed, never_ends, winning, over_base, against_best_of)

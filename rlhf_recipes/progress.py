@@ -18,7 +18,6 @@ import re
 import sys
 import time
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Self, TextIO
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlhf_recipes.errors import masked
+from rlhf_recipes.errors import cut, masked
 from rlhf_recipes.rundir import no_link, now, to_json, write_text
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
@@ -40,7 +39,7 @@ ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|.
 def plain(text: str) -> str:
     """Hostile text as one printable line: no control sequence, no line break, no bidi trick."""
     text = " ".join(ESCAPES.sub("", text).split())
-    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+    return "".join(c for c in text if c.isprintable())
 
 
 def duration(seconds: float) -> str:
@@ -51,6 +50,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def size(count: float) -> str:
+    """999 B · 17.6 MB"""
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.{max(3, len(str(int(count))))}g} {units[0]}"
 
 
 class Screen:
@@ -98,10 +105,8 @@ class Screen:
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Everything that anything in this process prints, logs or warns goes to the log."""
-        handler = logging.StreamHandler(self._log)
+        handler, ours = logging.StreamHandler(self._log), logging.getLogger("rlhf_recipes")
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        ours = logging.getLogger("rlhf_recipes")
-        level = ours.level
         _flush()
         saved = {descriptor: os.dup(descriptor) for descriptor in _outputs()}
         for descriptor in saved:
@@ -112,7 +117,6 @@ class Screen:
             yield
         finally:
             ours.removeHandler(handler)
-            ours.setLevel(level)
             gc.collect()  # an abandoned tqdm bar prints its last line when it is collected
             try:
                 _flush()
@@ -201,7 +205,7 @@ class StageProgress:
         """A completion worth looking at, as the stage goes."""
         entry = {"step": self._done, "prompt": prompt, "answer": answer, **numbers}
         self._append("samples.jsonl", entry)
-        text = f"    {_cut(plain(prompt), 60)} → {_cut(plain(answer), 120)}"
+        text = f"    {cut(plain(prompt), 60)} → {cut(plain(answer), 120)}"
         self._screen.line(f"{text}   {_shown(numbers)}".rstrip(), "dim")
 
     def resume(self, done: int) -> None:
@@ -240,10 +244,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _shown(numbers: dict[str, float]) -> str:

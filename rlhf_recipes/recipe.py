@@ -1,35 +1,28 @@
 """A recipe: one TOML file that names a model, a dataset and the stages. No torch in here."""
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.edit import Edited, edit, rebase
-from rlhf_recipes.errors import Problem, RecipeError, UsageError, masked
+from rlhf_recipes.errors import Problem, RecipeError, UsageError, cut, masked
 from rlhf_recipes.fields import suggest, trl_fields
 from rlhf_recipes.lines import MAX_SIZE, key_lines, parse
-from rlhf_recipes.tables import (
-    BEST_OF,
-    EVALUATION,
-    EXTRAS,
-    JUDGE,
-    ROLES,
-    SHARED_DATA_KEYS,
-    DatasetTable,
-    EvaluationTable,
-    ModelTable,
-    StageTable,
-    is_path,
-    located,
-    move_judge,
-)
+from rlhf_recipes.tables import BEST_OF, EVALUATION, EXTRAS, JUDGE
 from rlhf_recipes.validate import Key, dotted
 from rlhf_recipes.wiring import check
+
+if TYPE_CHECKING:
+    from rlhf_recipes.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
+
+HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
 
 
 @dataclass(frozen=True)
@@ -61,50 +54,20 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, paths absolute: a recipe of its own, whose stages are these."""
-        model = asdict(self.model) | {"base": None}
-        if self.model.is_local:
-            model["name"] = str(self.model.folder)
-        tables = (self.dataset, *self.dataset.more)
-        tested = any(table.test_split for table in tables)
-        resolved = [_resolved_dataset(table, tested) for table in tables]
-        stages = {name: self._resolved_stage(self.tables[name]) for name in self.stages}
-        return _without_none(
-            {
-                "title": self.title,
-                "stages": list(self.stages),
-                "seed": self.seed,
-                "evaluation": self._resolved_evaluation(),
-                "lora": False if self.lora is None else self.lora,
-                "model": model,
-                "dataset": resolved if self.dataset.more else resolved[0],
-                **stages,
-            }
-        )
-
-    def _resolved_evaluation(self) -> dict[str, Any] | bool:
-        if self.evaluation is None:
-            return False
-        base = self.model.base
-        judge = move_judge(self.evaluation.judge, lambda place: str(located(place, base)))
-        return asdict(self.evaluation) | {"judge": judge}
-
-    def _resolved_stage(self, table: StageTable) -> dict[str, Any]:
-        roles = {role: getattr(table, role) for role in ROLES}
-        if is_path(roles["reward_model"] or ""):
-            roles["reward_model"] = str(located(roles["reward_model"], self.model.base))
-        own = _resolved_dataset(table.dataset, False) if table.dataset else {}
-        own = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
-        dataset = {"dataset": own} if own else {}
-        return {"kind": table.kind, **roles, **table.options, **table.extras, **dataset}
-
-
-def _resolved_dataset(table: DatasetTable, tested: bool) -> dict[str, Any]:
-    out = asdict(table) | {"base": None, "more": None}
-    if table.is_local:
-        out["path"] = str(table.file)
-    if tested:
-        out["test_fraction"] = None
-    return out
+        base, datasets = self.model.base, (self.dataset, *self.dataset.more)
+        tested = any(table.test_split for table in datasets)
+        listed = [table.resolved(tested) for table in datasets]
+        keys = {
+            "title": self.title,
+            "stages": list(self.stages),
+            "seed": self.seed,
+            "evaluation": self.evaluation.resolved(base) if self.evaluation else False,
+            "lora": False if self.lora is None else self.lora,
+            "model": self.model.resolved(),
+            "dataset": listed if self.dataset.more else listed[0],
+            **{name: self.tables[name].resolved(base) for name in self.stages},
+        }
+        return _without_none(keys)
 
 
 def _without_none(value: Any) -> Any:
@@ -114,31 +77,6 @@ def _without_none(value: Any) -> Any:
 
 
 # ---- loading
-
-# What to do about tomllib's messages, by how they begin.
-TOML_HINTS = {
-    "Invalid value": "text needs quotes, true and false are small, and there is no null",
-    "Invalid initial": "a key is letters, digits, - and _, or stands in quotes",
-    "Invalid statement": "a line is key = value, or a [table]",
-    "Invalid hex": "write a backslash twice, or the text in single quotes",
-    "Unescaped": "write a backslash twice, or the text in single quotes",
-    "Escaped": "write a backslash twice, or the text in single quotes",
-    "Invalid date": "text needs quotes",
-    "Expected newline": "one key a line; text needs quotes",
-    "Expected '='": "a key is written key = value",
-    "Expected ']": "a table is written [table]",
-    "Expected": "the quotes do not close on their line",
-    "Illegal": "the quotes do not close on their line",
-    "Unterminated": "its quotes do not close",
-    "Found invalid character '\\n'": "the quotes do not close on their line",
-    "Found": "take it out, or close the quotes before it",
-    "Unclosed array": "a ] or a comma is missing",
-    "Unclosed inline": "a } or a comma is missing, or it takes more than one line",
-    "Cannot": "it stands there already: put what belongs together in one place",
-    "Duplicate": "leave one of the two out",
-    "More than": "a recipe holds settings, no data",
-    "Nested": "a recipe has tables in tables, no more",
-}
 
 
 def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
@@ -160,12 +98,8 @@ def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Re
     if problems or edited.problems:
         problems.sort(key=lambda p: (p.file != str(path), p.line or 0))
         raise RecipeError([*problems, *edited.problems])
-    return Recipe(
-        path=path,
-        text=edited.text,
-        overrides=(*set, *(f"unset {key}" for key in unset)),
-        **parts,
-    )
+    overrides = (*set, *(f"unset {key}" for key in unset))
+    return Recipe(path=path, text=edited.text, overrides=overrides, **parts)
 
 
 def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
@@ -198,11 +132,11 @@ def _no_toml(said: str, text: str, path: Path) -> Problem:
     written = text.rstrip("\n").split("\n")
     found = re.match(r"line (\d+)", place)
     line = int(found[1]) if found else len(written)
-    hint = next((hint for start, hint in TOML_HINTS.items() if message.startswith(start)), "")
+    hints = tomllib.loads(HINTS.read_text(encoding="utf-8")).items()
+    hint = next((hint for start, hint in hints if re.match(start, message)), "")
     if place.startswith("end"):
         hint = "something is not closed: quotes, a ] or a }"
-    shown = written[line - 1].strip()
-    shown = shown if len(shown) <= 60 else shown[:59] + "…"
+    shown = cut(written[line - 1].strip(), 60)
     return Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint and '; '}{hint}")
 
 

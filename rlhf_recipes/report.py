@@ -6,41 +6,20 @@ given, and the page's own policy lets it run and load nothing.
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import card, charts
 from rlhf_recipes.facts import Facts, Json, Stage, number, read
-from rlhf_recipes.findings import Finding, interval, plain_title
-from rlhf_recipes.house import page, style
+from rlhf_recipes.findings import Finding, interval
+from rlhf_recipes.house import TEMPLATES, page, style
 from rlhf_recipes.identity import digest
 from rlhf_recipes.rundir import REPORT, to_json, versions, write_text
 from rlhf_recipes.verdict import verdict
 
 REWARDS = ("reward", "judge")
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
-# What the table of the policies says: a key, and how a person calls it.
-POLICY_ROWS = {
-    "judge_win_rate": "preferred by the judge",
-    "judge2_win_rate": "preferred by the second judge",
-    "win_rate": "preferred by the reward model",
-    "judge_win_rate_over_base": "to the base, by the judge",
-    "judge2_win_rate_over_base": "to the base, by the second judge",
-    "win_rate_over_base": "to the base, by the reward model",
-    "judge_gain": "gain by the judge",
-    "judge2_gain": "gain by the second judge",
-    "score_gain": "gain, units of the reward",
-    "kl": "KL, nats an answer",
-    "score": "score, units of the reward",
-    "judge_score": "the judge's score",
-    "judge2_score": "the second judge's score",
-    "length": "tokens an answer",
-    "ended": "answers that end",
-    "repetition": "repeated 3-grams",
-    "distinct_2": "distinct 2-grams",
-    "nats_under_base": "nats a token under the base",
-    "unchanged": "answers unchanged",
-}
 
 
 def write(folder: Path, *, again: bool = True) -> list[Finding]:
@@ -82,7 +61,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
-        "titles": [plain_title(facts, policy) for policy in last or ()],
+        "titles": [facts.plain_title(policy) for policy in last or ()],
         "cases": _cases(facts, *last) if last else [],
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
@@ -128,7 +107,8 @@ def policies(facts: Facts) -> list[list[str]]:
         return []
     heads = [f"{name}, against {starts[name]}" if starts[name] else name for name in names]
     rows = [["", *heads]]
-    for key, words in POLICY_ROWS.items():
+    said = tomllib.loads((TEMPLATES / "policies.toml").read_text(encoding="utf-8"))
+    for key, words in said.items():
         cells = [_cell(facts, f"{name}.{key}") for name in names]
         if any(cells):
             rows.append([words, *(cell or "—" for cell in cells)])
@@ -156,12 +136,8 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     name = stage.name
     if stage.kind not in REWARDS:
         name = "foreign" if "foreign.accuracy" in facts.results else "reward"
-    made = [
-        charts.accuracy(facts, name),
-        charts.margins(name, stage),
-        charts.calibration(facts, name, stage),
-    ]
-    if stage.kind in REWARDS:
-        made.append(charts.loss(facts, stage))
-    plots = [plot for plot in made if plot]
-    return {"name": name, "plots": plots, "worst": stage.evidence.get("worst")}
+    plots = [charts.accuracy(facts, name), charts.margins(name, stage)]
+    plots.append(charts.calibration(facts, name, stage))
+    plots += [charts.loss(facts, stage)] if stage.kind in REWARDS else []
+    worst = stage.evidence.get("worst")
+    return {"name": name, "plots": [plot for plot in plots if plot], "worst": worst}

@@ -232,8 +232,9 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
                 stream.seek(0)
                 held = f"{what} is held by {stream.read().strip() or 'another process'}"
                 if waiting is None:
-                    hint = "--wait waits for it; nothing needs to be cleared by hand"
-                    raise BusyError(held, hint)
+                    raise BusyError(
+                        held, "--wait waits for it; nothing needs to be cleared by hand"
+                    )
                 waiting(f"{held}: waiting for it")
                 fcntl.flock(stream, fcntl.LOCK_EX)
             if not _is_still(file, stream):

@@ -12,9 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.errors import cut
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.plan import Plan
-from rlhf_recipes.progress import plain
+from rlhf_recipes.progress import plain, size
 
 WIDEST = 40  # of a value
 MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
@@ -43,14 +44,6 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join(lines)
 
 
-def size(count: float) -> str:
-    """999 B · 17.6 MB"""
-    units = ["B", "kB", "MB", "GB"]
-    while count >= 999.5 and len(units) > 1:
-        count, units = count / 1000, units[1:]
-    return f"{count:.{max(3, len(str(int(count))))}g} {units[0]}"
-
-
 def plan(made: Plan) -> str:
     """Every reason of every stage on a line of its own."""
     rows = [["stage", "", "why"]]
@@ -72,9 +65,8 @@ def runs(found: dict[str, Any], folder: Path) -> str:
         rows.append([run["name"], _when(run["ended"]), run["outcome"], stages, *said, *sizes])
     own, shared = size(sum(run["bytes"] for run in found["runs"])), size(found["stages_bytes"])
     lines = [table(rows, right=(4, 5, 6, 7, 8)), ""] if found["runs"] else []
-    lines.append(
-        f"runs in {folder}: {len(found['runs'])}, {own}; their stages, each once: {shared}"
-    )
+    count = len(found["runs"])
+    lines.append(f"runs in {folder}: {count}, {own}; their stages, each once: {shared}")
     lines += [f"{folder / plain(other['name'])} {other['why']}" for other in found["others"]]
     return "\n".join(lines)
 
@@ -107,7 +99,7 @@ def _value(value: Any) -> str:
     if value is None or re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text):
         return "—" if value is None else text[:12]
     text = f"{value:.4g}" if isinstance(value, float) else text
-    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+    return cut(text, WIDEST)
 
 
 def _gain(first: Any, value: Any, part: str) -> str:

@@ -7,21 +7,17 @@ are the same run; only where nothing is cached is the hub asked.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf_recipes import mirror, rundir, untrusted
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.hub import MODEL_FILES, Repo, says_no
-from rlhf_recipes.identity import digest
-from rlhf_recipes.tables import is_path, located
-
-if TYPE_CHECKING:
-    from rlhf_recipes.recipe import Recipe
-    from rlhf_recipes.tables import DatasetTable
+from rlhf_recipes.identity import digest, file_digest
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.tables import DatasetTable, is_path, located
 
 # Smaller files are read each time; the digest of a larger one is kept by size and time of change.
 REMEMBERED_BYTES = 8 * 2**20
@@ -53,17 +49,14 @@ def identify_base(recipe: Recipe, runs: Path) -> dict[str, str]:
     if model.is_local:
         return identify_model(model.name, recipe, runs)
     repo = base_repo(recipe)
-    mirrored = model.mirror and {"repo": model.name, "mirror": model.mirror.sha256}
-    if mirrored and not repo.cached():
-        if mirror.folder_of(model.mirror).is_dir():
-            return mirrored
+    mirrored = model.mirror is not None and not repo.cached()
+    if not (mirrored and mirror.folder_of(model.mirror).is_dir()):
         try:
-            return {"repo": model.name, "revision": repo.commit(newest=True)}
+            return {"repo": model.name, "revision": repo.commit(newest=mirrored)}
         except ModelError as error:
-            if says_no(error.__cause__):
+            if not mirrored or says_no(error.__cause__):
                 raise
-            return mirrored
-    return {"repo": model.name, "revision": repo.commit()}
+    return {"repo": model.name, "mirror": model.mirror.sha256}
 
 
 def identify_model(name: str, recipe: Recipe, runs: Path) -> dict[str, str]:
@@ -121,11 +114,9 @@ def dataset_place(table: DatasetTable) -> Path:
 
 def _row_files(table: DatasetTable) -> Callable[[Path], bool]:
     """Whether a file, by its place in the dataset's folder, has a say in what its rows are."""
-    given = table.data_files or []
-    groups = given.values() if isinstance(given, dict) else [given]
-    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
-    places = {PurePosixPath(table.data_dir or ".") / str(name) for name in names}
-    patterns = [name for name in names if re.search(r"[*?\[{]", str(name))]
+    names = [str(name) for name in untrusted.leaves(table.data_files or [])]
+    places = {PurePosixPath(table.data_dir or ".") / name for name in names}
+    patterns = [name for name in names if re.search(r"[*?\[{]", name)]
 
     def has_a_say(file: Path) -> bool:
         if file == Path("README.md"):  # its front matter may say which files are of which split
@@ -159,12 +150,11 @@ def content_digest(
 def _file_digest(path: Path, runs: Path) -> str:
     stat = path.stat()
     if stat.st_size < REMEMBERED_BYTES:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_digest(path)
     place, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     entry = remembered(runs)["files"].get(place)
     if entry is None or entry[:-1] != stamp:
-        with path.open("rb") as stream:
-            entry = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+        entry = [*stamp, file_digest(path)]
         _remember(runs, "files", place, entry)
     return entry[-1]
 

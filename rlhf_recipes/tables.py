@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +89,10 @@ class ModelTable:
     def folder(self) -> Path:
         return located(self.name, self.base)
 
+    def resolved(self) -> dict[str, Any]:
+        name = str(self.folder) if self.is_local else self.name
+        return asdict(self) | {"name": name, "base": None}
+
 
 @dataclass(frozen=True)
 class DatasetTable:
@@ -127,6 +131,12 @@ class DatasetTable:
         """The file, or the folder."""
         return located(self.path, self.base)
 
+    def resolved(self, tested: bool) -> dict[str, Any]:
+        """Where a `test_split` says what is `tested`, it has no fraction."""
+        path = str(self.file) if self.is_local else self.path
+        fraction = None if tested else self.test_fraction
+        return asdict(self) | {"path": path, "test_fraction": fraction, "base": None, "more": None}
+
 
 @dataclass(frozen=True)
 class EvaluationTable:
@@ -145,6 +155,10 @@ class EvaluationTable:
         listed = [self.judge] if isinstance(self.judge, str) else self.judge
         return dict(zip((JUDGE, "judge2"), listed, strict=False)) if listed != ["none"] else {}
 
+    def resolved(self, base: Path) -> dict[str, Any]:
+        moved = move_judge(self.judge, lambda place: str(located(place, base)))
+        return asdict(self) | {"judge": moved}
+
 
 @dataclass(frozen=True)
 class StageTable:
@@ -159,6 +173,15 @@ class StageTable:
     extras: dict[str, Any]  # our own keys of the kind
     options: dict[str, Any]  # every passed field of TRL's config
     given: dict[str, Any]  # those that differ from TRL's defaults by our choice or the recipe's
+
+    def resolved(self, base: Path) -> dict[str, Any]:
+        roles = {role: getattr(self, role) for role in ROLES}
+        if is_path(self.reward_model or ""):
+            roles["reward_model"] = str(located(self.reward_model, base))
+        own = self.dataset.resolved(False) if self.dataset else {}
+        data = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
+        data = {"dataset": data} if data else {}
+        return {"kind": self.kind, **roles, **self.options, **self.extras, **data}
 
 
 # What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
@@ -186,9 +209,7 @@ EXTRAS: dict[str, Keys] = {
 
 
 def dataset_keys() -> Keys:
-    keys: dict[str, Any] = fields_of(DatasetTable)
-    keys["columns"] = dict.fromkeys(COLUMNS.split(), _TEXT)
-    return keys
+    return {**fields_of(DatasetTable), "columns": dict.fromkeys(COLUMNS.split(), _TEXT)}
 
 
 def _own_dataset_keys() -> Keys:
@@ -203,11 +224,9 @@ def _own_dataset_keys() -> Keys:
 @cache
 def stage_keys(kind: str) -> Keys:
     """Every key of a stage's table, TRL's fields first."""
-    wiring = {"kind": Field(("str",), choices=KINDS), "policy": _TEXT}
-    if kind == "ppo":
-        wiring["reward_model"] = _TEXT
-    if kind in ("ppo", "dpo"):
-        wiring["reference"] = _TEXT
+    roles = {"ppo": ("policy", "reward_model", "reference"), "dpo": ("policy", "reference")}
+    wiring = {"kind": Field(("str",), choices=KINDS)}
+    wiring |= dict.fromkeys(roles.get(kind, ("policy",)), _TEXT)
     return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": _own_dataset_keys()}
 
 

@@ -50,17 +50,15 @@ def check_model(folder: Path, *, trusted: bool = False) -> None:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise refuse(f"names {name!r} as its weights, which is no safetensors file in it")
         if not (folder / name).is_file():
-            raise refuse(
-                f"has no {name}",
-                "weights must be safetensors: a pickle (.bin, .pt) can run any code as it loads",
-            )
+            hint = "weights must be safetensors: a pickle (.bin, .pt) can run any code as it loads"
+            raise refuse(f"has no {name}", hint)
     if (folder / "adapter_config.json").exists():
         raise refuse("holds an adapter as well", "name one of the two: a folder of its own")
     for key, value in _entries(config):
         if key.endswith(("attn_implementation", "attn_implementation_internal")):
-            if any("/" in str(one) for one in _leaves(value)):
+            if any("/" in str(one) for one in leaves(value)):
                 raise refuse(f"asks for a kernel of {value!r} by its {key}")
-        if key == "auto_map" and any("--" in str(one) for one in _leaves(value)):
+        if key == "auto_map" and any("--" in str(one) for one in leaves(value)):
             raise refuse("takes its code from yet another repository, by its auto_map")
     quantized = config.get("quantization_config") or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -94,7 +92,7 @@ def check_description(folder: Path) -> None:
             what = str(error).strip().partition("\n")[0]
             raise DataError(f"{folder / name} cannot be read: {what}", LOOK) from error
         configs = described.get("configs") if isinstance(described, dict) else None
-        for count, place in enumerate(_leaves(configs)):
+        for count, place in enumerate(leaves(configs)):
             if count == DESCRIBED:
                 raise DataError(f"{folder / name} names no end of files", LOOK)
             if OUTSIDE.search(str(place)):
@@ -132,10 +130,8 @@ def check_files(folder: Path, *groups: Iterable[str]) -> None:
 
 
 def climbs(folder: Path, place: str, who: str) -> DataError:
-    return DataError(
-        f"{who} names {place!r} as rows, which is not inside {folder}",
-        "name the folder that all of it is in as `path`, if it is yours",
-    )
+    hint = "name the folder that all of it is in as `path`, if it is yours"
+    return DataError(f"{who} names {place!r} as rows, which is not inside {folder}", hint)
 
 
 def check_code(what: str, file: Path | None = None) -> None:
@@ -163,9 +159,10 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
             yield from _entries(inner)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
+    """Every value that holds no others, however deep."""
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     else:
         yield value

@@ -113,10 +113,10 @@ class Checker:
 
     def model(self) -> dict[str, Any]:
         at = ("model",)
-        if "model" not in self.data:
+        written = self.data.get("model")
+        if written is None:
             self.problem(at, 'is missing: [model] with name = "…" names the base model')
             return {}
-        written = self.data["model"]
         model = self.table(written, top_keys()["model"], at)
         if not isinstance(written, dict):
             return {}
@@ -124,10 +124,9 @@ class Checker:
             self.problem(at, 'needs name = "…": a hub id, or a folder (./…)')
         if name := model.get("name"):
             self.model_name(name, (*at, "name"))
-            if is_path(name) and "revision" in model:
-                self.problem((*at, "revision"), "is for models on the hub; a folder has none")
-            if is_path(name) and "mirror" in model:
-                self.problem((*at, "mirror"), "is for models on the hub; a folder needs none")
+            for key, has in (("revision", "has"), ("mirror", "needs")):
+                if is_path(name) and key in model:
+                    self.problem((*at, key), f"is for models on the hub; a folder {has} none")
             pinned = not is_path(name) and COMMIT.fullmatch(model.get("revision", ""))
             if model.get("trust_remote_code") and not pinned:
                 what = "runs code of the hub's: name its revision, all 40 hex digits of the commit"
@@ -290,10 +289,8 @@ class Checker:
             elif is_path(one) or "/" in one:
                 self.model_name(one, key)
             elif one != INDEPENDENT:
-                known = (
-                    '"none", "independent", "python:FILE.py:FUNCTION", or a model\'s folder or id'
-                )
-                self.problem(key, f"must be {known}, not {show(one)}")
+                known = '"none", "independent", "python:FILE.py:FUNCTION"'
+                self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
         return values
 
 

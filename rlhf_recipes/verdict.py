@@ -11,17 +11,7 @@ from collections.abc import Iterator
 
 from rlhf_recipes import policy_rules
 from rlhf_recipes.facts import Facts, Share
-from rlhf_recipes.findings import (
-    LEVELS,
-    Finding,
-    Found,
-    interval,
-    percent,
-    said,
-    setting,
-    steps,
-    title,
-)
+from rlhf_recipes.findings import LEVELS, Finding, Found, percent, said
 from rlhf_recipes.intervals import wilson
 
 MINIMUM = 0.55  # of a reward model's accuracy, where the recipe does not say otherwise
@@ -68,12 +58,12 @@ def sft_loss(facts: Facts) -> Found:
             before, after, whose = trained[0], trained[-1], "training"
         if before is None or after is None:
             continue
-        text = f"{title(facts, name)}'s {whose} loss went from {before:.3f} to {after:.3f}"
+        text = f"{facts.title(name)}'s {whose} loss went from {before:.3f} to {after:.3f}"
         if after > before * (1 + LEARNED):
-            fewer = f"Fewer {steps(facts, name)}, or lower {setting(facts, name, 'learning_rate')}."
+            fewer = f"Fewer {facts.steps(name)}, or lower {facts.setting(name, 'learning_rate')}."
             yield Finding("fault", name, f"{text}: it made the model worse.", fewer)
         elif after > before * (1 - LEARNED):
-            more = f"Raise {setting(facts, name, 'learning_rate')} or {steps(facts, name)}; or "
+            more = f"Raise {facts.setting(name, 'learning_rate')} or {facts.steps(name)}; or "
             more += "leave it out, where the model before it answers so already."
             yield Finding("fault", name, f"{text}: it learned next to nothing.", more)
         else:
@@ -84,8 +74,12 @@ def sft_loss(facts: Facts) -> Found:
 
 
 def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
-    """Each reward model: its name, its accuracy, how a sentence calls it, how grave its faults."""
-    names = facts.reward_models()
+    """Each reward model: its name, its accuracy, how a sentence calls it, how grave its faults.
+
+    The judge is the last.
+    """
+    found = [key.removesuffix(".accuracy") for key in facts.results if key.endswith(".accuracy")]
+    names = sorted(found, key=lambda name: name == "judge")
     for name in names:
         share = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
         own = "The independent judge" if name == "judge" else "The reward model"
@@ -94,70 +88,61 @@ def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
             yield name, share, own + f" `{name}`" * more, "doubt" if name == "judge" else "fault"
 
 
-def _ranks(who: str, share: Share) -> str:
-    value, count = percent(share.value), share.count
-    return f"{who} ranks {value} of {count} test pairs right ({interval(share)})"
-
-
-def worse_than_chance(facts: Facts) -> Found:
+def ranking(facts: Facts) -> Found:
+    """Better than chance or not, or too few pairs to tell; and whether length is all it sees."""
     for name, share, who, level in _measured(facts):
+        text = f"{who} ranks {said(share, 'test pairs right')}"
+        against, alone = _by_length(facts, name, share), facts.number(f"{name}.length_accuracy")
         if share.high < 0.5:
             why = "See whether `chosen` and `rejected` changed places, by `[dataset] columns`."
-            yield Finding(level, name, f"{_ranks(who, share)}: worse than chance.", why)
+            yield Finding(level, name, f"{text}: worse than chance.", why)
+        elif share.low <= 0.5 and share.high >= TELLING:
+            more = f"More pairs, or a larger {facts.setting('dataset', 'test_fraction')}."
+            yield Finding("doubt", name, f"{text}: too few pairs to tell it from chance.", more)
+        elif not against and (share.low <= 0.5 or share.value < MINIMUM):
+            yield _untrained(facts, name, level, text, chance=share.low <= 0.5)
+        elif not against:
+            text += f", length alone {percent(alone)}" if alone else ""
+            if alone is None or alone < share.value:
+                yield Finding("good", name, f"{text}.")
+            else:
+                change = "More pairs, or pairs of like length."
+                yield Finding("doubt", name, f"{text}: it tells no more than length does.", change)
+        if against:
+            few, which = against
+            text += f", and length alone {percent(alone or 0.5)}; where the {which} answer was "
+            text += f"preferred, {said(few, 'pairs')}: it learned length. Look there first."
+            change = "Give it pairs of like length, or as many whose shorter answer is the better "
+            yield Finding(level, name, text, f"{change}one.")
 
 
-def untrained(facts: Facts) -> Found:
+def _untrained(facts: Facts, name: str, level: str, text: str, chance: bool) -> Finding:
     """No better than chance, or hardly, and not by too few pairs to tell."""
-    for name, share, who, level in _measured(facts):
-        chance = share.low <= 0.5 <= share.high < TELLING
-        if not (chance or (share.low > 0.5 and share.value < MINIMUM)) or _by_length(facts, name):
-            continue
-        stage, text = facts.stage(name), f"{_ranks(who, share)}: "
-        text += "that is chance." if chance else "hardly better than chance."
-        seen = stage.series("accuracy")[1][-3:] if stage else []
-        trained = sum(seen) / len(seen) if seen else None
-        # A judge's settings are the last reward stage's.
-        rewards = [other.name for other in facts.of_kind("reward")]
-        table = rewards[-1] if name == "judge" and rewards else name
-        change = f"Raise {setting(facts, table, 'learning_rate')} or {steps(facts, table)}; and "
-        change += "read some pairs: is the better answer the chosen one?"
-        if trained is not None and trained > 0.8:
-            text += f" Of its training pairs it ranked {percent(trained)} right: by heart."
-            change = f"Give it more pairs, or fewer {steps(facts, table)}."
-        elif trained is not None:
-            text += f" Nor did it learn its training pairs ({percent(trained)} right)."
-        after = "What follows it learned from noise." if level == "fault" else "It is no judge."
-        yield Finding(level, name, f"{text} {after}", change)
+    stage = facts.stage(name)
+    text += ": that is chance." if chance else ": hardly better than chance."
+    seen = stage.series("accuracy")[1][-3:] if stage else []
+    # A judge's settings are the last reward stage's.
+    rewards = [other.name for other in facts.of_kind("reward")]
+    table = rewards[-1] if name == "judge" and rewards else name
+    change = f"Raise {facts.setting(table, 'learning_rate')} or {facts.steps(table)}; and "
+    change += "read some pairs: is the better answer the chosen one?"
+    if seen and (trained := sum(seen) / len(seen)) > 0.8:
+        text += f" Of its training pairs it ranked {percent(trained)} right: by heart."
+        change = f"Give it more pairs, or fewer {facts.steps(table)}."
+    elif seen:
+        text += f" Nor did it learn its training pairs ({percent(trained)} right)."
+    after = "What follows it learned from noise." if level == "fault" else "It is no judge."
+    return Finding(level, name, f"{text} {after}", change)
 
 
-def too_few_pairs(facts: Facts) -> Found:
-    for name, share, who, _ in _measured(facts):
-        if share.low <= 0.5 and share.high >= TELLING:
-            text = f"{_ranks(who, share)}: too few pairs to tell it from chance."
-            more = f"More pairs, or a larger {setting(facts, 'dataset', 'test_fraction')}."
-            yield Finding("doubt", name, text, more)
-
-
-def follows_length(facts: Facts) -> Found:
-    for name, share, who, level in _measured(facts):
-        if (against := _by_length(facts, name)) is None:
-            continue
-        few, which, alone = against
-        text = f"{_ranks(who, share)}, and length alone {percent(alone)}; "
-        text += f"where the {which} answer was preferred, {said(few, 'pairs')}: it learned length."
-        change = "Give it pairs of like length, or as many whose shorter answer is the better one."
-        yield Finding(level, name, text + " Look there first.", change)
-
-
-def _by_length(facts: Facts, name: str) -> tuple[Share, str, float] | None:
+def _by_length(facts: Facts, name: str, whole: Share) -> tuple[Share, str] | None:
     """The pairs in which length points the wrong way, where a reward model is misled by it.
 
     That is: it ranks most of those wrong, and most of the others right; and length is a cue, or the
     reward model no guess.
     """
-    whole = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
     shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
-    if whole is None or shorter is None or whole.count <= shorter.count:
+    if shorter is None or whole.count <= shorter.count:
         return None
     rest = whole.count - shorter.count
     right = (whole.value * whole.count - shorter.value * shorter.count) / rest
@@ -169,7 +154,7 @@ def _by_length(facts: Facts, name: str) -> tuple[Share, str, float] | None:
     misled = few.count >= FEWEST and few.high < 0.5 < many.low
     alone = facts.number(f"{name}.length_accuracy") or 0.5
     cue = wilson(alone, whole.count)[0] > 0.5 or whole.low > 0.5
-    return (few, which, alone) if misled and cue else None
+    return (few, which) if misled and cue else None
 
 
 def gate_lowered(facts: Facts) -> Found:
@@ -180,34 +165,13 @@ def gate_lowered(facts: Facts) -> Found:
         names = (facts.of(stage.name, "reward_model"), "foreign", "reward")
         found = [facts.number(f"{name}.accuracy") for name in names]
         value = next((one for one in found if one is not None), None)
-        text = f"The gate before {title(facts, stage.name)} was lowered to {least:g}, from "
-        known = "was held against no test pairs"
-        if value is not None:
-            known = f"ranks {percent(value)} of test pairs right"
-        text += f"{MINIMUM:g}: its reward model {known}."
-        low = value is None or value < MINIMUM
-        yield Finding("doubt" if low else "note", stage.name, text)
+        text = f"The gate before {facts.title(stage.name)} was lowered to {least:g}, from "
+        text += f"{MINIMUM:g}: its reward model "
+        if value is None:
+            yield Finding("doubt", stage.name, f"{text}was held against no test pairs.")
+        else:
+            text += f"ranks {percent(value)} of test pairs right."
+            yield Finding("doubt" if value < MINIMUM else "note", stage.name, text)
 
 
-def learned_preferences(facts: Facts) -> Found:
-    for name, share, who, _ in _measured(facts):
-        if share.low > 0.5 and share.value >= MINIMUM and not _by_length(facts, name):
-            alone = facts.number(f"{name}.length_accuracy")
-            text = _ranks(who, share) + (f", length alone {percent(alone)}" if alone else "")
-            if alone is None or alone < share.value:
-                yield Finding("good", name, f"{text}.")
-            else:
-                change = "More pairs, or pairs of like length."
-                yield Finding("doubt", name, f"{text}: it tells no more than length does.", change)
-
-
-RULES = (
-    ended,
-    sft_loss,
-    worse_than_chance,
-    untrained,
-    too_few_pairs,
-    follows_length,
-    gate_lowered,
-    learned_preferences,
-)
+RULES = (ended, sft_loss, ranking, gate_lowered)

@@ -1,12 +1,13 @@
 """The stages of a recipe: the kind of each, what it takes from those before, its settings."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.elsewhere import elsewhere
-from rlhf_recipes.fields import Field, resolve, suggest, trl_fields
+from rlhf_recipes.fields import Field, Values, resolve, suggest, trl_fields
 from rlhf_recipes.tables import (
     EXTRAS,
     IMPLIED,
@@ -35,9 +36,8 @@ NEEDED_BY_SCHEDULERS = {
     "cosine_warmup_with_min_lr": "min_lr or min_lr_rate",
     "warmup_stable_decay": "num_decay_steps",
 }
-LOSSES_OF_DIVERGENCES = set(
-    "sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()
-)  # DPOTrainer raises for the others
+# DPOTrainer raises for the others.
+LOSSES_OF_DIVERGENCES = {*"sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()}
 
 
 class StageChecker(Checker):
@@ -84,7 +84,7 @@ class StageChecker(Checker):
             return f": {hint}"
         return suggest(name, known) if len(self.problems) < ENOUGH else ""
 
-    def stage(self, name: str, stages: list[str], lora: bool, data: list[dict]) -> StageTable:
+    def stage(self, name: str, stages: list[str], lora: bool, data: list[Values]) -> StageTable:
         """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
         kind, at = self.kinds[name], (name,)
         values = self.table(self.data.get(name, {}), stage_keys(kind), at)
@@ -92,20 +92,20 @@ class StageChecker(Checker):
             self.problem((*at, "kind"), f'must be "{name}", or left out')
         options, given = resolve(trl_fields()[kind], values, lora)
         extras = _extras(kind, values, options)
-        self.clashes(kind, options, at)
-        if kind == "ppo":
-            self.ppo(options, extras, at)
+        for key, what in _clashes(kind, options, extras):
+            self.problem((*at, key), what)
+        own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
         return StageTable(
             name=name,
             kind=kind,
             **{role: self.role(role, name, values, stages) for role in ROLES},
-            dataset=self.own_dataset(name, values, data),
+            dataset=own,
             extras=extras,
             options=options,
             given=given,
         )
 
-    def role(self, role: str, name: str, values: dict[str, Any], stages: list[str]) -> str | None:
+    def role(self, role: str, name: str, values: Values, stages: list[str]) -> str | None:
         """What serves a role: what the table names, or the latest stage before that can."""
         if role not in stage_keys(self.kinds[name]):
             return None
@@ -125,66 +125,12 @@ class StageChecker(Checker):
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
 
-    def own_dataset(
-        self, name: str, values: dict[str, Any], data: list[dict]
-    ) -> DatasetTable | None:
-        if "dataset" not in values:
-            return None
-        own, at = values["dataset"], (name, "dataset")
-        self.data_source(self.data[name]["dataset"], own, at)
+    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
+        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
         inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
         if any("test_split" in table for table in data):
             inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
         return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
-
-    def clashes(self, kind: str, options: dict[str, Any], at: Key) -> None:
-        """What TRL's trainers and transformers refuse, or would trip over, hours later."""
-        if not options.get("dataloader_num_workers"):
-            for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
-                if options.get(key):
-                    self.problem((*at, key), "needs dataloader_num_workers of at least 1")
-        scheduler, words = options["lr_scheduler_type"], options["lr_scheduler_kwargs"] or {}
-        needed = NEEDED_BY_SCHEDULERS.get(scheduler, "")
-        if needed and len(words.keys() & needed.split(" or ")) != 1:
-            what = f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
-            self.problem((*at, "lr_scheduler_kwargs"), what)
-        words = options["gradient_checkpointing_kwargs"]
-        if words and words.get("use_reentrant") is not False:
-            what = "must hold use_reentrant = false: else no gradient passes a frozen base"
-            self.problem((*at, "gradient_checkpointing_kwargs"), what)
-        if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
-            self.problem((*at, "optim_args"), 'must be "name=value", with commas between several')
-        if kind == "dpo":
-            self.dpo(options, at)
-
-    def dpo(self, options: dict[str, Any], at: Key) -> None:
-        losses, weights = options["loss_type"], options["loss_weights"]
-        if not losses:
-            self.problem((*at, "loss_type"), "names no loss")
-        if weights is not None and len(weights) != len(losses):
-            what = f"{len(weights)} for {len(losses)} of loss_type"
-            self.problem((*at, "loss_weights"), f"must be one for each loss, not {what}")
-        if "robust" in losses and options["label_smoothing"] >= 0.5:
-            self.problem((*at, "label_smoothing"), 'must be below 0.5 for loss_type "robust"')
-        if "exo_pair" in losses and not options["label_smoothing"]:
-            what = 'loss_type "exo_pair" needs it above 0: its paper has 0.001'
-            self.problem((*at, "label_smoothing"), what)
-        if options["f_divergence_type"] != "reverse_kl":
-            for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
-                what = f'loss_type "{loss}" goes with "reverse_kl" alone'
-                self.problem((*at, "f_divergence_type"), what)
-
-    def ppo(self, options: dict[str, Any], extras: dict[str, Any], at: Key) -> None:
-        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-        parts = options["num_mini_batches"]
-        if batch % parts:
-            what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
-            self.problem((*at, "num_mini_batches"), f"{parts} does not divide {what}")
-        elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
-            what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
-            self.problem((*at, "whiten_rewards"), f"needs {what}")
-        if options["eval_strategy"] == "no" and extras["keep"] == "best":
-            self.problem((*at, "eval_strategy"), 'leaves no score to choose by: say keep = "last"')
 
     def implied(
         self, evaluation: EvaluationTable, tables: list[StageTable], lora: bool, share: float
@@ -204,12 +150,6 @@ class StageChecker(Checker):
         extras, none = _extras("reward", {}, options), dict.fromkeys([*ROLES, "dataset"])
         return [StageTable(JUDGE, "reward", **none, extras=extras, options=options, given=given)]
 
-    def scoring(self, table: StageTable) -> None:
-        if table.kind == "ppo" and table.reward_model is None:
-            key: Key = (table.name,) if table.name in self.data else ("stages",)
-            what = 'put a "reward" stage before it, or say reward_model = "…"'
-            self.problem(key, f"{table.name} has nothing to score with: {what}")
-
 
 def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecker]:
     """The parts of a Recipe, to be used only if the checker holds no problem.
@@ -227,7 +167,10 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     asked = None if evaluation is None else EvaluationTable(**evaluation)
     if names == written:
         for table in tables:
-            checker.scoring(table)
+            if table.kind == "ppo" and table.reward_model is None:
+                key: Key = (table.name,) if table.name in data else ("stages",)
+                what = 'put a "reward" stage before it, or say reward_model = "…"'
+                checker.problem(key, f"{table.name} has nothing to score with: {what}")
         if asked:
             share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
             tables += checker.implied(asked, tables, lora is not None, share)
@@ -249,9 +192,52 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     }, checker
 
 
-def _extras(kind: str, values: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, str]]:
+    """What TRL's trainers and transformers refuse, or would trip over, hours later."""
+    if not options.get("dataloader_num_workers"):
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            if options.get(key):
+                yield key, "needs dataloader_num_workers of at least 1"
+    scheduler, words = options["lr_scheduler_type"], options["lr_scheduler_kwargs"] or {}
+    needed = NEEDED_BY_SCHEDULERS.get(scheduler, "")
+    if needed and len(words.keys() & needed.split(" or ")) != 1:
+        yield "lr_scheduler_kwargs", f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
+    words = options["gradient_checkpointing_kwargs"]
+    if words and words.get("use_reentrant") is not False:
+        what = "must hold use_reentrant = false: else no gradient passes a frozen base"
+        yield "gradient_checkpointing_kwargs", what
+    if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
+        yield "optim_args", 'must be "name=value", with commas between several'
+    if kind == "dpo":
+        losses, weights = options["loss_type"], options["loss_weights"]
+        if not losses:
+            yield "loss_type", "names no loss"
+        if weights is not None and len(weights) != len(losses):
+            what = f"{len(weights)} for {len(losses)} of loss_type"
+            yield "loss_weights", f"must be one for each loss, not {what}"
+        if "robust" in losses and options["label_smoothing"] >= 0.5:
+            yield "label_smoothing", 'must be below 0.5 for loss_type "robust"'
+        if "exo_pair" in losses and not options["label_smoothing"]:
+            yield "label_smoothing", 'loss_type "exo_pair" needs it above 0: its paper has 0.001'
+        if options["f_divergence_type"] != "reverse_kl":
+            for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
+                yield "f_divergence_type", f'loss_type "{loss}" goes with "reverse_kl" alone'
+    elif kind == "ppo":
+        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        parts = options["num_mini_batches"]
+        if batch % parts:
+            what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
+            yield "num_mini_batches", f"{parts} does not divide {what}"
+        elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
+            what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
+            yield "whiten_rewards", f"needs {what}"
+        if options["eval_strategy"] == "no" and extras["keep"] == "best":
+            yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'
+
+
+def _extras(kind: str, values: Values, options: Values) -> Values:
     """Our own keys of the kind; a learning rate that is left out is the stage's."""
-    extras: dict[str, Any] = {}
+    extras: Values = {}
     for key, field in EXTRAS[kind].items():
         if isinstance(field, Field):
             rate = options["learning_rate"] if key.endswith("learning_rate") else field.default

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +15,10 @@ import torch
 
 from rlhf_recipes import cli, doctor, hub
 from tests.fake_hub import FakeHub
+
+
+def ask(question: Callable[..., doctor.Answers], *words: Path) -> list[doctor.Line]:
+    return [*doctor.answered("", partial(question, *words))]
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, cuda: str | None) -> None:
@@ -29,7 +35,7 @@ def test_an_old_driver_that_puts_all_on_the_processor(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     driver(monkeypatch, tmp_path, "535.54.03", "13.0")
-    (line,) = doctor.device()
+    (line,) = ask(doctor.device)
     assert line.level == "fault"
     assert line.text == (
         "a card with driver 535.54.03, but torch computes on the processor: CUDA 13.0, which torch "
@@ -38,15 +44,15 @@ def test_an_old_driver_that_puts_all_on_the_processor(
     assert line.change == "update the driver, or install a torch for an older CUDA"
     assert str(line).splitlines()[1] == f"  → {line.change}"
     driver(monkeypatch, tmp_path, "535.54.03", "12.8")
-    assert "CUDA does not start" in next(doctor.device()).text
+    assert "CUDA does not start" in ask(doctor.device)[0].text
     driver(monkeypatch, tmp_path, "580.65", None)
-    assert "was built without CUDA" in next(doctor.device()).text
+    assert "was built without CUDA" in ask(doctor.device)[0].text
     driver(monkeypatch, tmp_path, "580.65", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES='' hides it" in next(doctor.device()).text
+    assert "CUDA_VISIBLE_DEVICES='' hides it" in ask(doctor.device)[0].text
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
     monkeypatch.setenv("PATH", "")
-    (line,) = doctor.device()
+    (line,) = ask(doctor.device)
     assert (line.level, line.text[:16]) == ("note", "no NVIDIA driver")
 
 
@@ -57,7 +63,7 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
     for able, levels in {(6, 1): ["good", "fault"], (8, 6): ["good"]}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda able=able: able)
-        found = list(doctor.device())
+        found = ask(doctor.device)
         assert [line.level for line in found] == levels
         assert found[0].text.endswith("; the other 1 stay idle")
 
@@ -66,7 +72,7 @@ def test_a_real_step_in_four_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The very step: a layer whose product is off, or that gives no gradient, is found."""
     import bitsandbytes
 
-    (line,) = doctor.four_bit()
+    (line,) = ask(doctor.four_bit)
     assert line.level == "good", line
     forward = bitsandbytes.nn.Linear4bit.forward
     for broken in (
@@ -74,49 +80,49 @@ def test_a_real_step_in_four_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda self, x: x * 0 + forward(self, x).detach(),
     ):
         monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", broken)
-        (line,) = doctor.four_bit()
+        (line,) = ask(doctor.four_bit)
         assert line.level == "fault" and "quantization" in line.change
 
 
 def test_versions_that_were_not_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "CONSTRAINTS", tmp_path / "constraints.txt")
-    assert next(doctor.versions()).level == "note"
+    assert ask(doctor.versions)[0].level == "note"
     here = metadata.version("trl")
     (tmp_path / "constraints.txt").write_text(f"# a note\ntrl=={here}\nnot-here==1.0\n")
-    assert next(doctor.versions()).level == "good"
+    assert ask(doctor.versions)[0].level == "good"
     (tmp_path / "constraints.txt").write_text("trl==0.0.1\n")
-    (line,) = doctor.versions()
+    (line,) = ask(doctor.versions)
     assert (line.level, line.text) == ("doubt", f"trl {here}, tested with 0.0.1")
 
 
 def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import close_session, constants
 
-    assert "HF_HUB_OFFLINE" in next(doctor.hub()).text
+    assert "HF_HUB_OFFLINE" in ask(doctor.hub)[0].text
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(doctor, "TIMEOUT", 0.5)
     monkeypatch.setattr(hub, "TIMEOUT", 0.5)
     with FakeHub() as fake:
         monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-        assert next(doctor.hub()).text.startswith(f"{fake.url} answers; no token")
+        assert ask(doctor.hub)[0].text.startswith(f"{fake.url} answers; no token")
         fake.troubles[""] = "hang"
-        (line,) = doctor.hub()
+        (line,) = ask(doctor.hub)
         assert line.level == "doubt" and "does not answer (ReadTimeout)" in line.text
         close_session()
-    (line,) = doctor.hub()
+    (line,) = ask(doctor.hub)
     assert line.level == "doubt" and "does not answer (ConnectError)" in line.text
     close_session()
 
 
 def test_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (line,) = doctor.disk(tmp_path / "not" / "yet")
+    (line,) = ask(doctor.disk, tmp_path / "not" / "yet")
     assert line.level == "good"
     tmp_path.chmod(0o777)
-    assert [line.level for line in doctor.disk(tmp_path)] == ["good", "doubt"]
+    assert [line.level for line in ask(doctor.disk, tmp_path)] == ["good", "doubt"]
     monkeypatch.setattr(doctor, "LEAST_DISK", 2**60)
-    assert "`rlhf-recipes clean` removes" in next(doctor.disk(tmp_path)).change
+    assert "`rlhf-recipes clean` removes" in ask(doctor.disk, tmp_path)[0].change
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert next(doctor.disk(tmp_path)).level == "fault"
+    assert ask(doctor.disk, tmp_path)[0].level == "fault"
 
 
 def test_a_question_that_fails_is_a_line_and_the_command_tells_by_its_code(
@@ -133,7 +139,7 @@ def test_a_question_that_fails_is_a_line_and_the_command_tells_by_its_code(
     assert ended.value.code == 1
     (fault,) = [line for line in found if line["level"] == "fault"]
     assert (fault["about"], fault["text"]) == (
-        "four bit",
+        "4 bit",
         "ImportError: libbitsandbytes.so is broken",
     )
     abouts = [line["about"] for line in found]

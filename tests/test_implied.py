@@ -168,9 +168,9 @@ def test_resolved_is_the_same_recipe(recipe: Path) -> None:
 
 def test_fetch_brings_a_judge_from_the_hub(recipe: Path) -> None:
     both = 'evaluation.judge=["python:./rule.py:score", "me/judge"]'
-    assert list(_models(load_recipe(recipe, set=[both]))) == ["me/judge"]
-    for none in (INDEPENDENT, "evaluation=false"):
-        assert list(_models(load_recipe(recipe, set=[none]))) == []
+    brought = {both: ["me/judge"], "evaluation.judge=./other": ["./other"]}
+    for word, names in {**brought, INDEPENDENT: [], "evaluation=false": []}.items():
+        assert list(_models(load_recipe(recipe, set=[word]))) == names
 
 
 def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> None:

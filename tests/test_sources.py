@@ -50,7 +50,7 @@ def test_large_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sources, "REMEMBERED_BYTES", 4)
     read = []
     monkeypatch.setattr(
-        sources.hashlib, "file_digest", lambda f, _: read.append(f.name) or hashlib.sha256(f.read())
+        hashlib, "file_digest", lambda f, _: read.append(f.name) or hashlib.sha256(f.read())
     )
     file = tmp_path / "big.jsonl"
     file.write_bytes(b"large enough")
