@@ -128,6 +128,7 @@ def plan(
     from dataclasses import asdict
 
     from rlhf_recipes import show
+    from rlhf_recipes.lint import data_lint
     from rlhf_recipes.plan import make_plan
     from rlhf_recipes.recipe import find_recipe, load_recipe
     from rlhf_recipes.rundir import runs_folder
@@ -140,8 +141,6 @@ def plan(
     _print(show.plan(made))
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
-    from rlhf_recipes.lint import data_lint
-
     with show.quietly():
         found = data_lint(made)
     _print("\n".join(["", *map(str, found)]))

@@ -65,7 +65,6 @@ class Screen:
 
     def __init__(self, log: Path) -> None:
         self.log_path = log
-        self._start = log.stat().st_size if log.exists() else 0
         words = {"encoding": "utf-8", "errors": "backslashreplace", "buffering": 1}
         self._log = open(log, "a", opener=no_link, **words)
         self._log.write(masked(f"==== {now()} {' '.join(sys.argv)}\n"))
@@ -85,12 +84,11 @@ class Screen:
                 own.close()
 
     def _mask(self) -> None:
-        """Take secrets out of what this process logged: libraries print what they like."""
+        """Take secrets out of the log: libraries print what they like, and a killed run's stays."""
         with self.log_path.open("rb+") as stream:
-            stream.seek(self._start)
             text = stream.read().decode(errors="backslashreplace")
             if (clean := masked(text)) != text:
-                stream.seek(self._start)
+                stream.seek(0)
                 stream.write(clean.encode())
                 stream.truncate()
 

@@ -30,6 +30,7 @@ from rlhf_recipes.tables import (
 Key = tuple[str | int, ...]
 OUTSIDE = re.compile(r'"[/~]|(?<=["/])\.\.(?=["/])|://|::')
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
 GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -127,6 +128,7 @@ class Checker:
             for key, has in (("revision", "has"), ("mirror", "needs")):
                 if is_path(name) and key in model:
                     self.problem((*at, key), f"is for models on the hub; a folder {has} none")
+            self.revision(model, at)
             pinned = not is_path(name) and COMMIT.fullmatch(model.get("revision", ""))
             if model.get("trust_remote_code") and not pinned:
                 what = "runs code of the hub's: name its revision, all 40 hex digits of the commit"
@@ -160,6 +162,12 @@ class Checker:
             adapter = isfile(folder / "adapter_config.json")
             what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
             self.problem(key, f"{folder} is {what}")
+
+    def revision(self, values: dict[str, Any], at: Key) -> None:
+        if not REVISION.fullmatch(named := values.get("revision", "main")):  # a path in the cache
+            self.problem(
+                (*at, "revision"), f"must be a branch, a tag or a commit, not {show(named)}"
+            )
 
     def datasets(self) -> list[dict[str, Any]]:
         """[dataset], or each [[dataset]]; what a later one leaves out is as in the first."""
@@ -204,6 +212,7 @@ class Checker:
                 self.problem(key, 'name the file itself: path = "./….jsonl"')
             elif not HUB_ID.fullmatch(table.path):
                 self.problem(key, f"{show(table.path)} is neither a hub id nor a file (./… or /…)")
+            self.revision(values, at)
             return
         if not exists(table.file):
             self.problem(key, f"no such file or folder: {table.file}")

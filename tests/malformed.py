@@ -37,6 +37,7 @@ CASES = [
     (STAGES, STAGES + '\nsft.reward_model = "reward"', "my.toml:2: sft.reward_model: unknown key here: it is one of [ppo]"),
     (STAGES, STAGES + '\nsft.dataset.test_split = "x"\nsft.dataset.path = "a/b"', "my.toml:2: sft.dataset.test_split: unknown key here: it is one of [dataset]"),
     (STAGES, STAGES + "\nsft.dataset.max_rows = 1", 'my.toml:2: sft.dataset: needs path = "…": a hub id, or a file or folder (./…)'),
+    (DATA, 'path = "a/b"\nrevision = ""', 'my.toml:8: dataset.revision: must be a branch, a tag or a commit, not ""'),
     # sizes of PPO
     (STAGES, STAGES + "\nppo.whiten_rewards = true\nppo.num_mini_batches = 2", "my.toml:2: ppo.whiten_rewards: needs at least 8 rows in a mini-batch, not 4"),
     # model
@@ -61,6 +62,7 @@ CASES = [
     (MODEL, MIRROR.replace(f'"{SHA}"', "5"), "my.toml:5: model.mirror.sha256: must be text, not 5"),
     (MODEL, MIRROR.replace("file =", "fiel = 1, file ="), 'my.toml:5: model.mirror.fiel: unknown key (did you mean "file"?)'),
     (MODEL, MIRROR.replace("org/base", "./model"), "my.toml:5: model.mirror: is for models on the hub; a folder needs none"),
+    (MODEL, MODEL + '\nrevision = "../../x"', 'my.toml:5: model.revision: must be a branch, a tag or a commit, not "../../x"'),
     (MODEL, MODEL + "\nseed = 1", "my.toml:5: model.seed: unknown key here: it belongs at the top, before the first [table]"),
     (MODEL, MODEL + '\n# hf_' + 20 * "a", "my.toml:5: holds a password or a token: take it out; it is read from the environment (HF_TOKEN)"),
     # dataset
