@@ -136,6 +136,11 @@ def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Re
     )
 
 
+def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
+    """The recipe with more words of `--set`. Raises RecipeError."""
+    return _load(recipe.text, recipe.path, words, ())
+
+
 def _read(path: Path) -> str:
     """A recipe's text, once it is known to be TOML. Raises UsageError and RecipeError."""
     try:
