@@ -51,6 +51,8 @@ def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
         ours = live or any((folder / name).exists() for name in (rundir.MANIFEST, "recipe.toml"))
         if ours:
             found += _left(folder, rf"\.model(\.fresh|\.old)?|{HALF_A_FILE}", folder)
+            rehearsed = rundir.beside(folder, "rehearsal")
+            found += [(rehearsed, "left over", folder)] if rehearsed.is_dir() else []
         if ours and manifest is None:
             doubts.append(f"{folder} has no manifest that can be read: any stage may be its own")
         elif live and not _says_what_it_runs(folder):

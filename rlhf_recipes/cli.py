@@ -74,6 +74,9 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Take no stage as done.")] = False,
     name: Name = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another process's run.")] = False,
+    no_rehearsal: Annotated[
+        bool, typer.Option("--no-rehearsal", help="Start without a step of each stage.")
+    ] = False,
     runs: Runs = None,
 ) -> None:
     """Run what is not yet done of a recipe."""
@@ -84,7 +87,8 @@ def run(
     loaded = load_recipe(file, set=set_, unset=unset)
     for note in loaded.notes:
         _print(f"{file}: {note}", file=sys.stderr)
-    outcome = run_recipe(loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait)
+    words = {"until": until, "fresh": fresh, "name": name, "wait": wait}
+    outcome = run_recipe(loaded, runs=runs, rehearse=not no_rehearsal, **words)
     _print_outcome(outcome, recipe)
 
 
@@ -120,11 +124,17 @@ def plan(
     recipe: Recipe,
     set_: Set = (),
     unset: Unset = (),
+    device: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
+    ] = "",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure memory and time: a rehearsal.")
+    ] = False,
     name: Name = None,
     runs: Runs = None,
     json: Json = False,
 ) -> None:
-    """Say of each stage whether it would run, and why."""
+    """Say of each stage whether it would run, and why; and what memory and time it takes."""
     from dataclasses import asdict
 
     from rlhf_recipes import show
@@ -144,6 +154,10 @@ def plan(
     with show.quietly():
         found = data_lint(made)
     _print("\n".join(["", *map(str, found)]))
+    if pending := [stage for stage in made.stages if not stage.done]:
+        from rlhf_recipes.reckoning import reckoning
+
+        _print(f"\n{reckoning(made, pending, device, measure)}")
 
 
 @app.command()

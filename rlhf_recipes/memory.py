@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.errors import UsageError
+
+UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30}
 PROCESS = Path("/proc/self")  # Linux; elsewhere a process's peak cannot be measured anew
 
 
@@ -21,16 +25,49 @@ def begin() -> None:
 
 def peak() -> dict[str, int]:
     """Bytes since `begin`, as far as they can be told."""
-    found = {}
-    with contextlib.suppress(OSError):
-        most = re.search(r"^VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE)
-        found = {"process_bytes": 1024 * int(most[1])} if most else {}
+    most = _of_process("VmHWM")
+    found = {"process_bytes": most} if most else {}
     if torch := _accelerated():
         found["gpu_bytes"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def now() -> int:
+    """Bytes that this process holds; 0 where it cannot be told."""
+    return _of_process("VmRSS")
+
+
+def _of_process(what: str) -> int:
+    with contextlib.suppress(OSError):
+        found = re.search(rf"^{what}:\s+(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE)
+        return 1024 * int(found[1]) if found else 0
+    return 0
 
 
 def _accelerated() -> Any:
     """torch, where a stage has loaded it and uses a card."""
     torch = sys.modules.get("torch")
     return torch if torch is not None and torch.cuda.is_initialized() else None
+
+
+def read_size(text: str) -> float:
+    """Bytes of "24GB". Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]i?b)", text.strip().lower())
+    if not found or found[2] not in UNITS:
+        raise UsageError(f"{text!r} is no size of memory", "as in --device 24GB")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def free() -> float:
+    """Bytes that this machine, or the container that this process is in, has left."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        most = 1024.0 * int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1])
+    except (OSError, TypeError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
+        return min(most, limit - used)
+    except (OSError, ValueError):  # "max": no limit
+        return most

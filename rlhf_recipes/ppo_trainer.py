@@ -127,6 +127,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         started, before = time.time(), state.episode
         if not state.global_step:
             self.validate(0)
+        self.progress.update(state.global_step, args.num_total_batches)
         for update in range(state.global_step + 1, args.num_total_batches + 1):
             if self.stopped:
                 break

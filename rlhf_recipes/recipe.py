@@ -111,6 +111,11 @@ def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
     return found + [Problem(f"--set {key}", None, "", what) for key in words]
 
 
+def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
+    """The recipe with more words of `--set`. Raises RecipeError."""
+    return _load(recipe.text, recipe.path, words, ())
+
+
 def _read(path: Path) -> str:
     """A recipe's text, once it is known to be TOML. Raises UsageError and RecipeError."""
     try:

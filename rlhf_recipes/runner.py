@@ -16,17 +16,19 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomlkit
 
-from rlhf_recipes import doctor, memory, rundir, stages, stopping
+from rlhf_recipes import doctor, memory, rundir, show, stages, stopping
 from rlhf_recipes.errors import (
     DataError,
     Interrupted,
+    MachineError,
     ModelError,
     StageError,
     UsageError,
@@ -41,6 +43,9 @@ from rlhf_recipes.progress import Screen, StageProgress, duration, plain
 from rlhf_recipes.recipe import Recipe, layout_settings, smaller_layout
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.tables import POLICY_KINDS
+
+if TYPE_CHECKING:
+    from rlhf_recipes.rehearsal import Rehearsed
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -71,8 +76,12 @@ def run(
     fresh: bool = False,
     name: str | None = None,
     wait: bool = False,
+    rehearse: bool = True,
 ) -> RunOutcome:
     """Run what is not done yet of a recipe, and write the run's folder.
+
+    It is rehearsed first (see `rehearsal`), unless that would take as long as the run, or the stage
+    at hand goes on from a checkpoint.
 
     Raises BusyError where another process holds the run or a stage of it, unless it is to `wait`;
     Interrupted on Ctrl-C and SIGTERM; MachineError where disk or memory give out; StageError (or
@@ -95,7 +104,7 @@ def run(
                 rundir.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
                 if plan.mirrored:
                     screen.line(f"  the model: {plan.mirrored}")
-                return _Run(plan, screen, fresh, wait).go(wanted)
+                return _Run(plan, screen, fresh, wait).go(wanted, rehearse)
     except KeyboardInterrupt as signalled:
         raise Interrupted(
             f"run {name} was interrupted",
@@ -119,17 +128,21 @@ class _Run:
         self.shared = self._new_shared()
         self.done: dict[str, StageOutcome] = {}
         self.started = rundir.now()
+        self.needs: dict[str, Counter[str]] = {}  # by stage: bytes by role, by the rule
+        self.at = ""  # the stage that is at it, in its rehearsal too
 
     def _new_shared(self) -> Shared:
         return Shared(self.plan.recipe, self.plan.model)
 
-    def go(self, wanted: list[str]) -> RunOutcome:
+    def go(self, wanted: list[str], rehearse: bool) -> RunOutcome:
+        self.rehearses = [stage for stage in self.plan.stages if rehearse and stage.name in wanted]
         try:
             self._write("unfinished")  # from here on, the run refers to its stages
             for stage in self.plan.stages:
                 if stage.name not in wanted and not stage.done:
                     break  # what is done after `until` is no less done
                 self.done[stage.name] = self._stage(stage)
+                self.at = ""
                 if self.done[stage.name].did == "ran":
                     self._write("unfinished")
             model = self._write_model()
@@ -155,6 +168,7 @@ class _Run:
                 rundir.settle(stage.folder)
                 record = self._record(stage)  # another process may have finished it meanwhile
                 if record is None:
+                    self._prepare(stage)
                     self._heading(stage, stage.reason)
                     return StageOutcome(stage, "ran", self._compute(stage))
         rundir.tidy(stage.folder)  # a kill may have come before it
@@ -175,13 +189,36 @@ class _Run:
         place = f"Stage {stage.index + 1} of {len(self.plan.stages)}"
         self.screen.line(f"{place} · {stage.name} — {reason}", "bold")
 
+    def _prepare(self, stage: PlannedStage) -> None:
+        """Before the first stage that has to run: what is here, what the hub has, the rehearsal."""
+        if any(done.did == "ran" for done in self.done.values()):
+            return
+        # What the hub sends, it shows itself; converting a mirror only makes noise.
+        with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
+            bring(self.plan.recipe, self.plan.model)
+        with self.screen.quiet():
+            stages.load(stage.kind)  # torch, which the doctor asks
+            for line in doctor.short(self.plan.runs):
+                self.screen.line(f"  {line}", "dim")
+        pending = [other for other in self.rehearses if self._record(other) is None]
+        if pending and not any((stage.folder / "work").glob(rundir.CHECKPOINTS)):
+            self._rehearse(pending)
+
+    def _rehearse(self, pending: list[PlannedStage]) -> None:
+        with self.screen.quiet():
+            from rlhf_recipes import fit
+
+            fit.ahead(self.plan, pending, self.shared, self.screen, self._failing, self.needs)
+
+    def _failing(
+        self, stage: PlannedStage, during: str = ""
+    ) -> contextlib.AbstractContextManager[None]:
+        self.at = stage.name
+        smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
+        return self._failing_as(f"{during}stage {stage.name}", smaller)
+
     def _compute(self, stage: PlannedStage) -> dict[str, Any]:
         """Run the stage in its folder; beside it, where a complete one must stay until then."""
-        first = all(done.did == "cached" for done in self.done.values())
-        if first:
-            # What the hub sends, it shows itself; converting a mirror only makes noise.
-            with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
-                bring(self.plan.recipe, self.plan.model)
         folder = stage.folder
         if (folder / rundir.RECORD).exists():
             folder = rundir.beside(folder, "fresh")
@@ -189,8 +226,7 @@ class _Run:
         started, clock = rundir.now(), time.monotonic()
         memory.begin()
         outputs = {other.name: other.folder / "output" for other in self.plan.stages}
-        smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
-        with self._failing_as(f"stage {stage.name}", smaller), self.screen.quiet():
+        with self._failing(stage), self.screen.quiet():
             with StageProgress(self.screen, folder) as progress:
                 stopping.tell = progress.note
                 context = stages.StageContext(
@@ -203,11 +239,7 @@ class _Run:
                     shared=self.shared,
                     key=stage.key,
                 )
-                compute = stages.load(stage.kind)
-                if first and compute.__module__.startswith(stages.__name__):  # torch is loaded now
-                    for line in doctor.short(self.plan.runs):
-                        self.screen.line(f"  {line}", "dim")
-                result = compute(context)
+                result = stages.load(stage.kind)(context)
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -231,13 +263,18 @@ class _Run:
 
     @contextlib.contextmanager
     def _failing_as(self, what: str, smaller: str = "") -> Iterator[None]:
-        """Name the place and the log in whatever fails; the traceback goes to the log alone."""
+        """Name the place and the log in whatever fails; the traceback goes to the log alone.
+
+        Where memory ran out, name what needs most of it, too.
+        """
         where = f"log: {plain(str(self.screen.log_path))}"
         try:
             yield
         except Exception as error:
             with contextlib.suppress(OSError):
                 self.screen.log_traceback()
+            if isinstance(error, MachineError):
+                raise
             if isinstance(error, (DataError, ModelError, StageError)):
                 failed = type(error)(f"{what}: {error.message}", error.hint)
             else:
@@ -245,8 +282,12 @@ class _Run:
                 failed = StageError(f"{what} failed: {type(error).__name__}: {reason}")
             if isinstance(failed, StageError):
                 failed = machine_error(error, what, smaller) or failed
+            message = failed.message
+            if message.endswith("out of memory") and self.at in self.needs:
+                [(role, most)] = self.needs[self.at].most_common(1)
+                message += f", most of it for {role} ({show.size(most)} by rule)"
             hint = f"{failed.hint}; {where}" if failed.hint else where
-            raise type(failed)(failed.message, hint) from error
+            raise type(failed)(message, hint) from error
 
     # ---- the run's own files --------------------------------------------------------------------
 
@@ -326,11 +367,15 @@ class _Run:
         """What ended the run early, and in which stage."""
         if not isinstance(error, Exception):
             return None
-        names = [stage.name for stage in self.plan.stages if stage.name not in self.done]
+        rest = [stage.name for stage in self.plan.stages if stage.name not in self.done]
         told = machine_error(error) or error
         message = masked(getattr(told, "message", "") or f"{type(told).__name__}: {told}")
         hint = getattr(told, "hint", "")
-        return {"stage": next(iter(names), ""), "message": plain(message), "hint": plain(hint)}
+        return {
+            "stage": self.at or next(iter(rest), ""),
+            "message": plain(message),
+            "hint": plain(hint),
+        }
 
     def _entry(self, stage: PlannedStage) -> dict[str, Any]:
         done = self.done.get(stage.name)
@@ -345,6 +390,15 @@ class _Run:
             "versions": done.record["versions"] if done else None,
             "payload": stage.payload,  # all that determines its result, digests of what it reads
         }
+
+
+def rehearsed(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> list[Rehearsed]:
+    """What each of these stages took in a rehearsal."""
+    run = _Run(plan, screen, fresh=False, wait=False)
+    with screen.quiet():
+        from rlhf_recipes import rehearsal
+
+        return list(rehearsal.rehearse(plan, stages, run.shared, run._failing))
 
 
 def _names_until(until: str | None, recipe: Recipe) -> list[str]:

@@ -7,15 +7,19 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.errors import cut
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.plan import Plan
-from rlhf_recipes.progress import plain, size
+from rlhf_recipes.progress import duration, plain, size
+
+if TYPE_CHECKING:
+    from rlhf_recipes.rehearsal import Rehearsed
 
 WIDEST = 40  # of a value
 MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
@@ -52,6 +56,28 @@ def plan(made: Plan) -> str:
         rows.append([stage.name, "cached" if stage.done else "runs", first])
         rows += [["", "", reason] for reason in more]
     return table(rows)
+
+
+def needs(
+    held: dict[str, Counter[str]],
+    beside: Callable[[Counter[str]], float],
+    took: dict[str, float | None],
+) -> str:
+    """A stage a line: the most memory, its time, and what the memory is for, the most first."""
+    rows = [["stage", "memory", "time", "of which"]]
+    for name, roles in held.items():
+        named = [f"{role} {size(count)}" for role, count in roles.most_common() if count > 1e5]
+        time = f"about {duration(took[name])}" if name in took else ""
+        rows.append([name, size(beside(roles)), time, ", ".join(named)])
+    return table(rows, right=(1,))
+
+
+def rehearsed(took: Rehearsed) -> str:
+    """What one stage takes, by its rehearsal."""
+    most = took.memory.get("gpu_bytes") or took.memory.get("process_bytes")
+    held = f"{size(most)}, " if most else ""
+    pace = f"{took.step:.2g} s a step, " if took.steps > 1 else ""
+    return f"{took.name:<12}{held}{pace}about {duration(took.seconds)}"
 
 
 def runs(found: dict[str, Any], folder: Path) -> str:

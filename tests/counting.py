@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import identity, stages, stopping
+from rlhf_recipes import identity, runner, stages, stopping
 from rlhf_recipes.errors import DataError, GateError
 
 STEPS = 3
@@ -65,6 +65,7 @@ class Counting:
         self.exported: list[str] = []
         self.fault: dict[str, Any] = {}  # stage -> called with its context
         patch.setattr(stages, "load", lambda kind: self.stage)
+        patch.setattr(runner._Run, "_rehearse", lambda *_: None)
         export = types.ModuleType("rlhf_recipes.export")
         export.write_model = self.write_model
         patch.setitem(sys.modules, "rlhf_recipes.export", export)

@@ -21,7 +21,8 @@ shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
 facts history clean doctor plan lint findings policy_rules verdict show plots charts house card
-report comparison export chat runner later cli __main__
+report comparison export work hollow footprint rehearsal fit
+chat runner reckoning later cli __main__
 """.split()
 
 LIGHT = [

@@ -81,6 +81,7 @@ def run(context: StageContext) -> StageResult:
     some = train[:: -(-len(train) // UNIT_ROWS)]
     chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in some], pad, batch)
     mean, std = chosen.mean().item(), chosen.std().item()
+    std = std if std > 0 else 1.0  # one answer alone, or all alike
     metrics: dict[str, Any] = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,

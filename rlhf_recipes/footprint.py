@@ -1,0 +1,274 @@
+"""What a stage needs of memory, by rule: its step on tensors that have a shape and no content.
+
+The roles are those of the stage and the passes its own, on a model built from `config.json`. Every
+tensor that lives counts, under what it is for, and the moment when most do is the answer. It is
+done on a few of the model's layers, twice; what one layer adds is the same for each.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE as CHUNK
+from trl.trainer.sft_trainer import _chunk
+from trl.trainer.utils import entropy_from_logits
+
+from rlhf_recipes import passes
+from rlhf_recipes.adapters import Role
+from rlhf_recipes.data import Data
+from rlhf_recipes.hollow import (
+    CACHE,
+    ROLES,
+    Asked,
+    Held,
+    Lengths,
+    Sim,
+    Tracker,
+)
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.stages.answers import BATCH, SAMPLED, TOKENS
+from rlhf_recipes.stages.evaluate import LOGITS
+from rlhf_recipes.stages.ppo import ROLLOUT, VALIDATION_PROMPTS
+from rlhf_recipes.tables import BEST_OF, EVALUATION
+from rlhf_recipes.work import answer_length, batch, rows, sequences
+
+FEW, MORE = 2, 4  # layers
+
+
+def lengths_of(recipe: Recipe, kind: str, data: Data | None) -> Lengths:
+    """Of a stage's longest rows; without any, of the longest that the recipe lets in."""
+    table = recipe.dataset
+    most = Lengths(
+        table.max_prompt_tokens,
+        table.max_prompt_tokens + table.max_answer_tokens,
+        table.max_answer_tokens,
+    )
+    found = rows(data, kind) if data is not None else []
+    if found:
+        prompt = max(len(example.prompt_ids) for example in found)
+        row = max(max(sequences(example, kind)) for example in found)
+        answers = [len(example.chosen_ids or ()) for example in found]
+        looked_at = min(VALIDATION_PROMPTS, len(data.validation))
+        most = Lengths(prompt, row, max(answers), looked_at)
+    if kind in (EVALUATION, BEST_OF):
+        return replace(most, answer=answer_length(recipe))
+    return most
+
+
+def footprint(asked: Asked, config: Any) -> Held:
+    """The bytes that a stage needs when it needs most, by role; without those of the libraries."""
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= MORE:
+        phases = _phases(asked, config, layers)
+    else:
+        few, more = (_phases(asked, config, n) for n in (FEW, MORE))
+        phases = [
+            Counter({r: m[r] + (m[r] - f[r]) * (layers - MORE) / (MORE - FEW) for r in ROLES})
+            for f, m in zip(few, more, strict=True)
+        ]
+    most = max(phases, key=Counter.total)
+    return Counter({role: round(count) for role, count in most.items() if count > 0})
+
+
+def _phases(asked: Asked, config: Any, layers: int) -> list[Held]:
+    """The most of each part of the stage, on a model of so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    steps = {"evaluation": _evaluation, "best_of": _evaluation, "ppo": _ppo, "dpo": _dpo}
+    steps |= {"sft": _sft}
+    found: list[Held] = []
+    for step in steps.get(asked.kind, _reward)(Sim(asked, config)):
+        found.append(step)
+    return found
+
+
+# ---- the stages' parts --------------------------------------------------------------------------
+
+
+def _ids(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
+
+
+def _learning(tracker: Tracker, loss: Callable[[], torch.Tensor]) -> Iterator[Held]:
+    """Forward and backward."""
+    tracker.begin()
+    total = loss()
+    yield tracker.most
+    tracker.begin()
+    total.backward()
+    yield tracker.most
+
+
+@torch.no_grad()
+def _scoring(tracker: Tracker, lm: nn.Module, passed: Callable[[], Any]) -> Held:
+    """What is evaluated between the steps, and after them."""
+    lm.eval()
+    for weight in lm.parameters():
+        weight.grad = None
+    tracker.kept = [tensor for tensor in tracker.kept if tensor.dtype == torch.uint8]
+    tracker.begin()
+    passed()
+    return tracker.most
+
+
+def _sft(sim: Sim) -> Iterator[Held]:
+    lengths, options = sim.asked.lengths, sim.table.options
+    with sim.model("policy", trained=["policy"]) as (tracker, [policy]):
+
+        def loss(rows: int) -> torch.Tensor:
+            with policy.active():
+                hidden = policy.hidden(*_ids(rows, lengths.row))
+                packed = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+                packed = packed[torch.zeros(len(packed), dtype=torch.long)]
+                head, total = policy.lm.get_output_embeddings(), 0.0
+                some = min(rows * lengths.answer, 3 * CHUNK)  # more chunks take no more
+                for start in range(0, some, CHUNK):
+                    part = packed[start : start + CHUNK]
+                    goal = torch.zeros(len(part), dtype=torch.long)
+                    words = (part, head.weight, head.bias, goal, 1.0, None)
+                    total = total + checkpoint(_chunk, *words, use_reentrant=False)[0]
+                return total
+
+        yield from _learning(tracker, lambda: loss(options["per_device_train_batch_size"]))
+        yield _scoring(tracker, policy.lm, lambda: loss(options["per_device_eval_batch_size"]))
+
+
+def _reward(sim: Sim) -> Iterator[Held]:
+    lengths, options = sim.asked.lengths, sim.table.options
+    with sim.model("reward", trained=["reward"]) as (tracker, [reward]):
+
+        def scores(rows: int) -> torch.Tensor:
+            return reward(*_ids(rows, lengths.row)).logits.sum()
+
+        yield from _learning(tracker, lambda: scores(2 * options["per_device_train_batch_size"]))
+        yield _scoring(tracker, reward.lm, lambda: scores(options["per_device_eval_batch_size"]))
+
+
+def _dpo(sim: Sim) -> Iterator[Held]:
+    lengths, options = sim.asked.lengths, sim.table.options
+    with sim.model("policy", "reference", trained=["policy"]) as (tracker, both):
+
+        def loss(rows: int) -> torch.Tensor:
+            ids, mask = _ids(2 * rows, lengths.row)
+            total, outs = 0.0, []
+            for role in both:
+                learns = torch.is_grad_enabled() and role is both[0]
+                with role.active(), torch.set_grad_enabled(learns):
+                    words = {"attention_mask": mask, "use_cache": False}
+                    # In float32: accelerate's. And nothing is left of what it was before.
+                    outs.append(role.lm(input_ids=ids, **words).logits.float()[:, :-1])
+                # TRL's log-probability less its `gather`, which keeps the logits, and whose
+                # gradient is added in place; here it would not be.
+                total = total + torch.stack([torch.logsumexp(row, -1) for row in outs[-1]]).sum()
+            entropy_from_logits(outs[0].detach())
+            tracker.kept.append(outs[0])
+            return total
+
+        yield from _learning(tracker, lambda: loss(options["per_device_train_batch_size"]))
+        yield _scoring(tracker, both[0].lm, lambda: loss(options["per_device_eval_batch_size"]))
+
+
+def _ppo(sim: Sim) -> Iterator[Held]:
+    lengths, options = sim.asked.lengths, sim.table.options
+    temperature, rows = options["temperature"], options["per_device_train_batch_size"]
+    size = batch(options)
+    rows = min(rows, size // options["num_mini_batches"])
+    looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
+    sampled = min(options[ROLLOUT], max(size, looked_at))
+    names, trained = ["policy", "reference", "value", "reward"], ["policy", "value"]
+    lengths = replace(lengths, answer=options["response_length"])
+    length = lengths.prompt + lengths.answer
+    foreign = "reward_model" not in sim.asked.roles
+    with sim.model(*names, trained=trained, apart=foreign) as (tracker, [policy, _, value, *_]):
+        policy.lm.eval(), value.lm.eval()
+        yield from _sampling(tracker, policy, sampled, lengths)
+        tracker.begin()
+        ids, mask = _ids(sampled, length)
+        with policy.active(), torch.no_grad():
+            passes.logprobs(policy, ids, mask, lengths.answer, temperature)
+        yield tracker.most
+        ids, mask = _ids(rows, length)
+        if options["gradient_checkpointing"]:
+            policy.lm.train(), value.lm.train()
+        if not sim.asked.card and policy.pairs_with(value):
+            with policy.active(beside=value):
+
+                def both() -> torch.Tensor:
+                    words = (policy, value, ids, mask, lengths.answer, temperature)
+                    new, _, guess = passes.logprobs_and_values(*words)
+                    return new.sum() + guess.sum()
+
+                yield from _learning(tracker, both)
+            return
+        with policy.active():
+            words = (policy, ids, mask, lengths.answer, temperature)
+            yield from _learning(tracker, lambda: passes.logprobs(*words)[0].sum())
+        with value.active():
+            words = (value, ids, mask, lengths.answer)
+            yield from _learning(tracker, lambda: passes.values(*words).sum())
+
+
+def _sampling(tracker: Tracker, policy: Role, rows: int, lengths: Lengths) -> Iterator[Held]:
+    """The prompts, and the last token of the longest answers."""
+    for length in (lengths.prompt, lengths.prompt + lengths.answer - 1):
+        tracker.begin()
+        ids, mask = _ids(rows, length)
+        with policy.active(), torch.no_grad():
+            words = {"use_cache": True, "logits_to_keep": 1}
+            out = policy.lm(input_ids=ids, attention_mask=mask, **words)
+        if length == lengths.prompt:
+            for tensor in _cached(out.past_key_values):
+                tracker.move(tensor, CACHE)
+            yield tracker.most
+            del out
+    for tensor in _cached(out.past_key_values):
+        tracker.move(tensor, CACHE)
+    cache = out.past_key_values
+    del out
+    tracker.begin()
+    ids, mask = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, length + 1)
+    with policy.active(), torch.no_grad():
+        out = policy.lm(
+            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True
+        )
+        logits = out.logits[:, -1].float()
+        torch.multinomial(torch.softmax(logits / 0.7, -1), 1)
+    yield tracker.most
+
+
+def _cached(cache: Any) -> list[torch.Tensor]:
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    return [tensor for both in layers for tensor in both if tensor is not None]
+
+
+def _evaluation(sim: Sim) -> Iterator[Held]:
+    lengths, prompts = sim.asked.lengths, sim.recipe.evaluation.prompts
+    length = lengths.prompt + lengths.answer
+    rows = max(1, min(SAMPLED, prompts, TOKENS // length))
+    with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
+        yield from _sampling(tracker, policy, rows, lengths)
+    if sim.asked.kind == EVALUATION:
+        width = lengths.answer * sim.vocabulary
+        rows = min(BATCH, prompts, max(1, LOGITS // width))
+        with sim.model("policy", "start", quantized=False) as (tracker, both), torch.no_grad():
+            ids, mask = _ids(rows, length)
+            found = []
+            for role in both:
+                with role.active():
+                    out = passes.logits(role, ids, mask, lengths.answer, 1.0)
+                found.append(torch.log_softmax(out, dim=-1))
+            (found[0].exp() * (found[0] - found[1])).sum(-1)
+            yield tracker.most
+    with sim.model("reward") as (tracker, [reward]), torch.no_grad():
+        reward(*_ids(min(BATCH, prompts), length))
+        yield tracker.most

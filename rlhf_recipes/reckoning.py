@@ -1,0 +1,54 @@
+"""What `plan` says of memory and time: by rule, or measured in a rehearsal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_recipes import rundir, runner, show, stopping
+from rlhf_recipes.fetch import bring
+from rlhf_recipes.memory import read_size
+from rlhf_recipes.plan import Plan, PlannedStage
+from rlhf_recipes.progress import Screen, plain
+from rlhf_recipes.shared import Shared
+
+
+def reckoning(plan: Plan, stages: Sequence[PlannedStage], device: str, measured: bool) -> str:
+    """Of these stages; `device` is the size of a card, or "" for this machine."""
+    size = read_size(device) if device else None
+    with Screen(Path(os.devnull)) as screen:
+        if measured:
+            return _measured(plan, stages, screen)
+        with screen.quiet():
+            try:
+                return _by_rule(plan, stages, size)
+            except Exception as error:
+                return f"no memory by rule: {type(error).__name__}: {plain(str(error))}"
+
+
+def _by_rule(plan: Plan, stages: Sequence[PlannedStage], given: float | None) -> str:
+    from rlhf_recipes import fit
+    from rlhf_recipes.rehearsal import weights
+    from rlhf_recipes.work import own_data, work
+
+    shared, room, took = Shared(plan.recipe, plan.model), fit.Room(plan.recipe, given), {}
+    held = fit.needs(plan, stages, shared, room.card)
+    if speed := room.speed():
+        count = weights(shared.model_folder)
+        for stage in stages:
+            amount = work(plan.recipe, stage, shared.data(own_data(plan.recipe, stage)))
+            took[stage.name] = amount.total * count / speed
+    there = f"by rule; {room.name} has {show.size(room.bytes)}"
+    shown = f"{show.needs(held, room.beside, took)}\n\n{there}"
+    if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:
+        shown += f"; {wrong[0].name} does not fit: {fit.words(plan, wrong, shared, room)}"
+    return shown
+
+
+def _measured(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> str:
+    name = f"run {plan.run_folder.name}"
+    with stopping.at_once(), rundir.lock(plan.run_folder, name):
+        bring(plan.recipe, plan.model)
+        found = runner.rehearsed(plan, stages, screen)
+    return "\n".join([*map(show.rehearsed, found), "measured, by a rehearsal"])

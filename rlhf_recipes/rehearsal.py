@@ -1,0 +1,247 @@
+"""The rehearsal: one step of every stage that is to run, on its longest rows, before the first.
+
+Each stage's own `run` does it, on a recipe cut down to a step, in a folder that is gone afterwards,
+from what the stages before it rehearsed. It is two optimizer
+steps, for an optimizer has a state from the first one on. What breaks, breaks now; peak memory and
+seconds a step are measured. No stage draws from what this draws from, nor sees its model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_recipes import memory, rundir, stages
+from rlhf_recipes.data import Data, Example
+from rlhf_recipes.plan import Plan, PlannedStage
+from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.shared import Shared
+from rlhf_recipes.stages.answers import SAMPLED
+from rlhf_recipes.stages.ppo import ROLLOUT, VALIDATION_PROMPTS
+from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE
+from rlhf_recipes.work import batch, own_data, rows, sequences, work
+
+STEPS = 2
+SHORT = 5e13  # operations: a run of fewer takes minutes at most, and is its own rehearsal
+SHARE = 0.25  # of a run's operations, that a rehearsal may cost
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one stage took in its rehearsal, and what it takes by that."""
+
+    name: str
+    memory: dict[str, int]  # the most, as `memory.peak` says it
+    step: float  # seconds, of a step of the stage itself
+    steps: int
+    seconds: float  # of the stage itself
+
+
+# of a stage, and of what was done for it: names both in what fails in it
+Failing = Callable[..., contextlib.AbstractContextManager[None]]
+
+
+def cost(
+    plan: Plan, pending: Sequence[PlannedStage], shared: Shared, failing: Failing
+) -> tuple[float, float]:
+    """Operations of these stages, and of their rehearsal."""
+    whole, part = 0.0, 0.0
+    for stage in pending:
+        with failing(stage):
+            data = shared.data(own_data(plan.recipe, stage))
+        less = cut(plan.recipe, stage)
+        whole += work(plan.recipe, stage, data).total
+        part += work(less, stage, longest(data, less, stage)).total
+    count = weights(shared.model_folder)
+    return whole * count, part * count
+
+
+def weights(folder: Path) -> float:
+    """How many a model has, or twice as many where they are stored in 32 bit."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
+
+
+def rehearse(
+    plan: Plan,
+    pending: Sequence[PlannedStage],
+    shared: Shared,
+    failing: Failing,
+) -> Iterator[Rehearsed]:
+    """Rehearse `pending`, whose rows are `shared`'s; what fails does so in `failing(stage)`."""
+    place = rundir.beside(plan.run_folder, "rehearsal")
+    outputs = {stage.name: stage.folder / "output" for stage in plan.stages}
+    own = Shared(plan.recipe, plan.model)
+    rundir.remove(place)  # what a kill left
+    own.tokens = shared.tokens
+    try:
+        for stage in pending:
+            with failing(stage, "the rehearsal of "), _same_draws():
+                took = _stage(plan.recipe, stage, own, shared, place, outputs)
+            outputs[stage.name] = place / stage.name / "output"
+            yield took
+    finally:
+        own.release()
+        rundir.remove(place)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _stage(
+    whole: Recipe,
+    stage: PlannedStage,
+    own: Shared,
+    shared: Shared,
+    place: Path,
+    outputs: Mapping[str, Path],
+) -> Rehearsed:
+    recipe = own.recipe = cut(whole, stage)
+    for table in (own_data(whole, stage), whole.dataset):
+        own._data[repr(table)] = longest(shared.data(table), recipe, stage)
+    rundir.clear_stage(place / stage.name)
+    clock = Clock()
+    memory.begin()
+    context = stages.StageContext(
+        name=stage.name,
+        kind=stage.kind,
+        recipe=recipe,
+        folder=place / stage.name,
+        inputs={role: outputs[source] for role, source in stage.inputs.items()},
+        progress=clock,
+        shared=own,
+        key=stage.key,
+    )
+    stages.load(stage.kind)(context)
+    seconds, peak = time.monotonic() - clock.began, memory.peak()
+    real = work(whole, stage, shared.data(own_data(whole, stage)))
+    part = work(recipe, stage, own.data(own_data(whole, stage)))
+    if clock.step is None:
+        total = seconds * real.total / part.total
+        return Rehearsed(stage.name, peak, total / real.steps, real.steps, total)
+    step = clock.step * real.step / part.step
+    total = step * (real.steps + real.beside / real.step) + seconds - STEPS * clock.step
+    return Rehearsed(stage.name, peak, step, real.steps, max(total, seconds))
+
+
+@contextlib.contextmanager
+def _same_draws() -> Iterator[None]:
+    """Whatever is drawn within, what is drawn afterwards is the same."""
+    ours, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numbers)
+
+
+class Clock:
+    """`stages.Progress` that tells nobody: how long the last step took."""
+
+    def __init__(self) -> None:
+        self.began = self.at = time.monotonic()
+        self.done, self.before, self.step = -1, 0.0, None
+
+    def update(self, done: int, total: int, **numbers: float) -> None:
+        now = time.monotonic()
+        if done == 0:
+            self.before = now - self.at  # PPO's first look at validation prompts: its last does too
+        elif done > self.done >= 0:
+            self.step = max(now - self.at - (self.before if done == total else 0.0), 1e-3)
+        if done > self.done:
+            self.at, self.done = now, done
+
+    def resume(self, done: int) -> None:
+        self.at = time.monotonic()
+
+    def sample(self, prompt: str, answer: str, **numbers: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+# ---- a step of a stage --------------------------------------------------------------------------
+
+
+def cut(recipe: Recipe, stage: PlannedStage) -> Recipe:
+    """The recipe with as little of one stage as still takes the memory of all of it."""
+    if stage.kind in (EVALUATION, BEST_OF):
+        asked = recipe.evaluation
+        draws = asked.best_of and 2
+        less = replace(asked, prompts=min(asked.prompts, SAMPLED), best_of=draws)
+        return replace(recipe, evaluation=less)
+    table = recipe.table(stage.name)
+    given = table.options
+    options = {"report_to": "none", "save_steps": STEPS}
+    options["save_strategy"] = "no" if given["save_strategy"] == "no" else "steps"
+    if stage.kind == "ppo":
+        options |= _update(given)
+    else:
+        options |= {"max_steps": STEPS, "eval_strategy": "no", "eval_on_start": False}
+        options["gradient_accumulation_steps"] = min(STEPS, given["gradient_accumulation_steps"])
+    known = {key: value for key, value in options.items() if key in given}
+    less = replace(
+        table,
+        options=given | known,
+        given=table.given | known,
+        extras=table.extras | ({"minimum_accuracy": 0.0} if stage.kind == "ppo" else {}),
+    )
+    return replace(recipe, tables=recipe.tables | {stage.name: less})
+
+
+def _update(given: Mapping[str, Any]) -> dict[str, Any]:
+    """An update of PPO on no more answers than it samples at a time, in two steps or more."""
+    rows, micros = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
+    minis = given["num_mini_batches"]
+    if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
+        sampled = min(given[ROLLOUT], rows * micros)
+        each, minis = micros // minis, min(minis, STEPS)
+        each = min(each, max(min(each, STEPS), -(-sampled // (rows * minis))))
+        micros = each * minis
+    updates = 1 if minis * given["num_ppo_epochs"] > 1 else STEPS
+    return {
+        "gradient_accumulation_steps": micros,
+        "num_mini_batches": minis,
+        "total_episodes": rows * micros * updates,
+        "eval_steps": updates,
+        "save_steps": updates,
+    }
+
+
+def longest(data: Data, recipe: Recipe, stage: PlannedStage) -> Data:
+    """As many of the longest rows as a cut recipe takes; every other is the longest of all."""
+    kind, table = stage.kind, recipe.tables.get(stage.name)
+    train = 0
+    if kind in (EVALUATION, BEST_OF):
+        rest = recipe.evaluation.prompts
+    elif kind == "ppo":
+        train = table.options["total_episodes"]
+        rest = min(table.options[ROLLOUT], VALIDATION_PROMPTS)
+    else:
+        rest = table.options["per_device_eval_batch_size"]
+        train = max(rest, STEPS * batch(table.options))
+
+    def first(found: Sequence[Example]) -> list[Example]:
+        usable = [example for example in found if sequences(example, kind)]
+        return sorted(usable, key=lambda e: max(sequences(e, kind)), reverse=True)
+
+    few = first(rows(data, kind))
+    if kind != "ppo" and few:  # the longest in every batch, and others: a unit is of what differs
+        few = [few[0] if place % 2 else few[place // 2 % len(few)] for place in range(train)]
+    return Data(
+        train=few[:train],
+        validation=first(data.validation)[:rest],
+        test=first(data.test)[:rest],
+        judge=few[:train] if kind == JUDGE else [],
+        dropped=data.dropped,
+        rows=data.rows,
+        tested=data.tested,
+    )

@@ -1,0 +1,225 @@
+"""The rehearsal: what would break breaks first, on the longest rows, and it changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_recipes import fit, rehearsal, rundir, runner, stages
+from rlhf_recipes.errors import Interrupted, MachineError
+from rlhf_recipes.plan import make_plan
+from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.shared import Shared
+from rlhf_recipes.stages import ppo, reward
+from rlhf_recipes.work import work
+
+WHOLE = (
+    'stages=["sft", "reward", "dpo", "ppo"]',
+    *(f"{stage}.max_steps=2" for stage in ("sft", "reward", "dpo")),
+    "ppo.total_episodes=16",
+    "lora.lora_dropout=0.2",
+    'ppo.keep="best"',
+    'evaluation.judge="independent"',
+    "evaluation.best_of=4",
+)
+ALL = ["sft", "reward", "dpo", "ppo", "judge", "evaluation", "best_of"]
+HEADING = "Rehearsal · a step of each stage, on its longest rows"
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner._Run, "_report", lambda _: [])
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the run is short."""
+    monkeypatch.setattr(rehearsal, "SHORT", 0.0)
+    monkeypatch.setattr(rehearsal, "SHARE", 1e9)
+    monkeypatch.setattr(fit, "refuse", lambda *_: None)
+
+
+def go(file: Path, *changes: str, **words: Any) -> runner.RunOutcome:
+    return runner.run(load_recipe(file, set=changes), runs=file.parent / "runs", **words)
+
+
+def left(runs: Path) -> list[str]:
+    """What lies in the runs folder that is neither a run nor its stages, nor a lock."""
+    found = [path.name for path in (*runs.iterdir(), *(runs / ".stages").glob("*"))]
+    return [name for name in found if name.startswith(".") and not name.endswith("lock")]
+
+
+def test_it_changes_nothing_in_what_the_stages_make(
+    tiny_recipe: Path, always: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    for rehearse in (True, False):
+        runs = tiny_recipe.parent / f"runs-{rehearse}"
+        recipe = load_recipe(tiny_recipe, set=WHOLE)
+        outcome = runner.run(recipe, runs=runs, name="tiny", rehearse=rehearse)
+        files = [path for path in (runs / ".stages").rglob("output/**/*") if path.is_file()]
+        found = {path.relative_to(runs): path.read_bytes() for path in files}
+        digests = {path: hashlib.sha256(content).hexdigest() for path, content in found.items()}
+        made.append((digests, outcome.results))
+        assert left(runs) == [".stages"]
+    assert len(made[0][0]) > 20
+    assert made[0] == made[1]
+    shown = capfd.readouterr().err.splitlines()
+    assert shown.count(HEADING) == 1
+    place = shown.index(HEADING)
+    assert place == 1
+    assert [line.split()[0] for line in shown[2:9]] == ALL
+    assert all("about" in line for line in shown[2:10])
+    assert "s a step" in shown[2]
+
+
+def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
+    tiny_recipe: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error's kind and exit code; the stage's name; nothing left of it, and nothing made."""
+
+    def lack(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    need = Counter(weights=10**6, activations=2 * 10**9)
+    monkeypatch.setattr(fit, "refuse", lambda *words: words[-1].update(ppo=need))
+    monkeypatch.setattr(ppo.PPOTrainer, "optimize", lack)
+    with pytest.raises(MachineError) as caught:
+        go(tiny_recipe)
+    told = str(caught.value)
+    known = "the rehearsal of stage ppo: out of memory, most of it for activations (2 GB by rule) ("
+    assert told.startswith(f"{known}the same command with --set")
+    assert "--set ppo.per_device_train_batch_size=4" in told
+    runs = tiny_recipe.parent / "runs"
+    manifest = rundir.read_json(runs / "tiny" / "manifest.json")
+    assert manifest["error"]["stage"] == "ppo"
+    assert {stage["outcome"] for stage in manifest["stages"]} == {"not run"}
+    assert left(runs) == [".stages"]
+    assert not list((runs / ".stages").glob("*/work/*"))
+
+
+def test_what_is_drawn_afterwards_is_as_without_it_also_where_it_is_stopped(
+    tiny_recipe: Path, always: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        torch.rand(3), random.random(), np.random.rand()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward, "measure", stop)
+
+    def drawn() -> list[Any]:
+        return [torch.rand(3).tolist(), random.random(), np.random.rand()]
+
+    def seed() -> None:
+        torch.manual_seed(3), random.seed(3), np.random.seed(3)
+
+    seed()
+    expected = drawn()
+    seed()
+    with pytest.raises(Interrupted):
+        go(tiny_recipe, until="reward")
+    assert drawn() == expected
+    assert left(tiny_recipe.parent / "runs") == [".stages"]
+
+
+def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[list[str]] = []
+
+    def tell(plan: Any, pending: Any, *_: Any) -> Any:
+        tried.append([stage.name for stage in pending])
+        return iter(())
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rehearsal, "rehearse", tell)
+    monkeypatch.setattr(stages, "load", lambda kind: stop)
+
+    def begin(*changes: str, **words: Any) -> list[list[str]]:
+        tried.clear()
+        with pytest.raises(Interrupted):
+            go(tiny_recipe, *changes, **words)
+        return list(tried)
+
+    assert begin() == []  # short: by the rule
+    monkeypatch.setattr(rehearsal, "SHORT", 0.0)
+    monkeypatch.setattr(fit, "refuse", lambda *_: None)
+    assert begin() == []  # a rehearsal would do half of its steps
+    long = ["sft.max_steps=900", "reward.max_steps=900", "ppo.total_episodes=9000"]
+    [names] = begin(*long, name="tiny")
+    assert names == ["sft", "reward", "ppo", "evaluation"]
+    assert begin(*long, name="tiny", until="reward") == [["sft", "reward"]]
+    assert begin(*long, name="tiny", rehearse=False) == []
+    plan = make_plan(load_recipe(tiny_recipe, set=long), tiny_recipe.parent / "runs", name="tiny")
+    (plan.stages[0].folder / "work" / "checkpoint-000001").mkdir(parents=True)
+    assert begin(*long, name="tiny") == []
+
+
+def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -> None:
+    long = ["sft.max_steps=-1", "sft.gradient_accumulation_steps=4", "ppo.total_episodes=9000"]
+    recipe = load_recipe(tiny_recipe, set=long)
+    plan = make_plan(recipe, tiny_recipe.parent / "runs")
+    shared = Shared(recipe, plan.model)
+    data = shared.data(recipe.dataset)
+    sft, rewards, policy, evaluation = plan.stages
+
+    less = rehearsal.cut(recipe, sft)
+    options = less.table("sft").given
+    assert (options["max_steps"], options["gradient_accumulation_steps"]) == (2, 2)
+    rows = rehearsal.longest(data, less, sft).train
+    most = max(len(e.prompt_ids) + len(e.chosen_ids) for e in data.train)
+    assert len(rows) == 2 * 2 * 8
+    assert {len(e.prompt_ids) + len(e.chosen_ids) for e in rows[1::2]} == {most}
+    assert len(set(map(id, rows))) == 16
+    assert work(recipe, sft, data).steps == -(-len(data.train) // 32) * 3
+
+    less = rehearsal.cut(recipe, rewards)
+    kept = rehearsal.longest(data, less, rewards)
+    assert set(map(id, kept.train)) <= set(map(id, data.reward_train))
+    assert kept.validation and kept.test
+
+    less = rehearsal.cut(recipe, policy)
+    options = less.table("ppo").options
+    assert options["total_episodes"] == 8 * 2  # an update, whole: it is sampled at once
+    assert options["num_ppo_epochs"] == recipe.table("ppo").options["num_ppo_epochs"]
+    assert less.table("ppo").extras["minimum_accuracy"] == 0
+    assert work(recipe, policy, data).steps == 9000 // 16 + 1
+    assert rehearsal.cut(recipe, evaluation).evaluation.prompts == 12
+
+
+@pytest.mark.parametrize(
+    ("rows", "micros", "minis", "epochs", "sampled", "some", "fewer", "updates"),
+    [
+        (2, 32, 4, 1, 16, 8, 2, 1),  # no more than is sampled at a time
+        (8, 8, 2, 2, 64, 8, 2, 1),  # all that is sampled
+        (8, 8, 2, 2, 16, 4, 2, 1),  # two backwards a step: the second meets gradients
+        (8, 1, 2, 1, 64, 1, 2, 1),  # mini-batches smaller than a micro-batch stay so
+        (4, 1, 1, 1, 64, 1, 1, 2),  # one step an update: two updates
+        (4, 1, 1, 4, 64, 1, 1, 1),
+        (1, 64, 1, 1, 8, 8, 1, 2),
+    ],
+)
+def test_an_update_of_ppo_is_cut_to_what_takes_its_memory(
+    rows: int, micros: int, minis: int, epochs: int, sampled: int, some: int, fewer: int,
+    updates: int,
+) -> None:  # fmt: skip
+    given = {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": micros,
+        "num_mini_batches": minis,
+        "num_ppo_epochs": epochs,
+        "local_rollout_forward_batch_size": sampled,
+        "whiten_rewards": False,
+    }
+    cut = rehearsal._update(given)
+    assert (cut["gradient_accumulation_steps"], cut["num_mini_batches"]) == (some, fewer)
+    assert cut["total_episodes"] == rows * some * updates
