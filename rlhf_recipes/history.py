@@ -19,11 +19,16 @@ ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A run's manifest; None where it is missing or damaged."""
     manifest = rundir.read_json(folder / rundir.MANIFEST)
-    with contextlib.suppress(KeyError, TypeError):
-        texts = [(manifest or {})[key] for key in ("title", "outcome", "ended", "recipe")]
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        texts = [manifest[key] for key in ("title", "outcome", "ended", "recipe")]
         for entry in manifest["stages"]:
-            texts += [entry[key] for key in ("name", "kind", "folder", "outcome")]
-        Path(*texts, *manifest["overrides"], *manifest["model"])  # all of them are texts
+            texts += [
+                entry["name"],
+                entry["folder"],
+                entry.get("kind", ""),
+                entry.get("outcome", ""),
+            ]
+        Path(*texts, *manifest.get("overrides", ()), *manifest.get("model", ()))  # all are texts
         return manifest
     return None
 

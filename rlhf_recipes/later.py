@@ -29,7 +29,7 @@ def best_of(*, run_folder: Path, count: int) -> RunOutcome:
             hint = shlex.join(["rlhf-recipes", "run", manifest["recipe"], "--name", folder.name])
             what = f"{stage.name} of {run_folder} would have to run first"
             raise UsageError(f"{what}: {stage.reason}", hint)
-    before = (word for word in manifest["overrides"] if not word.startswith(KEY))
+    before = (word for word in manifest.get("overrides", ()) if not word.startswith(KEY))
     text, path = (folder / "recipe.toml").read_text(encoding="utf-8"), Path(manifest["recipe"])
     written = replace(recipe, path=path, text=text, overrides=(*before, f"{KEY}{count}"))
     return run(written, runs=folder.parent, name=folder.name)

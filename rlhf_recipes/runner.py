@@ -197,8 +197,8 @@ class _Run:
         with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
             bring(self.plan.recipe, self.plan.model)
         with self.screen.quiet():
-            stages.load(stage.kind)  # torch, which the doctor asks
-            for line in doctor.short(self.plan.runs):
+            loaded = stages.load(stage.kind).__module__.startswith(stages.__name__)
+            for line in doctor.short(self.plan.runs) if loaded else ():  # it asks torch
                 self.screen.line(f"  {line}", "dim")
         pending = [other for other in self.rehearses if self._record(other) is None]
         if pending and not any((stage.folder / "work").glob(rundir.CHECKPOINTS)):

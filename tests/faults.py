@@ -75,7 +75,7 @@ class Faults:
         self.step("open", file)
         if mode in ("r", "rb"):
             return real(file, mode, *rest, **words)
-        raw = _Raw(os.fspath(file), mode.replace("b", ""))
+        raw = _Raw(os.fspath(file), mode.replace("b", ""), opener=words.pop("opener", None))
         raw.faults = self
         stream = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         if "b" in mode:

@@ -23,6 +23,7 @@ from rlhf_recipes.rewards import open_reward
 from rlhf_recipes.sequences import score_ids
 from tests.counting import toy
 from tests.test_stages import Chain
+from tests.worlds import HEAD
 
 POLICY, SCORED = {"policy": "sft"}, {"policy": "sft", "reward_model": "reward"}
 
@@ -157,7 +158,7 @@ def test_the_judge_is_exported_as_the_reward_model_that_it_is(chain: Chain, tmp_
     run.mkdir()
     (run / "resolved.toml").write_text(tomlkit.dumps(recipe.resolved()))
     entry = {"name": "judge", "kind": "judge", "outcome": "ran", "folder": ".stages/judge"}
-    manifest = {"format": 1, "model": {}, "stages": [entry]}
+    manifest = HEAD | {"model": {}, "stages": [entry]}
     (run / "manifest.json").write_text(json.dumps(manifest))
     export(run_folder=run, folder=tmp_path / "out", stage="judge", form="adapter")
     heads = [f / "head.safetensors" for f in (tmp_path / "out", other.outputs["judge"])]

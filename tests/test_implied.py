@@ -14,6 +14,7 @@ from rlhf_recipes.fetch import _models
 from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import Recipe, load_recipe, smaller_layout
 from tests.counting import RECIPE, toy
+from tests.worlds import HEAD
 
 INDEPENDENT = "evaluation.judge=independent"
 CHAIN = ["sft", "reward", "ppo"]
@@ -180,7 +181,7 @@ def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> No
     ]
     made.run_folder.mkdir()
     for name, told in {
-        "manifest": {"format": 1, "stages": entries},
+        "manifest": HEAD | {"stages": entries},
         "results": {"format": 1, "reward.accuracy": 0.9, "judge.accuracy": 0.7, "ppo.kl": 5.0},
     }.items():
         (made.run_folder / f"{name}.json").write_text(json.dumps(told))
@@ -189,5 +190,5 @@ def test_a_run_is_known_by_its_reward_model_not_by_its_judge(recipe: Path) -> No
     }  # fmt: skip
     # A stage whose kind is of two words is known for one, too, and goes when no run refers to it.
     entries.pop()
-    (made.run_folder / "manifest.json").write_text(json.dumps({"format": 1, "stages": entries}))
+    (made.run_folder / "manifest.json").write_text(json.dumps(HEAD | {"stages": entries}))
     assert [spare[0].name for spare in unused(made.runs)[0]] == [made.stages[-1].folder.name]

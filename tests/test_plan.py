@@ -9,6 +9,7 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import load_recipe
 from tests.counting import RECIPE, toy
+from tests.worlds import HEAD
 
 STAGES = ["sft", "reward", "ppo", "evaluation"]
 
@@ -176,7 +177,7 @@ def test_the_run_s_own_last_stages_come_before_nearer_kin(tmp_path: Path) -> Non
     entries = [
         {"name": s.name, "folder": s.folder.relative_to(mine.runs).as_posix()} for s in mine.stages
     ]
-    rundir.write_json(mine.run_folder / "manifest.json", {"stages": entries})
+    rundir.write_json(mine.run_folder / "manifest.json", HEAD | {"stages": entries})
     changed = plan(recipe, "reward.weight_decay=0.2", "seed=2", name=mine.run_folder.name)
     assert reasons(changed)["reward"] == ("weight_decay 0.1 → 0.2, seed 42 → 2, input sft changed")
     elsewhere = plan(recipe, "reward.weight_decay=0.2", "seed=2", name="other")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import rundir, runner
+from rlhf_recipes import progress, rundir, runner
 from rlhf_recipes.errors import BusyError, DataError, MachineError, StageError, UsageError
 from rlhf_recipes.plan import make_plan
 from rlhf_recipes.recipe import fork_recipe, load_recipe, smaller_layout
@@ -337,15 +337,18 @@ def test_what_fails_first_is_told(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the log
 def test_a_log_that_cannot_be_written_is_one_line_on_the_screen(
-    tmp_path: Path, count: Counting, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    count: Counting,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where a library's noise is what does not go into it; the screen is given back."""
-    recipe, log = toy(tmp_path), tmp_path / "runs" / "toy" / "log.txt"
-    log.parent.mkdir(parents=True)
-    log.symlink_to("/dev/full")
-    with pytest.raises(MachineError, match="^No space left on device"):
-        go(recipe)
-    log.unlink()
+    recipe = toy(tmp_path)
+    with monkeypatch.context() as patch:
+        full = lambda *_: os.open("/dev/full", os.O_RDWR)  # noqa: E731
+        patch.setattr(progress, "no_link", full)
+        with pytest.raises(MachineError, match="^No space left on device"):
+            go(recipe)
 
     def fill(_: Any) -> None:
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)

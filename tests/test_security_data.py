@@ -24,6 +24,7 @@ from rlhf_recipes.shared import Shared
 from tests.canary import Canary
 from tests.conftest import RECIPE
 from tests.test_checkpoints import Killed, build
+from tests.worlds import HEAD
 
 ROW = '{"prompt": "red", "chosen": "blue", "rejected": "cat"}\n'
 SECRET = ROW.replace("red", "white")
@@ -373,7 +374,7 @@ def test_a_manifest_leads_to_no_folder_but_its_stages(tmp_path: Path, place: str
     evil = write(tmp_path / "evil", {"stage.json": '{"format": 1, "key": "k"}'})
     entry = {"name": "sft", "kind": "sft", "outcome": "ran", "key": "k"}
     entry["folder"] = place.format(evil=evil)
-    manifest = {"format": 1, "stages": [entry], "model": {}}
+    manifest = HEAD | {"stages": [entry], "model": {}}
     run_folder = write(tmp_path / "runs" / "one", {"manifest.json": json.dumps(manifest)})
     stages = (tmp_path / "runs" / ".stages").resolve()
     found = [

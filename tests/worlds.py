@@ -64,6 +64,7 @@ WHOLE = {
     "dataset": [{"path": "./pairs.jsonl"}],
     "evaluation": {},
 }
+HEAD = {"format": 1, "title": "T", "recipe": "t.toml", "outcome": "finished", "ended": ""}
 MODEL = {"model/config.json": ALL, "model/model.safetensors": ALL, "model/README.md": ""}
 GRAPHS = [
     (CHAIN, {**MODEL, "pairs.jsonl": ALL, "rule.py": "evaluation best_of"}),
@@ -246,7 +247,7 @@ def finish(made: Plan) -> None:
             stage.folder.mkdir(parents=True, exist_ok=True)
             rundir.write_record(stage.folder, record)
     entries = [{"name": s.name, "folder": f".stages/{s.folder.name}"} for s in made.stages]
-    rundir.write_json(made.run_folder / "manifest.json", {"stages": entries})
+    rundir.write_json(made.run_folder / "manifest.json", HEAD | {"stages": entries})
 
 
 def written(tables: dict[str, Any], draw: Random) -> str:
