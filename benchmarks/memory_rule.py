@@ -90,7 +90,8 @@ def measure(
     plan = planned(folder, kind, shape, names, changes)
     shared = Shared(plan.recipe, plan.model)
     room = fit.Room(plan.recipe)
-    held = fit.needs(plan, plan.stages, shared, card=False)
+    config = fit.architecture(shared.model_folder)
+    held = fit.needs(plan.recipe, plan.stages, config, shared, card=False)
     gc.collect()
     found: dict[str, dict[str, float]] = {}
     for took in rehearse(plan, plan.stages, shared, lambda *_: contextlib.nullcontext()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,26 +68,30 @@ class Room:
         return card.multi_processor_count * ticks * TICK.get(card.major, 4096) * SHARE
 
 
-def needs(plan: Plan, stages: Sequence[PlannedStage], shared: Shared, card: bool) -> dict[str, Any]:
-    """The bytes that each stage's tensors take when they are most, by role (a `Counter`).
-
-    Reads config.json and the rows; where there are no rows yet, the recipe's limits stand for them.
-    """
-    config = models.load_config(shared.model_folder)
+def architecture(folder: Path) -> Any:
+    """What config.json says of a model. Raises ModelError where it does not say enough."""
+    config = models.load_config(folder)
     if not config.architectures:
-        raise ModelError(
-            "config.json names no architecture", "see that the model's folder is whole"
-        )
-    return {stage.name: _need(plan.recipe, stage, shared, config, card) for stage in stages}
+        raise ModelError("config.json names no architecture", "see that its folder is whole")
+    return config
+
+
+def needs(
+    recipe: Recipe, stages: Sequence[PlannedStage], config: Any, shared: Shared | None, card: bool
+) -> dict[str, Counter[str]]:
+    """The bytes that each stage's tensors take when they are most, by role.
+
+    Where there are no rows yet, or nothing is `shared`, the recipe's limits stand for them.
+    """
+    return {stage.name: _need(recipe, stage, config, shared, card) for stage in stages}
 
 
 def _need(
-    recipe: Recipe, stage: PlannedStage, shared: Shared, config: Any, card: bool
+    recipe: Recipe, stage: PlannedStage, config: Any, shared: Shared | None, card: bool
 ) -> Counter[str]:
-    try:
-        data = shared.data(own_data(recipe, stage))
-    except Exception:  # whatever it is, the stage says it better
-        data = None
+    data = None
+    with contextlib.suppress(Exception):  # whatever it is, the stage says it better
+        data = shared and shared.data(own_data(recipe, stage))
     most = lengths_of(recipe, stage.kind, data)
     asked = Asked(recipe, stage.name, stage.kind, frozenset(stage.inputs), most, card)
     return footprint(asked, config)
@@ -128,7 +134,8 @@ def refuse(
     """What does not fit by the rule is not begun; a model that the rule cannot read is."""
     room = Room(plan.recipe)
     try:
-        held |= needs(plan, pending, shared, room.card)
+        config = architecture(shared.model_folder)
+        held |= needs(plan.recipe, pending, config, shared, room.card)
     except Exception:
         screen.log_traceback()
         return
@@ -138,19 +145,20 @@ def refuse(
     need = held[wrong[0].name]
     role, most = need.most_common(1)[0]
     whole, there = show.size(room.beside(need)), f"{room.name} has {show.size(room.bytes)}"
+    message = f"stage {wrong[0].name} needs {whole}, most of it for {role} ({show.size(most)})"
+    smaller = words(plan.recipe, wrong, config, shared, room)
     with failing(wrong[0]):
-        raise MachineError(
-            f"stage {wrong[0].name} needs {whole}, most of it for {role} ({show.size(most)}): "
-            f"{there}",
-            f"add {words(plan, wrong, shared, room)}; --no-rehearsal tries it all the same",
-        )
+        hint = f"add {smaller}; --no-rehearsal tries it all the same"
+        raise MachineError(f"{message}: {there}", hint)
 
 
-def words(plan: Plan, stages: Sequence[PlannedStage], shared: Shared, room: Room) -> str:
+def words(
+    recipe: Recipe, stages: Sequence[PlannedStage], config: Any, shared: Shared | None, room: Room
+) -> str:
     """`--set` words with which these stages fit, the least harmful that help; else what is left."""
-    config, recipe, said = models.load_config(shared.model_folder), plan.recipe, []
+    said: list[str] = []
     for stage in stages:
-        need = _need(recipe, stage, shared, config, room.card)
+        need = _need(recipe, stage, config, shared, room.card)
         for change in _changes(recipe, stage):
             if room.holds(need):
                 break
@@ -158,7 +166,7 @@ def words(plan: Plan, stages: Sequence[PlannedStage], shared: Shared, room: Room
                 other = changed(recipe, change)
             except RecipeError:  # two keys that do not go together
                 continue
-            less = _need(other, stage, shared, config, room.card)
+            less = _need(other, stage, config, shared, room.card)
             if less.total() < 0.99 * need.total():
                 recipe, need = other, less
                 said += change

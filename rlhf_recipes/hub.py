@@ -83,6 +83,16 @@ class Repo:
             reason = FileNotFoundError(f"it has not {lacks}")
         raise self._trouble(reason) from reason
 
+    def config(self, commit: str) -> Path:
+        """A folder with a model's config.json at a commit, and perhaps no more of it."""
+        from huggingface_hub import hf_hub_download
+
+        _bound()
+        try:
+            return Path(hf_hub_download(self.name, "config.json", revision=commit)).parent
+        except Exception as error:
+            raise self._trouble(error) from error
+
     def keep(self, commit: str) -> None:
         """From now on, `commit` is what this machine has of the revision."""
         if not self._is_commit:

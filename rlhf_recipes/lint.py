@@ -33,9 +33,9 @@ SHOWN = 320  # characters of an example
 def data_lint(plan: Plan) -> list[Line]:
     """What a person should know of the rows. Reads what is on this machine, and brings nothing."""
     recipe = plan.recipe
-    if away := _away(plan):
+    if gone := away(plan):
         change = f"rlhf-recipes fetch {recipe.path}"
-        return [Line("note", "rows", f"not looked at: {away} is not on this machine", change)]
+        return [Line("note", "rows", f"not looked at: {gone} is not on this machine", change)]
     shared = Shared(recipe, plan.model)
     try:
         if not any((shared.model_folder / name).is_file() for name in TOKENIZER):
@@ -53,14 +53,14 @@ def data_lint(plan: Plan) -> list[Line]:
         return [Line("fault", "rows", error.message, error.hint.partition("\n")[0])]
 
 
-def _away(plan: Plan) -> str:
-    """What would have to be brought first."""
+def away(plan: Plan) -> str:
+    """What would have to be brought before rows can be looked at; nothing where all is here."""
     recipe = plan.recipe
+    here = recipe.model.is_local or sources.base_repo(recipe).cached()
     if "mirror" in plan.model:
-        return "" if mirror.folder_of(recipe.model.mirror).is_dir() else recipe.model.name
-    if not recipe.model.is_local and not sources.base_repo(recipe).cached():
-        return recipe.model.name
-    return next((repo.name for repo in datasets(recipe) if not repo.cached()), "")
+        here = mirror.folder_of(recipe.model.mirror).is_dir()
+    rows = (repo.name for repo in datasets(recipe) if not repo.cached())
+    return next(rows, "") if here else recipe.model.name
 
 
 def _all(data: Data) -> list[Example]:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_recipes import rundir, runner, show, stopping
+from rlhf_recipes import rundir, runner, show, sources, stopping
 from rlhf_recipes.fetch import bring
+from rlhf_recipes.lint import away
 from rlhf_recipes.memory import read_size
 from rlhf_recipes.plan import Plan, PlannedStage
 from rlhf_recipes.progress import Screen, plain
@@ -32,17 +33,20 @@ def _by_rule(plan: Plan, stages: Sequence[PlannedStage], given: float | None) ->
     from rlhf_recipes.rehearsal import weights
     from rlhf_recipes.work import own_data, work
 
-    shared, room, took = Shared(plan.recipe, plan.model), fit.Room(plan.recipe, given), {}
-    held = fit.needs(plan, stages, shared, room.card)
-    if speed := room.speed():
+    recipe, room, took = plan.recipe, fit.Room(plan.recipe, given), {}
+    config = fit.architecture(sources.config_folder(recipe, plan.model))
+    shared = None if away(plan) else Shared(recipe, plan.model)
+    held = fit.needs(recipe, stages, config, shared, room.card)
+    if shared and (speed := room.speed()):
         count = weights(shared.model_folder)
         for stage in stages:
-            amount = work(plan.recipe, stage, shared.data(own_data(plan.recipe, stage)))
+            amount = work(recipe, stage, shared.data(own_data(recipe, stage)))
             took[stage.name] = amount.total * count / speed
-    there = f"by rule; {room.name} has {show.size(room.bytes)}"
+    there = f"by rule{'' if shared else ', at the longest rows that the recipe lets in'}"
+    there += f"; {room.name} has {show.size(room.bytes)}"
     shown = f"{show.needs(held, room.beside, took)}\n\n{there}"
     if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:
-        shown += f"; {wrong[0].name} does not fit: {fit.words(plan, wrong, shared, room)}"
+        shown += f"; {wrong[0].name} does not fit: {fit.words(recipe, wrong, config, shared, room)}"
     return shown
 
 

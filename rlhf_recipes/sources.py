@@ -92,6 +92,21 @@ def base_folder(recipe: Recipe, identity: Mapping[str, str]) -> Path:
     return folder
 
 
+def config_folder(recipe: Recipe, identity: Mapping[str, str]) -> Path:
+    """A folder with the base model's config.json: no weights are brought for it.
+
+    Raises ModelError as `base_folder` does.
+    """
+    model, repo = recipe.model, base_repo(recipe)
+    if "mirror" in identity and not mirror.folder_of(model.mirror).is_dir():
+        raise ModelError(f"{model.name} is not here", f"rlhf-recipes fetch {recipe.path}")
+    if model.is_local or "mirror" in identity or repo.cached():
+        return base_folder(recipe, identity)
+    folder = repo.config(identity["revision"])
+    untrusted.check_config(folder)
+    return folder
+
+
 def model_folder(name: str, recipe: Recipe) -> Path:
     """The folder on this machine to load another model from, brought here where it must be.
 

@@ -24,6 +24,8 @@ OUTSIDE = re.compile(r"^[/~]|(^|/)\.\.(/|$)|://|::")
 CONFIG_BYTES = 16 * 2**20
 DESCRIBED = 100_000  # words of a dataset's description; a few lines of YAML can hold billions
 LOOK = "look at it and at where it comes from before you use it"
+AGAIN = "bring it again"
+UNREADABLE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
 def check_model(folder: Path, *, trusted: bool = False) -> None:
@@ -31,48 +33,61 @@ def check_model(folder: Path, *, trusted: bool = False) -> None:
 
     `trusted` is what the recipe's `trust_remote_code` says.
     """
-
-    def refuse(what: str, hint: str = LOOK) -> ModelError:
-        return ModelError(f"the model in {folder} {what}", hint)
-
+    config = check_config(folder, trusted=trusted)
     try:
-        if (folder / "config.json").stat().st_size > CONFIG_BYTES:
-            raise ValueError("it is too large")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         index = folder / "model.safetensors.index.json"
         shards = {"model.safetensors"}
         if not (folder / "model.safetensors").is_file() and index.is_file():
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         shards |= {config["transformers_weights"]} if "transformers_weights" in config else set()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise refuse(f"has no config that can be read: {error}", "bring it again") from error
+    except UNREADABLE as error:
+        raise _refused(folder, f"has no index that can be read: {error}", AGAIN) from error
     for name in sorted(map(str, shards)):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise refuse(f"names {name!r} as its weights, which is no safetensors file in it")
+            what = f"names {name!r} as its weights, which is no safetensors file in it"
+            raise _refused(folder, what)
         if not (folder / name).is_file():
             hint = "weights must be safetensors: a pickle (.bin, .pt) can run any code as it loads"
-            raise refuse(f"has no {name}", hint)
+            raise _refused(folder, f"has no {name}", hint)
     if (folder / "adapter_config.json").exists():
-        raise refuse("holds an adapter as well", "name one of the two: a folder of its own")
+        hint = "name one of the two: a folder of its own"
+        raise _refused(folder, "holds an adapter as well", hint)
+
+
+def check_config(folder: Path, *, trusted: bool = False) -> dict[str, Any]:
+    """A model's config.json. Raises ModelError where it asks for more than to build a model."""
+    try:
+        if (folder / "config.json").stat().st_size > CONFIG_BYTES:
+            raise ValueError("it is too large")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        quantized = config.get("quantization_config") or {}
+    except UNREADABLE as error:
+        raise _refused(folder, f"has no config that can be read: {error}", AGAIN) from error
     for key, value in _entries(config):
         if key.endswith(("attn_implementation", "attn_implementation_internal")):
             if any("/" in str(one) for one in leaves(value)):
-                raise refuse(f"asks for a kernel of {value!r} by its {key}")
+                raise _refused(folder, f"asks for a kernel of {value!r} by its {key}")
         if key == "auto_map" and any("--" in str(one) for one in leaves(value)):
-            raise refuse("takes its code from yet another repository, by its auto_map")
-    quantized = config.get("quantization_config") or {}
+            raise _refused(folder, "takes its code from yet another repository, by its auto_map")
     method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     if method not in (None, "bitsandbytes"):
-        raise refuse(f"is quantized already ({method})", "name the model in 16 bit instead")
+        hint = "name the model in 16 bit instead"
+        raise _refused(folder, f"is quantized already ({method})", hint)
     if "auto_map" in config and not trusted:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         if config.get("model_type") not in CONFIG_MAPPING_NAMES:
-            raise refuse(
+            raise _refused(
+                folder,
                 "is of a kind that only code of its own knows",
                 "where you have looked at that code: trust_remote_code = true in [model], with the "
                 "revision's 40 hex digits",
             )
+    return config
+
+
+def _refused(folder: Path, what: str, hint: str = LOOK) -> ModelError:
+    return ModelError(f"the model in {folder} {what}", hint)
 
 
 def check_description(folder: Path) -> None:

@@ -25,7 +25,11 @@ def planned(file: Path, *changes: str) -> tuple[Plan, Shared]:
 
 def held(file: Path, *changes: str, stage: str = "ppo", card: bool = False) -> Counter[str]:
     plan, shared = planned(file, *changes)
-    return fit.needs(plan, [s for s in plan.stages if s.name == stage], shared, card)[stage]
+    config, asked = (
+        fit.architecture(shared.model_folder),
+        [s for s in plan.stages if s.name == stage],
+    )
+    return fit.needs(plan.recipe, asked, config, shared, card)[stage]
 
 
 def test_what_is_held_all_along_is_exact(tiny_recipe: Path, tiny_model: Path) -> None:

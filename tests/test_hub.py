@@ -12,7 +12,9 @@ import pytest
 
 from rlhf_recipes import fetch, hub, mirror, sources
 from rlhf_recipes.errors import DataError, ModelError
+from rlhf_recipes.plan import make_plan
 from rlhf_recipes.recipe import Recipe, load_recipe
+from rlhf_recipes.reckoning import reckoning
 from tests.conftest import RECIPE as TINY
 from tests.counting import RECIPE, toy
 from tests.fake_hub import FakeHub
@@ -154,6 +156,19 @@ def test_main_stays_what_it_is_until_fetch(fake: FakeHub, tmp_path: Path) -> Non
     # What an older run started from is still to be had, and moves nothing back.
     assert (sources.base_folder(recipe, old) / "model.safetensors").read_bytes() == b"weights"
     assert weights(recipe, tmp_path) == b"moved on"
+
+
+def test_what_it_needs_of_memory_is_known_before_the_weights_are_here(
+    fake: FakeHub, tmp_path: Path, tiny_model: Path
+) -> None:
+    """Of the model its config.json is brought, no more, and of the rows nothing."""
+    fake.publish("model", "owner/model", tiny_model)
+    made = make_plan(recipe_of(tmp_path), tmp_path / "runs")
+    said = reckoning(made, made.stages, "24GB", False)
+    assert [line.split()[0] for line in said.splitlines()[1:5]] == [s.name for s in made.stages]
+    assert "at the longest rows that the recipe lets in; a card with 24 GB" in said
+    brought = [line for line in fake.asked if "/resolve/" in line]
+    assert brought and all(line.endswith("config.json") for line in brought)
 
 
 def test_what_a_run_brings_is_what_the_next_run_uses(fake: FakeHub, tmp_path: Path) -> None:
