@@ -18,7 +18,7 @@ from rlhf_recipes.plan import Plan, PlannedStage
 from rlhf_recipes.progress import Screen, duration
 from rlhf_recipes.recipe import Recipe, changed
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import JUDGE
+from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE
 from rlhf_recipes.work import own_data
 
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
@@ -110,6 +110,7 @@ def ahead(
     What they need goes into `held`, by stage.
     """
     whole, part = rehearsal.cost(plan, pending, shared, failing)
+    _positions(plan.recipe, pending, shared, failing)
     if whole < rehearsal.SHORT:
         return
     refuse(plan, pending, shared, screen, failing, held)
@@ -121,6 +122,28 @@ def ahead(
         seconds += took.seconds
         screen.line(f"  {show.rehearsed(took)}")
     screen.line(f"  in all about {duration(seconds)}")
+
+
+def _positions(
+    recipe: Recipe,
+    pending: Sequence[PlannedStage],
+    shared: Shared,
+    failing: rehearsal.Failing,
+) -> None:
+    """Raise ModelError where a stage's longest sequence is longer than the model was made for."""
+    config = models.load_config(shared.model_folder, recipe.model.trust_remote_code)
+    there = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for stage in pending:
+        most = lengths_of(recipe, stage.kind, shared.data(own_data(recipe, stage)))
+        longest = most.row
+        if stage.kind in ("ppo", EVALUATION, BEST_OF):
+            own = stage.kind == "ppo" and recipe.table(stage.name).options["response_length"]
+            longest = most.prompt + (own or most.answer)
+        if there and longest > there:
+            with failing(stage):
+                message = f"its longest sequence has {longest} tokens, the model {there} positions"
+                hint = "lower dataset.max_prompt_tokens, max_answer_tokens, or response_length"
+                raise ModelError(message, hint)
 
 
 def refuse(

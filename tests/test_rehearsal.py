@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_recipes import fit, rehearsal, rundir, runner, stages
-from rlhf_recipes.errors import Interrupted, MachineError
+from rlhf_recipes.errors import Interrupted, MachineError, ModelError
 from rlhf_recipes.plan import make_plan
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.shared import Shared
@@ -75,9 +76,10 @@ def test_it_changes_nothing_in_what_the_stages_make(
     assert shown.count(HEADING) == 1
     place = shown.index(HEADING)
     assert place == 4  # after three lines of the doctor
-    assert [line.split()[0] for line in shown[2:9]] == ALL
-    assert all("about" in line for line in shown[2:10])
-    assert "s a step" in shown[2]
+    told = shown[place + 1 : place + 9]
+    assert [line.split()[0] for line in told[:-1]] == ALL
+    assert all("about" in line for line in told)
+    assert "s a step" in told[0]
 
 
 def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
@@ -103,6 +105,15 @@ def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
     assert {stage["outcome"] for stage in manifest["stages"]} == {"not run"}
     assert left(runs) == [".stages"]
     assert not list((runs / ".stages").glob("*/work/*"))
+
+
+def test_a_sequence_longer_than_the_model_s_positions_is_refused(
+    tiny_recipe: Path, tiny_model: Path
+) -> None:
+    """A short run too: PPO's answers, where all rows fit."""
+    there = json.loads((tiny_model / "config.json").read_text())["max_position_embeddings"]
+    with pytest.raises(ModelError, match=f"stage ppo: its longest .* the model {there} positions"):
+        go(tiny_recipe, f"ppo.response_length={there}")
 
 
 def test_what_is_drawn_afterwards_is_as_without_it_also_where_it_is_stopped(
