@@ -45,7 +45,7 @@ from rlhf_recipes.shared import Shared
 from rlhf_recipes.tables import POLICY_KINDS
 
 if TYPE_CHECKING:
-    from rlhf_recipes.rehearsal import Rehearsed
+    from rlhf_recipes.rehearsal import Ahead, Rehearsed
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -125,14 +125,11 @@ class _Run:
         self.screen = screen
         self.waiting = screen.line if wait else None
         self.since = rundir.begun(plan.run_folder) if fresh else ""
-        self.shared = self._new_shared()
+        self.shared = Shared(plan.recipe, plan.model)
         self.done: dict[str, StageOutcome] = {}
         self.started = rundir.now()
         self.needs: dict[str, Counter[str]] = {}  # by stage: bytes by role, by the rule
         self.at = ""  # the stage that is at it, in its rehearsal too
-
-    def _new_shared(self) -> Shared:
-        return Shared(self.plan.recipe, self.plan.model)
 
     def go(self, wanted: list[str], rehearse: bool) -> RunOutcome:
         self.rehearses = [stage for stage in self.plan.stages if rehearse and stage.name in wanted]
@@ -208,7 +205,12 @@ class _Run:
         with self.screen.quiet():
             from rlhf_recipes import fit
 
-            fit.ahead(self.plan, pending, self.shared, self.screen, self._failing, self.needs)
+            fit.check(self.ahead(pending), self.screen)
+
+    def ahead(self, stages: Sequence[PlannedStage]) -> Ahead:
+        from rlhf_recipes.rehearsal import Ahead
+
+        return Ahead(self.plan, stages, self.shared, self._failing, self.needs)
 
     def _failing(
         self, stage: PlannedStage, during: str = ""
@@ -225,21 +227,10 @@ class _Run:
         rundir.clear_stage(folder, begun=self.since)
         started, clock = rundir.now(), time.monotonic()
         memory.begin()
-        outputs = {other.name: other.folder / "output" for other in self.plan.stages}
         with self._failing(stage), self.screen.quiet():
             with StageProgress(self.screen, folder) as progress:
                 stopping.tell = progress.note
-                context = stages.StageContext(
-                    name=stage.name,
-                    kind=stage.kind,
-                    recipe=self.plan.recipe,
-                    folder=folder,
-                    inputs={role: outputs[source] for role, source in stage.inputs.items()},
-                    progress=progress,
-                    shared=self.shared,
-                    key=stage.key,
-                )
-                result = stages.load(stage.kind)(context)
+                result = stage.run(self.shared, folder, self.plan.outputs, progress)
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -308,7 +299,9 @@ class _Run:
             return folder
         aside = rundir.beside(folder, "fresh")
         rundir.remove(aside)
-        self.shared = self._new_shared()  # lets go of the base: merging loads it whole
+        self.shared = Shared(
+            self.plan.recipe, self.plan.model
+        )  # lets go of the base: merging loads it whole
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.export import write_model
 
@@ -398,7 +391,7 @@ def rehearsed(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> lis
     with screen.quiet():
         from rlhf_recipes import rehearsal
 
-        return list(rehearsal.rehearse(plan, stages, run.shared, run._failing))
+        return list(rehearsal.rehearse(run.ahead(stages)))
 
 
 def _names_until(until: str | None, recipe: Recipe) -> list[str]:

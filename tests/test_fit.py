@@ -23,13 +23,11 @@ def planned(file: Path, *changes: str) -> tuple[Plan, Shared]:
     return plan, Shared(plan.recipe, plan.model)
 
 
-def held(file: Path, *changes: str, stage: str = "ppo", card: bool = False) -> Counter[str]:
+def held(file: Path, *changes: str, stage: str = "ppo") -> Counter[str]:
     plan, shared = planned(file, *changes)
-    config, asked = (
-        fit.architecture(shared.model_folder),
-        [s for s in plan.stages if s.name == stage],
-    )
-    return fit.needs(plan.recipe, asked, config, shared, card)[stage]
+    room = fit.Room(plan.recipe, fit.architecture(shared.model_folder), shared)
+    room.card = False
+    return next(room.need(asked) for asked in plan.stages if asked.name == stage)
 
 
 def test_what_is_held_all_along_is_exact(tiny_recipe: Path, tiny_model: Path) -> None:

@@ -91,7 +91,7 @@ def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     need = Counter(weights=10**6, activations=2 * 10**9)
-    monkeypatch.setattr(fit, "refuse", lambda *words: words[-1].update(ppo=need))
+    monkeypatch.setattr(fit, "refuse", lambda ahead, _: ahead.needs.update(ppo=need))
     monkeypatch.setattr(ppo.PPOTrainer, "optimize", lack)
     with pytest.raises(MachineError) as caught:
         go(tiny_recipe)
@@ -145,8 +145,8 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
 ) -> None:
     tried: list[list[str]] = []
 
-    def tell(plan: Any, pending: Any, *_: Any) -> Any:
-        tried.append([stage.name for stage in pending])
+    def tell(ahead: rehearsal.Ahead) -> Any:
+        tried.append([stage.name for stage in ahead.stages])
         return iter(())
 
     def stop(_: Any) -> None:
