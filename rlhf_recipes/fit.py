@@ -171,14 +171,11 @@ def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[dict[str, Any]]:
         name = [s for s in recipe.stages if recipe.table(s).kind == "reward"][-1]
     if name in recipe.tables:
         options = recipe.tables[name].options
-        size, micro = f"{name}.per_device_train_batch_size", f"{name}.gradient_accumulation_steps"
-        rows, micros = (
-            options["per_device_train_batch_size"],
-            options["gradient_accumulation_steps"],
-        )
+        size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
+        rows, micros = options[size], options[micro]
         for part in range(2, rows + 1):
             if rows % part == 0:
-                yield {size: rows // part, micro: micros * part}
+                yield {f"{name}.{size}": rows // part, f"{name}.{micro}": micros * part}
         if not options["gradient_checkpointing"]:
             yield {f"{name}.gradient_checkpointing": "true"}
         for key in ("local_rollout_forward_batch_size", "per_device_eval_batch_size"):

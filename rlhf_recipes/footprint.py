@@ -23,7 +23,7 @@ from trl.trainer.utils import entropy_from_logits
 from rlhf_recipes import passes
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Data
-from rlhf_recipes.hollow import CACHE, ROLES, Held, Lengths, Sim, Tracker
+from rlhf_recipes.hollow import CACHE, Held, Lengths, Sim, Tracker
 from rlhf_recipes.plan import PlannedStage
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.stages.answers import BATCH, SAMPLED, TOKENS
@@ -58,7 +58,7 @@ def footprint(sim: Sim) -> Held:
     else:
         few, more = (_phases(sim, n) for n in (FEW, MORE))
         phases = [
-            Counter({r: m[r] + (m[r] - f[r]) * (layers - MORE) / (MORE - FEW) for r in ROLES})
+            Counter({r: m[r] + (m[r] - f[r]) * (layers - MORE) / (MORE - FEW) for r in m})
             for f, m in zip(few, more, strict=True)
         ]
     most = max(phases, key=Counter.total)

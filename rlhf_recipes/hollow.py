@@ -28,7 +28,6 @@ INT8 = 1.0
 STATES = {"sgd": 0, "adafactor": 0, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # bytes a weight
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
 CACHE, ACTIVATIONS, LOGITS_ROLE = "KV cache", "activations", "logits"
-ROLES = (WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, CACHE, ACTIVATIONS, LOGITS_ROLE)
 Held = Counter  # bytes by role
 
 
@@ -155,7 +154,7 @@ class Sim:
 
     def _fill(self, roles: list[Role], bits: str, tracker: Tracker) -> None:
         """The tensors of the meta device become ones that count."""
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        made: dict[nn.Parameter, nn.Parameter] = {}
         for role in roles:
             heads = {id(module) for module in (role.lm.get_output_embeddings(), role.score)}
             for name, module in role.named_modules():
@@ -163,7 +162,7 @@ class Sim:
                 for key, weight in module._parameters.items():
                     if weight is None or not weight.is_meta:
                         continue
-                    if id(weight) not in made:
+                    if weight not in made:
                         packed = bits != "none" and type(module) is nn.Linear and own == WEIGHTS
                         if packed and id(module) not in heads:
                             filled = _packed(module, weight, bits, self.dtype)
@@ -171,8 +170,8 @@ class Sim:
                             filled = torch.empty(weight.shape, dtype=weight.dtype)
                             filled = nn.Parameter(filled, weight.requires_grad)
                         tracker.move(filled, own)
-                        made[id(weight)] = (weight, filled)  # its id stays its own
-                    module._parameters[key] = made[id(weight)][1]
+                        made[weight] = filled
+                    module._parameters[key] = made[weight]
                 for key, buffer in module._buffers.items():
                     if buffer is not None and buffer.is_meta:
                         module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)

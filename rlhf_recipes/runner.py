@@ -24,17 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomlkit
 
-from rlhf_recipes import doctor, memory, rundir, show, stages, stopping
-from rlhf_recipes.errors import (
-    DataError,
-    Interrupted,
-    MachineError,
-    ModelError,
-    StageError,
-    UsageError,
-    machine_error,
-    masked,
-)
+from rlhf_recipes import doctor, errors, memory, rundir, show, stages, stopping
 from rlhf_recipes.fetch import bring
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.identity import difference
@@ -91,11 +81,8 @@ def run(
     folder, wanted = runs / name, _names_until(until, recipe)
     waiting = functools.partial(print, file=sys.stderr) if wait else None
     try:
-        with (
-            _nothing_for_others_to_write(),
-            stopping.at_once(),
-            rundir.lock(folder, f"run {name}", waiting),
-        ):
+        lock = rundir.lock(folder, f"run {name}", waiting)
+        with _nothing_for_others_to_write(), stopping.at_once(), lock:
             folder.mkdir(exist_ok=True)
             with Screen(folder / "log.txt") as screen:
                 screen.line(f"{plain(recipe.title)} · {plain(str(folder))}", "bold")
@@ -106,13 +93,13 @@ def run(
                     screen.line(f"  the model: {plan.mirrored}")
                 return _Run(plan, screen, fresh, wait).go(wanted, rehearse)
     except KeyboardInterrupt as signalled:
-        raise Interrupted(
+        raise errors.Interrupted(
             f"run {name} was interrupted",
             "the same command goes on from what is finished and saved",
             exit_code=143 if isinstance(signalled, stopping.Terminated) else 130,
         ) from None
     except OSError as error:
-        if found := machine_error(error):
+        if found := errors.machine_error(error):
             raise found from error
         raise
 
@@ -264,15 +251,15 @@ class _Run:
         except Exception as error:
             with contextlib.suppress(OSError):
                 self.screen.log_traceback()
-            if isinstance(error, MachineError):
+            if isinstance(error, errors.MachineError):
                 raise
-            if isinstance(error, (DataError, ModelError, StageError)):
+            if isinstance(error, (errors.DataError, errors.ModelError, errors.StageError)):
                 failed = type(error)(f"{what}: {error.message}", error.hint)
             else:
                 reason = plain(str(error).strip().partition("\n")[0])
-                failed = StageError(f"{what} failed: {type(error).__name__}: {reason}")
-            if isinstance(failed, StageError):
-                failed = machine_error(error, what, smaller) or failed
+                failed = errors.StageError(f"{what} failed: {type(error).__name__}: {reason}")
+            if isinstance(failed, errors.StageError):
+                failed = errors.machine_error(error, what, smaller) or failed
             message = failed.message
             if message.endswith("out of memory") and self.at in self.needs:
                 [(role, most)] = self.needs[self.at].most_common(1)
@@ -289,11 +276,9 @@ class _Run:
             return None
         last = policies[-1]
         folder = self.plan.run_folder / "model"
-        source = {
-            "stage": last.stage.name,
-            "key": last.stage.key,
-            "started": last.record["started"],  # `--fresh` makes another of the same key
-        }
+        # With "started", for `--fresh` makes another of the same key.
+        source = {"stage": last.stage.name, "key": last.stage.key}
+        source["started"] = last.record["started"]
         if rundir.read_json(folder / MODEL_SOURCE) == {"format": rundir.FORMAT, **source}:
             rundir.tidy(folder)
             return folder
@@ -340,7 +325,7 @@ class _Run:
             "title": recipe.title,
             "recipe": str(recipe.path.resolve()),
             "overrides": recipe.overrides,
-            "command": [masked(word) for word in sys.argv],
+            "command": [errors.masked(word) for word in sys.argv],
             "started": self.started,
             "ended": rundir.now(),
             "outcome": outcome,
@@ -361,14 +346,10 @@ class _Run:
         if not isinstance(error, Exception):
             return None
         rest = [stage.name for stage in self.plan.stages if stage.name not in self.done]
-        told = machine_error(error) or error
-        message = masked(getattr(told, "message", "") or f"{type(told).__name__}: {told}")
-        hint = getattr(told, "hint", "")
-        return {
-            "stage": self.at or next(iter(rest), ""),
-            "message": plain(message),
-            "hint": plain(hint),
-        }
+        told = errors.machine_error(error) or error
+        message = errors.masked(getattr(told, "message", "") or f"{type(told).__name__}: {told}")
+        said = {"message": plain(message), "hint": plain(getattr(told, "hint", ""))}
+        return {"stage": self.at or next(iter(rest), ""), **said}
 
     def _entry(self, stage: PlannedStage) -> dict[str, Any]:
         done = self.done.get(stage.name)
@@ -402,7 +383,7 @@ def _names_until(until: str | None, recipe: Recipe) -> list[str]:
     if until not in names:
         near = difflib.get_close_matches(until, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"its stages: {', '.join(names)}"
-        raise UsageError(f"the recipe has no stage {until!r}", hint)
+        raise errors.UsageError(f"the recipe has no stage {until!r}", hint)
     return names[: names.index(until) + 1]
 
 
