@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,7 +26,7 @@ from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import load_recipe
 from rlhf_recipes.rehearsal import Ahead, rehearse
 from rlhf_recipes.shared import Shared
-from tests.conftest import RECIPE, TEMPLATE, WORDS
+from tests.conftest import RECIPE, WORDS, word_tokenizer
 
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -137,19 +135,11 @@ def allocated(ahead: Ahead) -> dict[str, int]:
 
 
 def write_model(folder: Path, kind: str, shape: dict) -> None:
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-    words = [*specials, "user", "assistant", "system", *WORDS]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        additional_special_tokens=specials[:3], chat_template=TEMPLATE,
-    )  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **shape)
     # No setting reads it in this type: else the file's pages would count, which can be let go of.
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
 
 
 def write_pairs(file: Path) -> None:

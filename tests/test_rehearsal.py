@@ -207,30 +207,25 @@ def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -
     assert rehearsal.cut(recipe, evaluation).evaluation.prompts == 12
 
 
+SIZES = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"]
+SIZES += ["num_ppo_epochs", "local_rollout_forward_batch_size"]
+
+
 @pytest.mark.parametrize(
-    ("rows", "micros", "minis", "epochs", "sampled", "some", "fewer", "updates"),
+    ("sizes", "some", "fewer", "updates"),
     [
-        (2, 32, 4, 1, 16, 8, 2, 1),  # no more than is sampled at a time
-        (8, 8, 2, 2, 64, 8, 2, 1),  # all that is sampled
-        (8, 8, 2, 2, 16, 4, 2, 1),  # two backwards a step: the second meets gradients
-        (8, 1, 2, 1, 64, 1, 2, 1),  # mini-batches smaller than a micro-batch stay so
-        (4, 1, 1, 1, 64, 1, 1, 2),  # one step an update: two updates
-        (4, 1, 1, 4, 64, 1, 1, 1),
-        (1, 64, 1, 1, 8, 8, 1, 2),
+        ((2, 32, 4, 1, 16), 8, 2, 1),  # no more than is sampled at a time
+        ((8, 8, 2, 2, 64), 8, 2, 1),  # all that is sampled
+        ((8, 8, 2, 2, 16), 4, 2, 1),  # two backwards a step: the second meets gradients
+        ((8, 1, 2, 1, 64), 1, 2, 1),  # mini-batches smaller than a micro-batch stay so
+        ((4, 1, 1, 1, 64), 1, 1, 2),  # one step an update: two updates
+        ((4, 1, 1, 4, 64), 1, 1, 1),
+        ((1, 64, 1, 1, 8), 8, 1, 2),
     ],
 )
 def test_an_update_of_ppo_is_cut_to_what_takes_its_memory(
-    rows: int, micros: int, minis: int, epochs: int, sampled: int, some: int, fewer: int,
-    updates: int,
-) -> None:  # fmt: skip
-    given = {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": micros,
-        "num_mini_batches": minis,
-        "num_ppo_epochs": epochs,
-        "local_rollout_forward_batch_size": sampled,
-        "whiten_rewards": False,
-    }
-    cut = rehearsal._update(given)
+    sizes: tuple[int, ...], some: int, fewer: int, updates: int
+) -> None:
+    cut = rehearsal._update(dict(zip(SIZES, sizes, strict=True), whiten_rewards=False))
     assert (cut["gradient_accumulation_steps"], cut["num_mini_batches"]) == (some, fewer)
-    assert cut["total_episodes"] == rows * some * updates
+    assert cut["total_episodes"] == sizes[0] * some * updates
