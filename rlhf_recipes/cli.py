@@ -40,14 +40,21 @@ Runs = Annotated[
 ]
 Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
 Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
-Json = Annotated[bool, Option("--json", help="For a program to read.")]
+
+
+def _flag(name: str, text: str) -> Any:
+    """An option that is there or is not."""
+    return Annotated[bool, Option(name, help=text)]
+
+
+Json = _flag("--json", "For a program to read.")
 
 
 @app.callback(invoke_without_command=True)
 def _main(
     context: typer.Context,
-    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: _flag("--version", "Print the version.") = False,
+    debug: _flag("--debug", "Show tracebacks of errors.") = False,
 ) -> None:
     if version:
         from importlib.metadata import version as version_of
@@ -63,12 +70,10 @@ def run(
     set_: Set = (),
     unset: Unset = (),
     until: Annotated[str | None, Option(metavar="STAGE", help="Stop after it.")] = None,
-    fresh: Annotated[bool, Option("--fresh", help="Take no stage as done.")] = False,
+    fresh: _flag("--fresh", "Take no stage as done.") = False,
     name: Name = None,
-    wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
-    no_rehearsal: Annotated[
-        bool, Option("--no-rehearsal", help="Start without a step of each stage.")
-    ] = False,
+    wait: _flag("--wait", "Wait for another process's run.") = False,
+    no_rehearsal: _flag("--no-rehearsal", "Start without a step of each stage.") = False,
     runs: Runs = None,
 ) -> None:
     """Run what is not yet done of a recipe."""
@@ -129,9 +134,7 @@ def plan(
     device: Annotated[
         str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
     ] = "",
-    measure: Annotated[
-        bool, Option("--measure", help="Measure memory and time: a rehearsal.")
-    ] = False,
+    measure: _flag("--measure", "Measure memory and time: a rehearsal.") = False,
     name: Name = None,
     runs: Runs = None,
     json: Json = False,
@@ -165,9 +168,7 @@ def check(
     recipes: Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")],
     set_: Set = (),
     unset: Unset = (),
-    resolved: Annotated[
-        bool, Option("--resolved", help="Print it with all defaults filled in.")
-    ] = False,
+    resolved: _flag("--resolved", "Print it with all defaults filled in.") = False,
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
@@ -277,7 +278,7 @@ def compare(
 @app.command()
 def report(
     run: Run,
-    open_: Annotated[bool, Option("--open", help="Show it in a browser.")] = False,
+    open_: _flag("--open", "Show it in a browser.") = False,
     best_of: Annotated[
         int | None, Option(metavar="N", help="Measure the best of N answers first.")
     ] = None,
@@ -321,7 +322,7 @@ def doctor(runs: Runs = None, json: Json = False) -> None:
 
 @app.command()
 def clean(
-    yes: Annotated[bool, Option("--yes", help="Remove without asking.")] = False,
+    yes: _flag("--yes", "Remove without asking.") = False,
     runs: Runs = None,
 ) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
@@ -362,7 +363,7 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
 def chat(
     run: Run,
     stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    all_: Annotated[bool, Option("--all", help="The base and every policy, side by side.")] = False,
+    all_: _flag("--all", "The base and every policy, side by side.") = False,
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE as CHUNK
 from trl.trainer.sft_trainer import _chunk
@@ -93,29 +92,32 @@ def _learning(tracker: Tracker, loss: Callable[[], torch.Tensor]) -> Iterator[He
     yield tracker.most
 
 
-@torch.no_grad()
-def _scoring(tracker: Tracker, lm: nn.Module, passed: Callable[[], Any]) -> Held:
-    """What is evaluated between the steps, and after them."""
-    lm.eval()
-    for weight in lm.parameters():
+def _training(
+    sim: Sim, tracker: Tracker, role: Role, loss: Callable[[int], torch.Tensor], each: int = 1
+) -> Iterator[Held]:
+    """A step, of `each` sequences a row; and what is evaluated between the steps and after them."""
+    rows = sim.options["per_device_train_batch_size"]
+    yield from _learning(tracker, lambda: loss(each * rows))
+    role.lm.eval()
+    for weight in role.lm.parameters():
         weight.grad = None
     tracker.kept = [tensor for tensor in tracker.kept if tensor.dtype == torch.uint8]
     tracker.begin()
-    passed()
-    return tracker.most
+    with torch.no_grad():
+        loss(sim.options["per_device_eval_batch_size"])
+    yield tracker.most
 
 
 def _sft(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.lengths, sim.options
     with sim.model("policy", trained=["policy"]) as (tracker, [policy]):
 
         def loss(rows: int) -> torch.Tensor:
             with policy.active():
-                hidden = policy.hidden(*_ids(rows, lengths.row))
+                hidden = policy.hidden(*_ids(rows, sim.lengths.row))
                 packed = hidden[:, :-1].reshape(-1, hidden.shape[-1])
                 packed = packed[torch.zeros(len(packed), dtype=torch.long)]
                 head, total = policy.lm.get_output_embeddings(), 0.0
-                some = min(rows * lengths.answer, 3 * CHUNK)  # more chunks take no more
+                some = min(rows * sim.lengths.answer, 3 * CHUNK)  # more chunks take no more
                 for start in range(0, some, CHUNK):
                     part = packed[start : start + CHUNK]
                     goal = torch.zeros(len(part), dtype=torch.long)
@@ -123,27 +125,23 @@ def _sft(sim: Sim) -> Iterator[Held]:
                     total = total + checkpoint(_chunk, *words, use_reentrant=False)[0]
                 return total
 
-        yield from _learning(tracker, lambda: loss(options["per_device_train_batch_size"]))
-        yield _scoring(tracker, policy.lm, lambda: loss(options["per_device_eval_batch_size"]))
+        yield from _training(sim, tracker, policy, loss)
 
 
 def _reward(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.lengths, sim.options
     with sim.model("reward", trained=["reward"]) as (tracker, [reward]):
 
         def scores(rows: int) -> torch.Tensor:
-            return reward(*_ids(rows, lengths.row)).logits.sum()
+            return reward(*_ids(rows, sim.lengths.row)).logits.sum()
 
-        yield from _learning(tracker, lambda: scores(2 * options["per_device_train_batch_size"]))
-        yield _scoring(tracker, reward.lm, lambda: scores(options["per_device_eval_batch_size"]))
+        yield from _training(sim, tracker, reward, scores, each=2)
 
 
 def _dpo(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.lengths, sim.options
     with sim.model("policy", "reference", trained=["policy"]) as (tracker, both):
 
         def loss(rows: int) -> torch.Tensor:
-            ids, mask = _ids(2 * rows, lengths.row)
+            ids, mask = _ids(2 * rows, sim.lengths.row)
             total, outs = 0.0, []
             for role in both:
                 learns = torch.is_grad_enabled() and role is both[0]
@@ -158,8 +156,7 @@ def _dpo(sim: Sim) -> Iterator[Held]:
             tracker.kept.append(outs[0])
             return total
 
-        yield from _learning(tracker, lambda: loss(options["per_device_train_batch_size"]))
-        yield _scoring(tracker, both[0].lm, lambda: loss(options["per_device_eval_batch_size"]))
+        yield from _training(sim, tracker, both[0], loss)
 
 
 def _ppo(sim: Sim) -> Iterator[Held]:
@@ -169,34 +166,31 @@ def _ppo(sim: Sim) -> Iterator[Held]:
     looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
     sampled = min(options[ROLLOUT], max(size, looked_at))
     names, trained = ["policy", "reference", "value", "reward"], ["policy", "value"]
-    foreign = "reward_model" not in sim.stage.inputs
-    with sim.model(*names, trained=trained, apart=foreign) as (tracker, [policy, _, value, *_]):
+    with sim.model(*names, trained=trained) as (tracker, [policy, _, value, *_]):
         policy.lm.eval(), value.lm.eval()
         yield from _sampling(tracker, policy, sampled, lengths)
         tracker.begin()
-        ids, mask = _ids(sampled, lengths.row)
+        given = (*_ids(sampled, lengths.row), lengths.answer)
         with policy.active(), torch.no_grad():
-            passes.logprobs(policy, ids, mask, lengths.answer, temperature)
+            passes.logprobs(policy, *given, temperature)
         yield tracker.most
-        ids, mask = _ids(rows, lengths.row)
+        given = (*_ids(rows, lengths.row), lengths.answer)
         if options["gradient_checkpointing"]:
             policy.lm.train(), value.lm.train()
         if not sim.card and policy.pairs_with(value):
             with policy.active(beside=value):
 
                 def both() -> torch.Tensor:
-                    words = (policy, value, ids, mask, lengths.answer, temperature)
-                    new, _, guess = passes.logprobs_and_values(*words)
+                    new, _, guess = passes.logprobs_and_values(policy, value, *given, temperature)
                     return new.sum() + guess.sum()
 
                 yield from _learning(tracker, both)
             return
         with policy.active():
-            words = (policy, ids, mask, lengths.answer, temperature)
+            words = (policy, *given, temperature)
             yield from _learning(tracker, lambda: passes.logprobs(*words)[0].sum())
         with value.active():
-            words = (value, ids, mask, lengths.answer)
-            yield from _learning(tracker, lambda: passes.values(*words).sum())
+            yield from _learning(tracker, lambda: passes.values(value, *given).sum())
 
 
 def _sampling(tracker: Tracker, policy: Role, rows: int, lengths: Lengths) -> Iterator[Held]:
@@ -230,11 +224,10 @@ def _evaluation(sim: Sim) -> Iterator[Held]:
     if sim.stage.kind == EVALUATION:
         rows = min(BATCH, prompts, max(1, LOGITS // (lengths.answer * sim.vocabulary)))
         with sim.model("policy", "start", quantized=False) as (tracker, both), torch.no_grad():
-            ids, mask = _ids(rows, lengths.row)
-            found = []
+            given, found = (*_ids(rows, lengths.row), lengths.answer, 1.0), []
             for role in both:
                 with role.active():
-                    out = passes.logits(role, ids, mask, lengths.answer, 1.0)
+                    out = passes.logits(role, *given)
                 found.append(torch.log_softmax(out, dim=-1))
             (found[0].exp() * (found[0] - found[1])).sum(-1)
             yield tracker.most

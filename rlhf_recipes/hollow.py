@@ -110,16 +110,11 @@ class Sim:
 
     @contextlib.contextmanager
     def model(
-        self,
-        *names: str,
-        trained: Sequence[str] = (),
-        quantized: bool = True,
-        lora: bool = True,
-        apart: bool = False,
+        self, *names: str, trained: Sequence[str] = (), quantized: bool = True, lora: bool = True
     ) -> Iterator[tuple[Tracker, list[Role]]]:
         """The roles of these names on one base, those of `trained` with gradient and optimizer.
 
-        With one `apart`, a model as large as the base, whatever it is.
+        Beside them, where PPO's rewards come from elsewhere, a model as large as the base.
         """
         words, roles = self.recipe.lora if lora else None, []
         dtype = torch.float32 if lora and words is None else self.dtype
@@ -132,7 +127,7 @@ class Sim:
                     role.add_head(models.new_head(role.lm, bias=True))
                     role.score.requires_grad_(name in trained)
                 roles.append(role)
-            if apart:
+            if self.stage.kind == "ppo" and "reward_model" not in self.stage.inputs:
                 roles.append(Role(self._load(self.dtype), None, self.dtype))
         bits = self.recipe.model.quantization if quantized else "none"
         if bits != "none":

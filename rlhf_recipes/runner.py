@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,9 +200,7 @@ class _Run:
 
         return Ahead(self.plan, stages, self.shared, self._failing, self.needs)
 
-    def _failing(
-        self, stage: PlannedStage, during: str = ""
-    ) -> contextlib.AbstractContextManager[None]:
+    def _failing(self, stage: PlannedStage, during: str = "") -> AbstractContextManager[None]:
         self.at = stage.name
         smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
         return self._failing_as(f"{during}stage {stage.name}", smaller)
@@ -284,9 +283,8 @@ class _Run:
             return folder
         aside = rundir.beside(folder, "fresh")
         rundir.remove(aside)
-        self.shared = Shared(
-            self.plan.recipe, self.plan.model
-        )  # lets go of the base: merging loads it whole
+        # Lets go of the base: merging loads it whole.
+        self.shared = Shared(self.plan.recipe, self.plan.model)
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.export import write_model
 

@@ -278,9 +278,7 @@ SAID = {
     "in C++": f"a file could not be written whole: the disk may be full ({FREE}",
     "read-only": "Read-only file system: '/d/weights' (see who may read and write it; --runs DIR "
     "keeps runs elsewhere",
-    "memory": f"out of memory ({LESS}",
-    "on a CPU": f"out of memory ({LESS}",
-    "on a GPU": f"out of memory ({LESS}",
+    **dict.fromkeys(["memory", "on a CPU", "on a GPU"], f"out of memory ({LESS}"),
 }
 
 
