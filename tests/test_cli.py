@@ -117,7 +117,8 @@ def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(here: Path) 
 def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
     done = command("run", "toy.toml", "--until", "sft", cwd=here, fault="noise:sft")
     assert done.returncode == 0
-    assert "library" not in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "library" not in said and "echoed" not in said
     log = (here / "runs" / "toy" / "log.txt").read_text()
     for words in (
         "printed by a library",
@@ -126,6 +127,7 @@ def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
         "UserWarning: warned by a library",
         "logged by a library",
         "INFO rlhf_recipes.stages: logged by us",
+        "Stage 1 of 4",
     ):
         assert words in log
 
