@@ -59,6 +59,7 @@ def test_what_grows_with_what(tiny_recipe: Path) -> None:
     four, eight = (of(dpo[0], f"{dpo[1]}{n}", stage="dpo") for n in (4, 8))
     assert eight[LOGITS_ROLE] == pytest.approx(2 * four[LOGITS_ROLE], rel=0.05)
     assert of(stage="evaluation").total() > sft[WEIGHTS]
+    assert of("ppo.response_length=1", stage="ppo").total() < of(stage="ppo").total()
 
 
 def test_a_size_of_memory() -> None:
