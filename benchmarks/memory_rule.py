@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,9 +24,9 @@ from benchmarks import common
 from rlhf_recipes import fit
 from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rehearsal import rehearse
+from rlhf_recipes.rehearsal import Ahead, rehearse
 from rlhf_recipes.shared import Shared
-from tests.conftest import RECIPE, TEMPLATE, WORDS
+from tests.conftest import RECIPE, WORDS, word_tokenizer
 
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -89,15 +87,15 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     plan = planned(folder, kind, shape, names, changes)
     shared = Shared(plan.recipe, plan.model)
-    room = fit.Room(plan.recipe)
-    config = fit.architecture(shared.model_folder)
-    held = fit.needs(plan.recipe, plan.stages, config, shared, card=False)
+    ahead = Ahead(plan, plan.stages, shared, lambda *_: contextlib.nullcontext())
+    room = fit.Room(plan.recipe, fit.architecture(shared.model_folder), shared)
+    held = {stage.name: room.need(stage) for stage in plan.stages}
     gc.collect()
     found: dict[str, dict[str, float]] = {}
-    for took in rehearse(plan, plan.stages, shared, lambda *_: contextlib.nullcontext()):
+    for took in rehearse(ahead):
         need, process = held[took.name], took.memory["process_bytes"]
         found[took.name] = {"rule": need.total(), "whole": room.beside(need), "process": process}
-    for name, most in allocated(plan, shared).items():
+    for name, most in allocated(ahead).items():
         line = found[name]
         line["tensors"] = most
         line["ratio"] = round(line["rule"] / most, 3)
@@ -119,11 +117,11 @@ def planned(folder: Path, kind: str, shape: dict, names: list[str], changes: lis
     return make_plan(load_recipe(file, set=words), folder / "runs")
 
 
-def allocated(plan: Plan, shared: Shared) -> dict[str, int]:
+def allocated(ahead: Ahead) -> dict[str, int]:
     """By stage, the most bytes of tensors in its rehearsal."""
     ends = {}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        for took in rehearse(plan, plan.stages, shared, lambda *_: contextlib.nullcontext()):
+        for took in rehearse(ahead):
             ends[took.name] = time.time_ns()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     now, most, left = 0, dict.fromkeys(ends, 0), list(ends)
@@ -137,19 +135,11 @@ def allocated(plan: Plan, shared: Shared) -> dict[str, int]:
 
 
 def write_model(folder: Path, kind: str, shape: dict) -> None:
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-    words = [*specials, "user", "assistant", "system", *WORDS]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        additional_special_tokens=specials[:3], chat_template=TEMPLATE,
-    )  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **shape)
     # No setting reads it in this type: else the file's pages would count, which can be let go of.
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
 
 
 def write_pairs(file: Path) -> None:

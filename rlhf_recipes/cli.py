@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer import Argument, Exit, Option
 
-from rlhf_recipes.errors import (
-    Problem,
-    RecipeError,
-    RlhfRecipesError,
-    UsageError,
-    machine_error,
-    masked,
-)
+from rlhf_recipes import errors
+from rlhf_recipes.errors import UsageError, machine_error, masked
 
 if TYPE_CHECKING:
     from rlhf_recipes.clean import Spare
+    from rlhf_recipes.recipe import Recipe as Loaded
     from rlhf_recipes.runner import RunOutcome
 
 app = typer.Typer(
@@ -35,27 +31,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
-Set = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
-]
-Unset = Annotated[
-    list[str], typer.Option("--unset", metavar="KEY", help="Take a key out of the recipe.")
-]
+Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
+Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
+Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 Runs = Annotated[
     Path | None,
-    typer.Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
+    Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or its name.")]
-Name = Annotated[str | None, typer.Option(help="The run's name. [the recipe's]")]
-Json = Annotated[bool, typer.Option("--json", help="For a program to read.")]
+Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
+Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
+
+
+def _flag(name: str, text: str) -> Any:
+    """An option that is there or is not."""
+    return Annotated[bool, Option(name, help=text)]
+
+
+Json = _flag("--json", "For a program to read.")
 
 
 @app.callback(invoke_without_command=True)
 def _main(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: _flag("--version", "Print the version.") = False,
+    debug: _flag("--debug", "Show tracebacks of errors.") = False,
 ) -> None:
     if version:
         from importlib.metadata import version as version_of
@@ -70,23 +69,19 @@ def run(
     recipe: Recipe,
     set_: Set = (),
     unset: Unset = (),
-    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after it.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Take no stage as done.")] = False,
+    until: Annotated[str | None, Option(metavar="STAGE", help="Stop after it.")] = None,
+    fresh: _flag("--fresh", "Take no stage as done.") = False,
     name: Name = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for another process's run.")] = False,
-    no_rehearsal: Annotated[
-        bool, typer.Option("--no-rehearsal", help="Start without a step of each stage.")
-    ] = False,
+    wait: _flag("--wait", "Wait for another process's run.") = False,
+    no_rehearsal: _flag("--no-rehearsal", "Start without a step of each stage.") = False,
     runs: Runs = None,
 ) -> None:
     """Run what is not yet done of a recipe."""
-    from rlhf_recipes.recipe import find_recipe, load_recipe
     from rlhf_recipes.runner import run as run_recipe
 
-    file = find_recipe(recipe)
-    loaded = load_recipe(file, set=set_, unset=unset)
+    loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
-        _print(f"{file}: {note}", file=sys.stderr)
+        _print(f"{loaded.path}: {note}", file=sys.stderr)
     words = {"until": until, "fresh": fresh, "name": name, "wait": wait}
     outcome = run_recipe(loaded, runs=runs, rehearse=not no_rehearsal, **words)
     _print_outcome(outcome, recipe)
@@ -113,6 +108,18 @@ def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
     _print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
 
 
+def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
+    from rlhf_recipes.recipe import find_recipe, load_recipe
+
+    return load_recipe(find_recipe(recipe), set=set_, unset=unset)
+
+
+def _find(run: str, runs: Path | None) -> Path:
+    from rlhf_recipes.rundir import find_run, runs_folder
+
+    return find_run(run, runs_folder(runs))
+
+
 def _print_json(value: dict[str, Any]) -> None:
     from rlhf_recipes.rundir import FORMAT, to_json
 
@@ -125,11 +132,9 @@ def plan(
     set_: Set = (),
     unset: Unset = (),
     device: Annotated[
-        str, typer.Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
+        str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
     ] = "",
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure memory and time: a rehearsal.")
-    ] = False,
+    measure: _flag("--measure", "Measure memory and time: a rehearsal.") = False,
     name: Name = None,
     runs: Runs = None,
     json: Json = False,
@@ -140,11 +145,9 @@ def plan(
     from rlhf_recipes import show
     from rlhf_recipes.lint import data_lint
     from rlhf_recipes.plan import make_plan
-    from rlhf_recipes.recipe import find_recipe, load_recipe
     from rlhf_recipes.rundir import runs_folder
 
-    loaded = load_recipe(find_recipe(recipe), set=set_, unset=unset)
-    made = make_plan(loaded, runs_folder(runs), name=name)
+    made = make_plan(_load(recipe, set_, unset), runs_folder(runs), name=name)
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
         return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
@@ -162,33 +165,28 @@ def plan(
 
 @app.command()
 def check(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Files or names.")],
+    recipes: Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")],
     set_: Set = (),
     unset: Unset = (),
-    resolved: Annotated[
-        bool, typer.Option("--resolved", help="Print it with all defaults filled in.")
-    ] = False,
+    resolved: _flag("--resolved", "Print it with all defaults filled in.") = False,
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
     from dataclasses import asdict
-
-    from rlhf_recipes.recipe import find_recipe, load_recipe
 
     found = []
     for word in recipes:
         entry = {"file": word, "problems": [], "notes": []}
         found.append(entry)
         try:
-            file = find_recipe(word)
-            loaded = load_recipe(file, set=set_, unset=unset)
-        except (RecipeError, UsageError) as error:
-            problems = getattr(error, "problems", [Problem(word, None, "", str(error))])
+            loaded = _load(word, set_, unset)
+        except (errors.RecipeError, UsageError) as error:
+            problems = getattr(error, "problems", [errors.Problem(word, None, "", str(error))])
             entry["problems"] = [asdict(problem) for problem in problems]
             said = [str(error)]
         else:
             entry["notes"] = list(loaded.notes)
-            stages = loaded.all_stages
+            stages, file = loaded.all_stages, loaded.path
             verdict = f"{file}: ok ({len(stages)} stages: {' → '.join(stages)})"
             if resolved:
                 import tomlkit
@@ -200,13 +198,13 @@ def check(
     if json:
         _print_json({"recipes": found})
     if any(entry["problems"] for entry in found):
-        raise typer.Exit(2)
+        raise Exit(2)
 
 
 @app.command()
 def fork(
     recipe: Recipe,
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="The file to write.")],
+    new: Annotated[Path, Argument(metavar="NEW", help="The file to write.")],
     set_: Set = (),
     unset: Unset = (),
 ) -> None:
@@ -221,9 +219,8 @@ def fork(
 def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
     """Bring a recipe's model and data to this machine, to run it with no network."""
     from rlhf_recipes.fetch import fetch as fetch_recipe
-    from rlhf_recipes.recipe import find_recipe, load_recipe
 
-    fetch_recipe(load_recipe(find_recipe(recipe), set=set_, unset=unset), _print)
+    fetch_recipe(_load(recipe, set_, unset), _print)
     _print("all that it loads is on this machine")
 
 
@@ -232,14 +229,12 @@ def recipes(json: Json = False) -> None:
     """List the recipes that ship with this project."""
     from rlhf_recipes.recipe import load_recipe, shipped_recipes
 
-    found = [
-        {"name": file.stem, "title": load_recipe(file).title, "file": str(file)}
-        for file in shipped_recipes()
-    ]
+    found = {file: load_recipe(file).title for file in shipped_recipes()}
     if json:
-        return _print_json({"recipes": found})
-    for entry in found:
-        _print(f"{entry['name']:<15} {entry['title']}")
+        listed = [{"name": f.stem, "title": title, "file": str(f)} for f, title in found.items()]
+        return _print_json({"recipes": listed})
+    for file, title in found.items():
+        _print(f"{file.stem:<15} {title}")
 
 
 @app.command("runs")
@@ -255,20 +250,19 @@ def runs_(runs: Runs = None, json: Json = False) -> None:
 
 @app.command()
 def compare(
-    run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders or names.")],
+    run: Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")],
     page: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it as an HTML page, too.")
+        Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")
     ] = None,
     runs: Runs = None,
     json: Json = False,
 ) -> None:
     """Say what differs between runs, in their recipes and in their results."""
     from rlhf_recipes import history, show
-    from rlhf_recipes.rundir import find_run, runs_folder
 
     if len(run) < 2:
         raise UsageError("one run differs from nothing", "name another")
-    folders = [find_run(word, runs_folder(runs)) for word in run]
+    folders = [_find(word, runs) for word in run]
     parts = history.compare(folders)
     if page:
         from rlhf_recipes import comparison
@@ -284,17 +278,17 @@ def compare(
 @app.command()
 def report(
     run: Run,
-    open_: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+    open_: _flag("--open", "Show it in a browser.") = False,
     best_of: Annotated[
-        int | None, typer.Option(metavar="N", help="Measure the best of N answers first.")
+        int | None, Option(metavar="N", help="Measure the best of N answers first.")
     ] = None,
     runs: Runs = None,
 ) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
     from rlhf_recipes import report, show
-    from rlhf_recipes.rundir import REPORT, find_run, runs_folder
+    from rlhf_recipes.rundir import REPORT
 
-    folder = find_run(run, runs_folder(runs))
+    folder = _find(run, runs)
     if best_of is not None:
         from rlhf_recipes import later
 
@@ -323,12 +317,12 @@ def doctor(runs: Runs = None, json: Json = False) -> None:
     else:
         _print("\n".join(map(str, found)))
     if any(line.level == "fault" for line in found):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @app.command()
 def clean(
-    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
+    yes: _flag("--yes", "Remove without asking.") = False,
     runs: Runs = None,
 ) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
@@ -341,7 +335,7 @@ def clean(
         _print(f"no stage is removed: {doubt}", file=sys.stderr)
     _remove(found, folder, yes)
     if doubts:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
@@ -368,19 +362,16 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
 @app.command()
 def chat(
     run: Run,
-    stage: Annotated[str | None, typer.Option(help="A stage. [the last policy]")] = None,
-    all_: Annotated[
-        bool, typer.Option("--all", help="The base and every policy, side by side.")
-    ] = False,
+    stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
+    all_: _flag("--all", "The base and every policy, side by side.") = False,
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""
     from rlhf_recipes.progress import Screen
-    from rlhf_recipes.rundir import find_run, runs_folder
 
     if all_ and stage:
         raise UsageError("--all and --stage exclude each other", "--all takes every policy")
-    folder = find_run(run, runs_folder(runs))
+    folder = _find(run, runs)
     with Screen(folder / "log.txt") as screen:
         with screen.quiet():
             from rlhf_recipes.chat import chat as chat_with
@@ -390,18 +381,17 @@ def chat(
 @app.command()
 def export(
     run: Run,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
-    stage: Annotated[str | None, typer.Option(help="A stage. [the last policy]")] = None,
-    form: Annotated[str, typer.Option(metavar="merged|adapter", help="What to write.")] = "merged",
+    folder: Annotated[Path, Argument(metavar="DIR", help="The folder to write.")],
+    stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
+    form: Annotated[str, Option(metavar="merged|adapter", help="What to write.")] = "merged",
     runs: Runs = None,
 ) -> None:
     """Write a stage's model where transformers and vLLM load it from."""
     from rlhf_recipes.progress import Screen
-    from rlhf_recipes.rundir import find_run, runs_folder
 
     if form not in ("merged", "adapter"):
         raise UsageError(f"no form {form!r}", "--form is merged or adapter")
-    run_folder = find_run(run, runs_folder(runs))
+    run_folder = _find(run, runs)
     with Screen(run_folder / "log.txt") as screen, screen.quiet():
         from rlhf_recipes.export import export as export_model
 
@@ -421,7 +411,7 @@ def main() -> NoReturn:
     call_errors = typer.BadParameter.__base__
     try:
         code = app(arguments, prog_name="rlhf-recipes", standalone_mode=False)
-    except RlhfRecipesError as error:
+    except errors.RlhfRecipesError as error:
         code = _say(str(error), error.exit_code)
     except call_errors as error:
         command = error.ctx.command_path if error.ctx else "rlhf-recipes"

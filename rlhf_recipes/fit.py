@@ -13,12 +13,14 @@ import torch
 
 from rlhf_recipes import memory, models, rehearsal, show
 from rlhf_recipes.errors import MachineError, ModelError, RecipeError
-from rlhf_recipes.footprint import Asked, footprint, lengths_of
-from rlhf_recipes.plan import Plan, PlannedStage
+from rlhf_recipes.footprint import footprint, lengths_of
+from rlhf_recipes.hollow import Sim
+from rlhf_recipes.plan import PlannedStage
 from rlhf_recipes.progress import Screen, duration
 from rlhf_recipes.recipe import Recipe, changed
+from rlhf_recipes.rehearsal import Ahead
 from rlhf_recipes.shared import Shared
-from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE
+from rlhf_recipes.tables import EVALUATION, JUDGE
 from rlhf_recipes.work import own_data
 
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
@@ -33,9 +35,15 @@ CORE, CORE_32, TICK, SHARE = 1.7e11, 6e10, {7: 1024, 8: 1024, 9: 4096}, 0.3
 
 
 class Room:
-    """The memory that there is: of this machine's device, or of one that is named."""
+    """The memory that there is, of this machine's device or of one that is named; what needs it.
 
-    def __init__(self, recipe: Recipe, given: float | None = None) -> None:
+    Where there are no rows yet, or nothing is `shared`, the recipe's limits stand for them.
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: Any, shared: Shared | None, given: float | None = None
+    ) -> None:
+        self.recipe, self.config, self.shared = recipe, config, shared
         self.card = given is not None or torch.cuda.is_available()
         self.here = given is None
         self.wide = models.compute_dtype(recipe.model.dtype) == torch.float32
@@ -47,6 +55,14 @@ class Room:
             self.held = memory.now()
             self.bytes, self.name = self.held + memory.free(), "this machine"
 
+    def need(self, stage: PlannedStage, recipe: Recipe | None = None) -> Counter[str]:
+        """The bytes that a stage's tensors take when they are most, by role."""
+        recipe, data = recipe or self.recipe, None
+        with contextlib.suppress(Exception):  # whatever it is, the stage says it better
+            data = self.shared and self.shared.data(own_data(recipe, stage))
+        most = lengths_of(recipe, stage, data)
+        return footprint(Sim(recipe, stage, most, self.card, self.config))
+
     def holds(self, need: Counter[str]) -> bool:
         return self.beside(need) <= self.bytes
 
@@ -55,6 +71,26 @@ class Room:
         if self.card:
             return need.total() * LOOSE
         return need.total() + self.held + LIBRARIES + (0.0 if self.wide else KERNELS)
+
+    def words(self, stages: Sequence[PlannedStage]) -> str:
+        """`--set` words with which they fit, the least harmful that help; else what is left."""
+        recipe, said = self.recipe, {}
+        for stage in stages:
+            need = self.need(stage, recipe)
+            for change in _changes(recipe, stage):
+                if self.holds(need):
+                    break
+                try:
+                    other = changed(recipe, [f"{key}={value}" for key, value in change.items()])
+                except RecipeError:  # two keys that do not go together
+                    continue
+                less = self.need(stage, other)
+                if less.total() < 0.99 * need.total():
+                    recipe, need = other, less
+                    said |= change
+            if not self.holds(need):
+                return "a smaller model: no setting makes this one fit"
+        return " ".join(f"--set {key}={value}" for key, value in said.items())
 
     def speed(self) -> float | None:
         """Operations a second in training, roughly; None of a card that is not here."""
@@ -76,158 +112,83 @@ def architecture(folder: Path) -> Any:
     return config
 
 
-def needs(
-    recipe: Recipe, stages: Sequence[PlannedStage], config: Any, shared: Shared | None, card: bool
-) -> dict[str, Counter[str]]:
-    """The bytes that each stage's tensors take when they are most, by role.
+def check(ahead: Ahead, screen: Screen) -> None:
+    """Refuse stages that do not fit, and rehearse them, unless all is short.
 
-    Where there are no rows yet, or nothing is `shared`, the recipe's limits stand for them.
+    What they need goes into `ahead.needs`.
     """
-    return {stage.name: _need(recipe, stage, config, shared, card) for stage in stages}
-
-
-def _need(
-    recipe: Recipe, stage: PlannedStage, config: Any, shared: Shared | None, card: bool
-) -> Counter[str]:
-    data = None
-    with contextlib.suppress(Exception):  # whatever it is, the stage says it better
-        data = shared and shared.data(own_data(recipe, stage))
-    most = lengths_of(recipe, stage.kind, data)
-    asked = Asked(recipe, stage.name, stage.kind, frozenset(stage.inputs), most, card)
-    return footprint(asked, config)
-
-
-def ahead(
-    plan: Plan,
-    pending: Sequence[PlannedStage],
-    shared: Shared,
-    screen: Screen,
-    failing: rehearsal.Failing,
-    held: dict[str, Counter[str]],
-) -> None:
-    """Of stages that are to run: refuse what does not fit, and rehearse them, unless all is short.
-
-    What they need goes into `held`, by stage.
-    """
-    whole, part = rehearsal.cost(plan, pending, shared, failing)
-    _positions(plan.recipe, pending, shared, failing)
+    whole, part = rehearsal.cost(ahead)
+    _positions(ahead)
     if whole < rehearsal.SHORT:
         return
-    refuse(plan, pending, shared, screen, failing, held)
+    refuse(ahead, screen)
     if part > rehearsal.SHARE * whole:
         return
     screen.line("Rehearsal · a step of each stage, on its longest rows", "bold")
     seconds = 0.0
-    for took in rehearsal.rehearse(plan, pending, shared, failing):
+    for took in rehearsal.rehearse(ahead):
         seconds += took.seconds
         screen.line(f"  {show.rehearsed(took)}")
     screen.line(f"  in all about {duration(seconds)}")
 
 
-def _positions(
-    recipe: Recipe,
-    pending: Sequence[PlannedStage],
-    shared: Shared,
-    failing: rehearsal.Failing,
-) -> None:
+def _positions(ahead: Ahead) -> None:
     """Raise ModelError where a stage's longest sequence is longer than the model was made for."""
-    config = models.load_config(shared.model_folder, recipe.model.trust_remote_code)
-    there = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for stage in pending:
-        most = lengths_of(recipe, stage.kind, shared.data(own_data(recipe, stage)))
-        longest = most.row
-        if stage.kind in ("ppo", EVALUATION, BEST_OF):
-            own = stage.kind == "ppo" and recipe.table(stage.name).options["response_length"]
-            longest = most.prompt + (own or most.answer)
+    recipe, folder = ahead.plan.recipe, ahead.shared.model_folder
+    config = models.load_config(folder, recipe.model.trust_remote_code).get_text_config()
+    there = getattr(config, "max_position_embeddings", None)
+    for stage in ahead.stages:
+        longest = lengths_of(recipe, stage, ahead.data(stage)).row
         if there and longest > there:
-            with failing(stage):
+            with ahead.failing(stage):
                 message = f"its longest sequence has {longest} tokens, the model {there} positions"
                 hint = "lower dataset.max_prompt_tokens, max_answer_tokens, or response_length"
                 raise ModelError(message, hint)
 
 
-def refuse(
-    plan: Plan,
-    pending: Sequence[PlannedStage],
-    shared: Shared,
-    screen: Screen,
-    failing: rehearsal.Failing,
-    held: dict[str, Counter[str]],
-) -> None:
+def refuse(ahead: Ahead, screen: Screen) -> None:
     """What does not fit by the rule is not begun; a model that the rule cannot read is."""
-    room = Room(plan.recipe)
     try:
-        config = architecture(shared.model_folder)
-        held |= needs(plan.recipe, pending, config, shared, room.card)
+        room = Room(ahead.plan.recipe, architecture(ahead.shared.model_folder), ahead.shared)
+        ahead.needs.update({stage.name: room.need(stage) for stage in ahead.stages})
     except Exception:
-        screen.log_traceback()
-        return
-    wrong = [stage for stage in pending if not room.holds(held[stage.name])]
-    if not wrong:
-        return
-    need = held[wrong[0].name]
-    role, most = need.most_common(1)[0]
-    whole, there = show.size(room.beside(need)), f"{room.name} has {show.size(room.bytes)}"
-    message = f"stage {wrong[0].name} needs {whole}, most of it for {role} ({show.size(most)})"
-    smaller = words(plan.recipe, wrong, config, shared, room)
-    with failing(wrong[0]):
-        hint = f"add {smaller}; --no-rehearsal tries it all the same"
-        raise MachineError(f"{message}: {there}", hint)
+        return screen.log_traceback()
+    wrong = [stage for stage in ahead.stages if not room.holds(ahead.needs[stage.name])]
+    if wrong:
+        need, first = ahead.needs[wrong[0].name], wrong[0]
+        [(role, most)] = need.most_common(1)
+        whole, there = show.size(room.beside(need)), f"{room.name} has {show.size(room.bytes)}"
+        message = f"stage {first.name} needs {whole}, most of it for {role} ({show.size(most)})"
+        hint = f"add {room.words(wrong)}; --no-rehearsal tries it all the same"
+        with ahead.failing(first):
+            raise MachineError(f"{message}: {there}", hint)
 
 
-def words(
-    recipe: Recipe, stages: Sequence[PlannedStage], config: Any, shared: Shared | None, room: Room
-) -> str:
-    """`--set` words with which these stages fit, the least harmful that help; else what is left."""
-    said: list[str] = []
-    for stage in stages:
-        need = _need(recipe, stage, config, shared, room.card)
-        for change in _changes(recipe, stage):
-            if room.holds(need):
-                break
-            try:
-                other = changed(recipe, change)
-            except RecipeError:  # two keys that do not go together
-                continue
-            less = _need(other, stage, config, shared, room.card)
-            if less.total() < 0.99 * need.total():
-                recipe, need = other, less
-                said += change
-        if not room.holds(need):
-            return "a smaller model: no setting makes this one fit"
-    last = {word.partition("=")[0]: word for word in said}
-    return " ".join(f"--set {word}" for word in last.values())
-
-
-def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[list[str]]:
+def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[dict[str, Any]]:
     """What may help, the least harmful first: the same result, then slower, then another result."""
     name = stage.name
     if name == JUDGE:  # its settings are the last reward stage's
         name = [s for s in recipe.stages if recipe.table(s).kind == "reward"][-1]
     if name in recipe.tables:
         options = recipe.tables[name].options
-        rows, micros = (
-            options[f"{key}"]
-            for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
-        )
-        for part in [n for n in range(2, rows + 1) if rows % n == 0]:
-            yield [
-                f"{name}.per_device_train_batch_size={rows // part}",
-                f"{name}.gradient_accumulation_steps={micros * part}",
-            ]
+        size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
+        rows, micros = options[size], options[micro]
+        for part in range(2, rows + 1):
+            if rows % part == 0:
+                yield {f"{name}.{size}": rows // part, f"{name}.{micro}": micros * part}
         if not options["gradient_checkpointing"]:
-            yield [f"{name}.gradient_checkpointing=true"]
+            yield {f"{name}.gradient_checkpointing": "true"}
         for key in ("local_rollout_forward_batch_size", "per_device_eval_batch_size"):
             count = options.get(key) or 1
             while count > 1:
                 count //= 2
-                yield [f"{name}.{key}={count}"]
+                yield {f"{name}.{key}": count}
     if recipe.model.quantization == "none" and recipe.lora is not None:
-        yield ["model.quantization=4bit"]
-    if stage.name == "evaluation":
+        yield {"model.quantization": "4bit"}
+    if stage.name == EVALUATION:
         for count in (32, 16, 8, 4):
             if count < recipe.evaluation.prompts:
-                yield [f"evaluation.prompts={count}"]
+                yield {"evaluation.prompts": count}
     for divisor in (2, 4):
         for key in ("max_prompt_tokens", "max_answer_tokens"):
-            yield [f"dataset.{key}={max(1, getattr(recipe.dataset, key) // divisor)}"]
+            yield {f"dataset.{key}": max(1, getattr(recipe.dataset, key) // divisor)}

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE as CHUNK
 from trl.trainer.sft_trainer import _chunk
@@ -23,73 +22,57 @@ from trl.trainer.utils import entropy_from_logits
 from rlhf_recipes import passes
 from rlhf_recipes.adapters import Role
 from rlhf_recipes.data import Data
-from rlhf_recipes.hollow import (
-    CACHE,
-    ROLES,
-    Asked,
-    Held,
-    Lengths,
-    Sim,
-    Tracker,
-)
+from rlhf_recipes.hollow import CACHE, Held, Lengths, Sim, Tracker
+from rlhf_recipes.plan import PlannedStage
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.stages.answers import BATCH, SAMPLED, TOKENS
 from rlhf_recipes.stages.evaluate import LOGITS
 from rlhf_recipes.stages.ppo import ROLLOUT, VALIDATION_PROMPTS
-from rlhf_recipes.tables import BEST_OF, EVALUATION
-from rlhf_recipes.work import answer_length, batch, rows, sequences
+from rlhf_recipes.tables import EVALUATION
+from rlhf_recipes.work import ASKED, SAMPLING, answer_length, batch, rows, sequences
 
 FEW, MORE = 2, 4  # layers
 
 
-def lengths_of(recipe: Recipe, kind: str, data: Data | None) -> Lengths:
+def lengths_of(recipe: Recipe, stage: PlannedStage, data: Data | None) -> Lengths:
     """Of a stage's longest rows; without any, of the longest that the recipe lets in."""
-    table = recipe.dataset
-    most = Lengths(
-        table.max_prompt_tokens,
-        table.max_prompt_tokens + table.max_answer_tokens,
-        table.max_answer_tokens,
-    )
-    found = rows(data, kind) if data is not None else []
-    if found:
+    prompt, answer = recipe.dataset.max_prompt_tokens, recipe.dataset.max_answer_tokens
+    row, looked_at = prompt + answer, VALIDATION_PROMPTS
+    if data and (found := rows(data, stage.kind)):
         prompt = max(len(example.prompt_ids) for example in found)
-        row = max(max(sequences(example, kind)) for example in found)
-        answers = [len(example.chosen_ids or ()) for example in found]
+        answer = max(len(example.chosen_ids or ()) for example in found)
+        row = max(max(sequences(example, stage.kind)) for example in found)
         looked_at = min(VALIDATION_PROMPTS, len(data.validation))
-        most = Lengths(prompt, row, max(answers), looked_at)
-    if kind in (EVALUATION, BEST_OF):
-        return replace(most, answer=answer_length(recipe))
-    return most
+    if stage.kind in SAMPLING:
+        answer = answer_length(recipe, stage)
+        row = prompt + answer
+    return Lengths(prompt, row, answer, looked_at)
 
 
-def footprint(asked: Asked, config: Any) -> Held:
+def footprint(sim: Sim) -> Held:
     """The bytes that a stage needs when it needs most, by role; without those of the libraries."""
-    layers = config.get_text_config().num_hidden_layers
+    layers = sim.config.get_text_config().num_hidden_layers
     if layers <= MORE:
-        phases = _phases(asked, config, layers)
+        phases = _phases(sim, layers)
     else:
-        few, more = (_phases(asked, config, n) for n in (FEW, MORE))
+        few, more = (_phases(sim, n) for n in (FEW, MORE))
         phases = [
-            Counter({r: m[r] + (m[r] - f[r]) * (layers - MORE) / (MORE - FEW) for r in ROLES})
+            Counter({r: m[r] + (m[r] - f[r]) * (layers - MORE) / (MORE - FEW) for r in m})
             for f, m in zip(few, more, strict=True)
         ]
     most = max(phases, key=Counter.total)
     return Counter({role: round(count) for role, count in most.items() if count > 0})
 
 
-def _phases(asked: Asked, config: Any, layers: int) -> list[Held]:
+def _phases(sim: Sim, layers: int) -> list[Held]:
     """The most of each part of the stage, on a model of so many layers."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(sim.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    steps = {"evaluation": _evaluation, "best_of": _evaluation, "ppo": _ppo, "dpo": _dpo}
-    steps |= {"sft": _sft}
-    found: list[Held] = []
-    for step in steps.get(asked.kind, _reward)(Sim(asked, config)):
-        found.append(step)
-    return found
+    steps = {"sft": _sft, "ppo": _ppo, "dpo": _dpo, **dict.fromkeys(ASKED, _evaluation)}
+    return list(steps.get(sim.stage.kind, _reward)(replace(sim, config=config)))
 
 
 # ---- the stages' parts --------------------------------------------------------------------------
@@ -109,29 +92,32 @@ def _learning(tracker: Tracker, loss: Callable[[], torch.Tensor]) -> Iterator[He
     yield tracker.most
 
 
-@torch.no_grad()
-def _scoring(tracker: Tracker, lm: nn.Module, passed: Callable[[], Any]) -> Held:
-    """What is evaluated between the steps, and after them."""
-    lm.eval()
-    for weight in lm.parameters():
+def _training(
+    sim: Sim, tracker: Tracker, role: Role, loss: Callable[[int], torch.Tensor], each: int = 1
+) -> Iterator[Held]:
+    """A step, of `each` sequences a row; and what is evaluated between the steps and after them."""
+    rows = sim.options["per_device_train_batch_size"]
+    yield from _learning(tracker, lambda: loss(each * rows))
+    role.lm.eval()
+    for weight in role.lm.parameters():
         weight.grad = None
     tracker.kept = [tensor for tensor in tracker.kept if tensor.dtype == torch.uint8]
     tracker.begin()
-    passed()
-    return tracker.most
+    with torch.no_grad():
+        loss(sim.options["per_device_eval_batch_size"])
+    yield tracker.most
 
 
 def _sft(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.asked.lengths, sim.table.options
     with sim.model("policy", trained=["policy"]) as (tracker, [policy]):
 
         def loss(rows: int) -> torch.Tensor:
             with policy.active():
-                hidden = policy.hidden(*_ids(rows, lengths.row))
+                hidden = policy.hidden(*_ids(rows, sim.lengths.row))
                 packed = hidden[:, :-1].reshape(-1, hidden.shape[-1])
                 packed = packed[torch.zeros(len(packed), dtype=torch.long)]
                 head, total = policy.lm.get_output_embeddings(), 0.0
-                some = min(rows * lengths.answer, 3 * CHUNK)  # more chunks take no more
+                some = min(rows * sim.lengths.answer, 3 * CHUNK)  # more chunks take no more
                 for start in range(0, some, CHUNK):
                     part = packed[start : start + CHUNK]
                     goal = torch.zeros(len(part), dtype=torch.long)
@@ -139,27 +125,23 @@ def _sft(sim: Sim) -> Iterator[Held]:
                     total = total + checkpoint(_chunk, *words, use_reentrant=False)[0]
                 return total
 
-        yield from _learning(tracker, lambda: loss(options["per_device_train_batch_size"]))
-        yield _scoring(tracker, policy.lm, lambda: loss(options["per_device_eval_batch_size"]))
+        yield from _training(sim, tracker, policy, loss)
 
 
 def _reward(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.asked.lengths, sim.table.options
     with sim.model("reward", trained=["reward"]) as (tracker, [reward]):
 
         def scores(rows: int) -> torch.Tensor:
-            return reward(*_ids(rows, lengths.row)).logits.sum()
+            return reward(*_ids(rows, sim.lengths.row)).logits.sum()
 
-        yield from _learning(tracker, lambda: scores(2 * options["per_device_train_batch_size"]))
-        yield _scoring(tracker, reward.lm, lambda: scores(options["per_device_eval_batch_size"]))
+        yield from _training(sim, tracker, reward, scores, each=2)
 
 
 def _dpo(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.asked.lengths, sim.table.options
     with sim.model("policy", "reference", trained=["policy"]) as (tracker, both):
 
         def loss(rows: int) -> torch.Tensor:
-            ids, mask = _ids(2 * rows, lengths.row)
+            ids, mask = _ids(2 * rows, sim.lengths.row)
             total, outs = 0.0, []
             for role in both:
                 learns = torch.is_grad_enabled() and role is both[0]
@@ -174,101 +156,81 @@ def _dpo(sim: Sim) -> Iterator[Held]:
             tracker.kept.append(outs[0])
             return total
 
-        yield from _learning(tracker, lambda: loss(options["per_device_train_batch_size"]))
-        yield _scoring(tracker, both[0].lm, lambda: loss(options["per_device_eval_batch_size"]))
+        yield from _training(sim, tracker, both[0], loss)
 
 
 def _ppo(sim: Sim) -> Iterator[Held]:
-    lengths, options = sim.asked.lengths, sim.table.options
-    temperature, rows = options["temperature"], options["per_device_train_batch_size"]
-    size = batch(options)
-    rows = min(rows, size // options["num_mini_batches"])
+    lengths, options = sim.lengths, sim.options
+    temperature, size = options["temperature"], batch(options)
+    rows = min(options["per_device_train_batch_size"], size // options["num_mini_batches"])
     looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
     sampled = min(options[ROLLOUT], max(size, looked_at))
     names, trained = ["policy", "reference", "value", "reward"], ["policy", "value"]
-    lengths = replace(lengths, answer=options["response_length"])
-    length = lengths.prompt + lengths.answer
-    foreign = "reward_model" not in sim.asked.roles
-    with sim.model(*names, trained=trained, apart=foreign) as (tracker, [policy, _, value, *_]):
+    with sim.model(*names, trained=trained) as (tracker, [policy, _, value, *_]):
         policy.lm.eval(), value.lm.eval()
         yield from _sampling(tracker, policy, sampled, lengths)
         tracker.begin()
-        ids, mask = _ids(sampled, length)
+        given = (*_ids(sampled, lengths.row), lengths.answer)
         with policy.active(), torch.no_grad():
-            passes.logprobs(policy, ids, mask, lengths.answer, temperature)
+            passes.logprobs(policy, *given, temperature)
         yield tracker.most
-        ids, mask = _ids(rows, length)
+        given = (*_ids(rows, lengths.row), lengths.answer)
         if options["gradient_checkpointing"]:
             policy.lm.train(), value.lm.train()
-        if not sim.asked.card and policy.pairs_with(value):
+        if not sim.card and policy.pairs_with(value):
             with policy.active(beside=value):
 
                 def both() -> torch.Tensor:
-                    words = (policy, value, ids, mask, lengths.answer, temperature)
-                    new, _, guess = passes.logprobs_and_values(*words)
+                    new, _, guess = passes.logprobs_and_values(policy, value, *given, temperature)
                     return new.sum() + guess.sum()
 
                 yield from _learning(tracker, both)
             return
         with policy.active():
-            words = (policy, ids, mask, lengths.answer, temperature)
+            words = (policy, *given, temperature)
             yield from _learning(tracker, lambda: passes.logprobs(*words)[0].sum())
         with value.active():
-            words = (value, ids, mask, lengths.answer)
-            yield from _learning(tracker, lambda: passes.values(*words).sum())
+            yield from _learning(tracker, lambda: passes.values(value, *given).sum())
 
 
 def _sampling(tracker: Tracker, policy: Role, rows: int, lengths: Lengths) -> Iterator[Held]:
     """The prompts, and the last token of the longest answers."""
-    for length in (lengths.prompt, lengths.prompt + lengths.answer - 1):
-        tracker.begin()
-        ids, mask = _ids(rows, length)
+
+    def read(new: int, length: int, cache: Any = None) -> Any:
+        words = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        ids, mask = _ids(rows, new)[0], _ids(rows, length)[1]
         with policy.active(), torch.no_grad():
-            words = {"use_cache": True, "logits_to_keep": 1}
-            out = policy.lm(input_ids=ids, attention_mask=mask, **words)
-        if length == lengths.prompt:
-            for tensor in _cached(out.past_key_values):
-                tracker.move(tensor, CACHE)
-            yield tracker.most
-            del out
-    for tensor in _cached(out.past_key_values):
-        tracker.move(tensor, CACHE)
-    cache = out.past_key_values
-    del out
+            return policy.lm(input_ids=ids, attention_mask=mask, **words)
+
     tracker.begin()
-    ids, mask = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, length + 1)
-    with policy.active(), torch.no_grad():
-        out = policy.lm(
-            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True
-        )
-        logits = out.logits[:, -1].float()
-        torch.multinomial(torch.softmax(logits / 0.7, -1), 1)
+    read(lengths.prompt, lengths.prompt)
+    yield tracker.most
+    cache = read(lengths.row - 1, lengths.row - 1).past_key_values
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                tracker.move(tensor, CACHE)
+    tracker.begin()
+    logits = read(1, lengths.row, cache).logits[:, -1].float()
+    torch.multinomial(torch.softmax(logits / 0.7, -1), 1)
     yield tracker.most
 
 
-def _cached(cache: Any) -> list[torch.Tensor]:
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    return [tensor for both in layers for tensor in both if tensor is not None]
-
-
 def _evaluation(sim: Sim) -> Iterator[Held]:
-    lengths, prompts = sim.asked.lengths, sim.recipe.evaluation.prompts
-    length = lengths.prompt + lengths.answer
-    rows = max(1, min(SAMPLED, prompts, TOKENS // length))
+    lengths, prompts = sim.lengths, sim.recipe.evaluation.prompts
+    rows = max(1, min(SAMPLED, prompts, TOKENS // lengths.row))
     with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
         yield from _sampling(tracker, policy, rows, lengths)
-    if sim.asked.kind == EVALUATION:
-        width = lengths.answer * sim.vocabulary
-        rows = min(BATCH, prompts, max(1, LOGITS // width))
+    if sim.stage.kind == EVALUATION:
+        rows = min(BATCH, prompts, max(1, LOGITS // (lengths.answer * sim.vocabulary)))
         with sim.model("policy", "start", quantized=False) as (tracker, both), torch.no_grad():
-            ids, mask = _ids(rows, length)
-            found = []
+            given, found = (*_ids(rows, lengths.row), lengths.answer, 1.0), []
             for role in both:
                 with role.active():
-                    out = passes.logits(role, ids, mask, lengths.answer, 1.0)
+                    out = passes.logits(role, *given)
                 found.append(torch.log_softmax(out, dim=-1))
             (found[0].exp() * (found[0] - found[1])).sum(-1)
             yield tracker.most
     with sim.model("reward") as (tracker, [reward]), torch.no_grad():
-        reward(*_ids(min(BATCH, prompts), length))
+        reward(*_ids(min(BATCH, prompts), lengths.row))
         yield tracker.most

@@ -7,9 +7,9 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,38 +20,24 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_recipes import attention, models
 from rlhf_recipes.adapters import Base, Role
+from rlhf_recipes.plan import PlannedStage
 from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.stages.ppo import VALIDATION_PROMPTS
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: of it, and of its scales
 INT8 = 1.0
 STATES = {"sgd": 0, "adafactor": 0, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}  # bytes a weight
 WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS = "weights", "adapters", "optimizer", "gradients"
 CACHE, ACTIVATIONS, LOGITS_ROLE = "KV cache", "activations", "logits"
-ROLES = (WEIGHTS, ADAPTERS, OPTIMIZER, GRADIENTS, CACHE, ACTIVATIONS, LOGITS_ROLE)
 Held = Counter  # bytes by role
 
 
-@dataclass(frozen=True)
-class Lengths:
+class Lengths(NamedTuple):
     """The most tokens of a prompt, of a prompt with an answer, and of an answer."""
 
     prompt: int
     row: int
     answer: int
-    validation: int = VALIDATION_PROMPTS  # prompts, at most
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A stage, as the rule looks at it."""
-
-    recipe: Recipe
-    name: str
-    kind: str
-    roles: frozenset[str]  # that other stages serve
-    lengths: Lengths
-    card: bool  # on an accelerator
+    validation: int  # prompts, at most
 
 
 class Tracker(TorchDispatchMode):
@@ -99,57 +85,61 @@ class Tracker(TorchDispatchMode):
         self.most = Counter(self.now)
 
 
+@dataclass(frozen=True)
 class Sim:
-    """A model without content, its tensors counted."""
+    """A stage as the rule looks at it: on a model without content, its tensors counted."""
 
-    def __init__(self, asked: Asked, config: Any) -> None:
-        self.asked, self.config = asked, config
-        self.recipe = asked.recipe
-        self.table = self.recipe.tables.get(asked.name)
+    recipe: Recipe
+    stage: PlannedStage
+    lengths: Lengths
+    card: bool  # on an accelerator
+    config: Any
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.recipe.table(self.stage.name).options
+
+    @property
+    def dtype(self) -> torch.dtype:
         name = self.recipe.model.dtype
-        self.dtype = torch.bfloat16 if asked.card and name == "auto" else models.compute_dtype(name)
-        self.vocabulary = config.get_text_config().vocab_size
+        return torch.bfloat16 if self.card and name == "auto" else models.compute_dtype(name)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.get_text_config().vocab_size
 
     @contextlib.contextmanager
     def model(
-        self,
-        *names: str,
-        trained: Sequence[str] = (),
-        quantized: bool = True,
-        lora: bool = True,
-        apart: bool = False,
+        self, *names: str, trained: Sequence[str] = (), quantized: bool = True, lora: bool = True
     ) -> Iterator[tuple[Tracker, list[Role]]]:
         """The roles of these names on one base, those of `trained` with gradient and optimizer.
 
-        With one `apart`, a model as large as the base, whatever it is.
+        Beside them, where PPO's rewards come from elsewhere, a model as large as the base.
         """
-        words = self.recipe.lora if lora else None
-        whole = self.recipe.lora is None and bool(trained)
-        heads = [name for name in names if name in ("reward", "value")]
-        dtype = torch.float32 if whole or (self.recipe.lora is None and lora) else self.dtype
+        words, roles = self.recipe.lora if lora else None, []
+        dtype = torch.float32 if lora and words is None else self.dtype
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             base = Base(lambda _: self._load(dtype), words, self.dtype)
-            roles = [
-                base.open(name, None, seed=0, trainable=name in trained, adapter=True)
-                for name in names
-            ]
-            for name, role in zip(names, roles, strict=True):
-                if name in heads:
+            for name in names:
+                role = base.open(name, None, seed=0, trainable=name in trained, adapter=True)
+                if name in ("reward", "value"):
                     role.add_head(models.new_head(role.lm, bias=True))
                     role.score.requires_grad_(name in trained)
-            if apart:
+                roles.append(role)
+            if self.stage.kind == "ppo" and "reward_model" not in self.stage.inputs:
                 roles.append(Role(self._load(self.dtype), None, self.dtype))
-        bits = self.recipe.model.quantization if quantized and lora else "none"
+        bits = self.recipe.model.quantization if quantized else "none"
         if bits != "none":
             for layer in base._layers:  # PEFT has a way of its own beside packed weights
                 layer.lora_variant.clear()
                 layer.cast_input_dtype_enabled = True
         tracker = Tracker(self.vocabulary)
-        with FakeTensorMode(), tracker, _attention(self.asked.card), torch.random.fork_rng():
+        with FakeTensorMode(), tracker, _attention(self.card), torch.random.fork_rng():
             self._fill(roles, bits, tracker)
             for name, role in zip(names, roles, strict=False):
-                self._learner(role, tracker) if name in trained else None
+                if name in trained:
+                    self._learner(role, tracker)
             tracker.begin()
             yield tracker, roles
 
@@ -159,7 +149,7 @@ class Sim:
 
     def _fill(self, roles: list[Role], bits: str, tracker: Tracker) -> None:
         """The tensors of the meta device become ones that count."""
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        made: dict[nn.Parameter, nn.Parameter] = {}
         for role in roles:
             heads = {id(module) for module in (role.lm.get_output_embeddings(), role.score)}
             for name, module in role.named_modules():
@@ -167,25 +157,24 @@ class Sim:
                 for key, weight in module._parameters.items():
                     if weight is None or not weight.is_meta:
                         continue
-                    if id(weight) not in made:
+                    if weight not in made:
                         packed = bits != "none" and type(module) is nn.Linear and own == WEIGHTS
                         if packed and id(module) not in heads:
                             filled = _packed(module, weight, bits, self.dtype)
                         else:
-                            filled = nn.Parameter(
-                                torch.empty(weight.shape, dtype=weight.dtype),
-                                requires_grad=weight.requires_grad,
-                            )
+                            filled = torch.empty(weight.shape, dtype=weight.dtype)
+                            filled = nn.Parameter(filled, weight.requires_grad)
                         tracker.move(filled, own)
-                        made[id(weight)] = (weight, filled)  # its id stays its own
-                    module._parameters[key] = made[id(weight)][1]
+                        made[weight] = filled
+                    module._parameters[key] = made[weight]
                 for key, buffer in module._buffers.items():
                     if buffer is not None and buffer.is_meta:
                         module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
     def _learner(self, role: Role, tracker: Tracker) -> None:
         """Optimizer state and, where a step has several backwards, the gradients between them."""
-        options = self.table.options
+        table = self.recipe.table(self.stage.name)
+        options = table.options
         states = STATES.get(options["optim"], 8)
         for weight in role.trainable():
             weight.data = weight.data.float()
@@ -195,7 +184,7 @@ class Sim:
                 weight.grad = torch.empty_like(weight)
                 held.append((GRADIENTS, weight.grad))
             weight.register_post_accumulate_grad_hook(lambda w: tracker.move(w.grad, GRADIENTS))
-            if self.table.extras.get("keep") == "best" and role.score is None:
+            if table.extras.get("keep") == "best" and role.score is None:
                 held.append((OPTIMIZER, torch.empty_like(weight)))  # the best so far
             for what, tensor in held:
                 tracker.move(tensor, what)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlhf_recipes.errors import UsageError
 
@@ -30,23 +31,18 @@ def begin() -> None:
 
 def peak() -> dict[str, int]:
     """Bytes since `begin`, as far as they can be told."""
-    most = _of_process("VmHWM")
-    found = {"process_bytes": most} if most else {}
+    found = {}
+    with contextlib.suppress(OSError):
+        if most := re.search(r"^VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE):
+            found["process_bytes"] = 1024 * int(most[1])
     if torch := _accelerated():
         found["gpu_bytes"] = torch.cuda.max_memory_allocated()
     return found
 
 
 def now() -> int:
-    """Bytes that this process holds; 0 where it cannot be told."""
-    return _of_process("VmRSS")
-
-
-def _of_process(what: str) -> int:
-    with contextlib.suppress(OSError):
-        found = re.search(rf"^{what}:\s+(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE)
-        return 1024 * int(found[1]) if found else 0
-    return 0
+    """Bytes that this process holds."""
+    return psutil.Process().memory_info().rss
 
 
 def _accelerated() -> Any:
@@ -65,14 +61,9 @@ def read_size(text: str) -> float:
 
 def free() -> float:
     """Bytes that this machine, or the container that this process is in, has left."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-        most = 1024.0 * int(re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[1])
-    except (OSError, TypeError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    try:
+    most = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
         return min(most, limit - used)
-    except (OSError, ValueError):  # "max": no limit
-        return most
+    return most

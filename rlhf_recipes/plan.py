@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import rundir, sources
+from rlhf_recipes import rundir, sources, stages
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.history import read_manifest
 from rlhf_recipes.identity import difference, digest
 from rlhf_recipes.recipe import Recipe, identity_settings
-from rlhf_recipes.stages import KINDS
+from rlhf_recipes.shared import Shared
+from rlhf_recipes.stages import KINDS, StageResult
 from rlhf_recipes.tables import (
     BEST_OF,
     EVALUATION,
@@ -51,6 +52,14 @@ class PlannedStage:
         shown = self.reasons[:SHOWN_DIFFERENCES] + ((f"{more} more",) if more > 0 else ())
         return ", ".join(shown)
 
+    def run(
+        self, shared: Shared, folder: Path, outputs: Mapping[str, Path], progress: Any
+    ) -> StageResult:
+        """Do its work in `folder`, from the outputs of the stages that it needs."""
+        inputs = {role: outputs[source] for role, source in self.inputs.items()}
+        words = (self.name, self.kind, shared.recipe, folder, inputs, progress, shared, self.key)
+        return stages.load(self.kind)(stages.StageContext(*words))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,6 +68,10 @@ class Plan:
     runs: Path
     run_folder: Path
     stages: tuple[PlannedStage, ...]
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        return {stage.name: stage.folder / "output" for stage in self.stages}
 
     @property
     def mirrored(self) -> str | None:

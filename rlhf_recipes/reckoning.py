@@ -33,10 +33,11 @@ def _by_rule(plan: Plan, stages: Sequence[PlannedStage], given: float | None) ->
     from rlhf_recipes.rehearsal import weights
     from rlhf_recipes.work import own_data, work
 
-    recipe, room, took = plan.recipe, fit.Room(plan.recipe, given), {}
+    recipe, took = plan.recipe, {}
     config = fit.architecture(sources.config_folder(recipe, plan.model))
     shared = None if away(plan) else Shared(recipe, plan.model)
-    held = fit.needs(recipe, stages, config, shared, room.card)
+    room = fit.Room(recipe, config, shared, given)
+    held = {stage.name: room.need(stage) for stage in stages}
     if shared and (speed := room.speed()):
         count = weights(shared.model_folder)
         for stage in stages:
@@ -46,7 +47,7 @@ def _by_rule(plan: Plan, stages: Sequence[PlannedStage], given: float | None) ->
     there += f"; {room.name} has {show.size(room.bytes)}"
     shown = f"{show.needs(held, room.beside, took)}\n\n{there}"
     if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:
-        shown += f"; {wrong[0].name} does not fit: {fit.words(recipe, wrong, config, shared, room)}"
+        shown += f"; {wrong[0].name} does not fit: {room.words(wrong)}"
     return shown
 
 

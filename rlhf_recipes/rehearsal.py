@@ -12,23 +12,24 @@ import contextlib
 import gc
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rlhf_recipes import memory, rundir, stages
+from rlhf_recipes import memory, rundir
 from rlhf_recipes.data import Data, Example
 from rlhf_recipes.plan import Plan, PlannedStage
 from rlhf_recipes.recipe import Recipe
 from rlhf_recipes.shared import Shared
 from rlhf_recipes.stages.answers import SAMPLED
 from rlhf_recipes.stages.ppo import ROLLOUT, VALIDATION_PROMPTS
-from rlhf_recipes.tables import BEST_OF, EVALUATION, JUDGE
-from rlhf_recipes.work import batch, own_data, rows, sequences, work
+from rlhf_recipes.tables import JUDGE
+from rlhf_recipes.work import ASKED, batch, own_data, rows, sequences, work
 
 STEPS = 2
 SHORT = 5e13  # operations: a run of fewer takes minutes at most, and is its own rehearsal
@@ -46,22 +47,31 @@ class Rehearsed:
     seconds: float  # of the stage itself
 
 
-# of a stage, and of what was done for it: names both in what fails in it
-Failing = Callable[..., contextlib.AbstractContextManager[None]]
+@dataclass(frozen=True)
+class Ahead:
+    """The stages of a plan that are to run."""
+
+    plan: Plan
+    stages: Sequence[PlannedStage]
+    shared: Shared
+    # of a stage, and of what was done for it: names both in what fails in it
+    failing: Callable[..., contextlib.AbstractContextManager[None]]
+    needs: dict[str, Counter[str]] = field(default_factory=dict)  # by stage: bytes by role
+
+    def data(self, stage: PlannedStage) -> Data:
+        return self.shared.data(own_data(self.plan.recipe, stage))
 
 
-def cost(
-    plan: Plan, pending: Sequence[PlannedStage], shared: Shared, failing: Failing
-) -> tuple[float, float]:
+def cost(ahead: Ahead) -> tuple[float, float]:
     """Operations of these stages, and of their rehearsal."""
-    whole, part = 0.0, 0.0
-    for stage in pending:
-        with failing(stage):
-            data = shared.data(own_data(plan.recipe, stage))
-        less = cut(plan.recipe, stage)
-        whole += work(plan.recipe, stage, data).total
+    recipe, whole, part = ahead.plan.recipe, 0.0, 0.0
+    for stage in ahead.stages:
+        with ahead.failing(stage):
+            data = ahead.data(stage)
+        less = cut(recipe, stage)
+        whole += work(recipe, stage, data).total
         part += work(less, stage, longest(data, less, stage)).total
-    count = weights(shared.model_folder)
+    count = weights(ahead.shared.model_folder)
     return whole * count, part * count
 
 
@@ -70,23 +80,19 @@ def weights(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
 
 
-def rehearse(
-    plan: Plan,
-    pending: Sequence[PlannedStage],
-    shared: Shared,
-    failing: Failing,
-) -> Iterator[Rehearsed]:
-    """Rehearse `pending`, whose rows are `shared`'s; what fails does so in `failing(stage)`."""
+def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
+    """Rehearse these stages; what fails does so in `ahead.failing(stage)`."""
+    plan, outputs = ahead.plan, ahead.plan.outputs
     place = rundir.beside(plan.run_folder, "rehearsal")
-    outputs = {stage.name: stage.folder / "output" for stage in plan.stages}
     own = Shared(plan.recipe, plan.model)
     rundir.remove(place)  # what a kill left
-    own.tokens = shared.tokens
+    own.tokens = ahead.shared.tokens
     try:
-        for stage in pending:
-            with failing(stage, "the rehearsal of "), _same_draws():
-                took = _stage(plan.recipe, stage, own, shared, place, outputs)
-            outputs[stage.name] = place / stage.name / "output"
+        for stage in ahead.stages:
+            folder = place / stage.name
+            with ahead.failing(stage, "the rehearsal of "), _same_draws():
+                took = _stage(ahead, stage, own, folder, outputs)
+            outputs[stage.name] = folder / "output"
             yield took
     finally:
         own.release()
@@ -97,33 +103,18 @@ def rehearse(
 
 
 def _stage(
-    whole: Recipe,
-    stage: PlannedStage,
-    own: Shared,
-    shared: Shared,
-    place: Path,
-    outputs: Mapping[str, Path],
+    ahead: Ahead, stage: PlannedStage, own: Shared, folder: Path, outputs: Mapping[str, Path]
 ) -> Rehearsed:
+    whole = ahead.plan.recipe
     recipe = own.recipe = cut(whole, stage)
-    for table in (own_data(whole, stage), whole.dataset):
-        own._data[repr(table)] = longest(shared.data(table), recipe, stage)
-    rundir.clear_stage(place / stage.name)
+    for table in (whole.dataset, own_data(whole, stage)):
+        few = own._data[repr(table)] = longest(ahead.shared.data(table), recipe, stage)
+    rundir.clear_stage(folder)
     clock = Clock()
     memory.begin()
-    context = stages.StageContext(
-        name=stage.name,
-        kind=stage.kind,
-        recipe=recipe,
-        folder=place / stage.name,
-        inputs={role: outputs[source] for role, source in stage.inputs.items()},
-        progress=clock,
-        shared=own,
-        key=stage.key,
-    )
-    stages.load(stage.kind)(context)
+    stage.run(own, folder, outputs, clock)
     seconds, peak = time.monotonic() - clock.began, memory.peak()
-    real = work(whole, stage, shared.data(own_data(whole, stage)))
-    part = work(recipe, stage, own.data(own_data(whole, stage)))
+    real, part = work(whole, stage, ahead.data(stage)), work(recipe, stage, few)
     if clock.step is None:
         total = seconds * real.total / part.total
         return Rehearsed(stage.name, peak, total / real.steps, real.steps, total)
@@ -173,27 +164,23 @@ class Clock:
 
 def cut(recipe: Recipe, stage: PlannedStage) -> Recipe:
     """The recipe with as little of one stage as still takes the memory of all of it."""
-    if stage.kind in (EVALUATION, BEST_OF):
+    if stage.kind in ASKED:
         asked = recipe.evaluation
-        draws = asked.best_of and 2
-        less = replace(asked, prompts=min(asked.prompts, SAMPLED), best_of=draws)
+        prompts = min(asked.prompts, SAMPLED)
+        less = replace(asked, prompts=prompts, best_of=asked.best_of and 2)
         return replace(recipe, evaluation=less)
     table = recipe.table(stage.name)
-    given = table.options
+    given, extras = table.options, table.extras
     options = {"report_to": "none", "save_steps": STEPS}
     options["save_strategy"] = "no" if given["save_strategy"] == "no" else "steps"
     if stage.kind == "ppo":
         options |= _update(given)
+        extras = extras | {"minimum_accuracy": 0.0}
     else:
         options |= {"max_steps": STEPS, "eval_strategy": "no", "eval_on_start": False}
         options["gradient_accumulation_steps"] = min(STEPS, given["gradient_accumulation_steps"])
     known = {key: value for key, value in options.items() if key in given}
-    less = replace(
-        table,
-        options=given | known,
-        given=table.given | known,
-        extras=table.extras | ({"minimum_accuracy": 0.0} if stage.kind == "ppo" else {}),
-    )
+    less = replace(table, options=given | known, given=table.given | known, extras=extras)
     return replace(recipe, tables=recipe.tables | {stage.name: less})
 
 
@@ -218,9 +205,8 @@ def _update(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def longest(data: Data, recipe: Recipe, stage: PlannedStage) -> Data:
     """As many of the longest rows as a cut recipe takes; every other is the longest of all."""
-    kind, table = stage.kind, recipe.tables.get(stage.name)
-    train = 0
-    if kind in (EVALUATION, BEST_OF):
+    kind, table, train = stage.kind, recipe.tables.get(stage.name), 0
+    if kind in ASKED:
         rest = recipe.evaluation.prompts
     elif kind == "ppo":
         train = table.options["total_episodes"]
@@ -236,12 +222,6 @@ def longest(data: Data, recipe: Recipe, stage: PlannedStage) -> Data:
     few = first(rows(data, kind))
     if kind != "ppo" and few:  # the longest in every batch, and others: a unit is of what differs
         few = [few[0] if place % 2 else few[place // 2 % len(few)] for place in range(train)]
-    return Data(
-        train=few[:train],
-        validation=first(data.validation)[:rest],
-        test=first(data.test)[:rest],
-        judge=few[:train] if kind == JUDGE else [],
-        dropped=data.dropped,
-        rows=data.rows,
-        tested=data.tested,
-    )
+    sides = {"train": few[:train], "judge": few[:train] if kind == JUDGE else []}
+    validation, test = first(data.validation)[:rest], first(data.test)[:rest]
+    return replace(data, **sides, validation=validation, test=test)

@@ -18,23 +18,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomlkit
 
-from rlhf_recipes import doctor, memory, rundir, show, stages, stopping
-from rlhf_recipes.errors import (
-    DataError,
-    Interrupted,
-    MachineError,
-    ModelError,
-    StageError,
-    UsageError,
-    machine_error,
-    masked,
-)
+from rlhf_recipes import doctor, errors, memory, rundir, show, stages, stopping
 from rlhf_recipes.fetch import bring
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.identity import difference
@@ -45,7 +36,7 @@ from rlhf_recipes.shared import Shared
 from rlhf_recipes.tables import POLICY_KINDS
 
 if TYPE_CHECKING:
-    from rlhf_recipes.rehearsal import Rehearsed
+    from rlhf_recipes.rehearsal import Ahead, Rehearsed
 
 MODEL_SOURCE = "source.json"  # inside model/: which stage it was written from
 
@@ -91,11 +82,8 @@ def run(
     folder, wanted = runs / name, _names_until(until, recipe)
     waiting = functools.partial(print, file=sys.stderr) if wait else None
     try:
-        with (
-            _nothing_for_others_to_write(),
-            stopping.at_once(),
-            rundir.lock(folder, f"run {name}", waiting),
-        ):
+        lock = rundir.lock(folder, f"run {name}", waiting)
+        with _nothing_for_others_to_write(), stopping.at_once(), lock:
             folder.mkdir(exist_ok=True)
             with Screen(folder / "log.txt") as screen:
                 screen.line(f"{plain(recipe.title)} · {plain(str(folder))}", "bold")
@@ -106,13 +94,13 @@ def run(
                     screen.line(f"  the model: {plan.mirrored}")
                 return _Run(plan, screen, fresh, wait).go(wanted, rehearse)
     except KeyboardInterrupt as signalled:
-        raise Interrupted(
+        raise errors.Interrupted(
             f"run {name} was interrupted",
             "the same command goes on from what is finished and saved",
             exit_code=143 if isinstance(signalled, stopping.Terminated) else 130,
         ) from None
     except OSError as error:
-        if found := machine_error(error):
+        if found := errors.machine_error(error):
             raise found from error
         raise
 
@@ -125,14 +113,11 @@ class _Run:
         self.screen = screen
         self.waiting = screen.line if wait else None
         self.since = rundir.begun(plan.run_folder) if fresh else ""
-        self.shared = self._new_shared()
+        self.shared = Shared(plan.recipe, plan.model)
         self.done: dict[str, StageOutcome] = {}
         self.started = rundir.now()
         self.needs: dict[str, Counter[str]] = {}  # by stage: bytes by role, by the rule
         self.at = ""  # the stage that is at it, in its rehearsal too
-
-    def _new_shared(self) -> Shared:
-        return Shared(self.plan.recipe, self.plan.model)
 
     def go(self, wanted: list[str], rehearse: bool) -> RunOutcome:
         self.rehearses = [stage for stage in self.plan.stages if rehearse and stage.name in wanted]
@@ -208,11 +193,14 @@ class _Run:
         with self.screen.quiet():
             from rlhf_recipes import fit
 
-            fit.ahead(self.plan, pending, self.shared, self.screen, self._failing, self.needs)
+            fit.check(self.ahead(pending), self.screen)
 
-    def _failing(
-        self, stage: PlannedStage, during: str = ""
-    ) -> contextlib.AbstractContextManager[None]:
+    def ahead(self, stages: Sequence[PlannedStage]) -> Ahead:
+        from rlhf_recipes.rehearsal import Ahead
+
+        return Ahead(self.plan, stages, self.shared, self._failing, self.needs)
+
+    def _failing(self, stage: PlannedStage, during: str = "") -> AbstractContextManager[None]:
         self.at = stage.name
         smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
         return self._failing_as(f"{during}stage {stage.name}", smaller)
@@ -225,21 +213,10 @@ class _Run:
         rundir.clear_stage(folder, begun=self.since)
         started, clock = rundir.now(), time.monotonic()
         memory.begin()
-        outputs = {other.name: other.folder / "output" for other in self.plan.stages}
         with self._failing(stage), self.screen.quiet():
             with StageProgress(self.screen, folder) as progress:
                 stopping.tell = progress.note
-                context = stages.StageContext(
-                    name=stage.name,
-                    kind=stage.kind,
-                    recipe=self.plan.recipe,
-                    folder=folder,
-                    inputs={role: outputs[source] for role, source in stage.inputs.items()},
-                    progress=progress,
-                    shared=self.shared,
-                    key=stage.key,
-                )
-                result = stages.load(stage.kind)(context)
+                result = stage.run(self.shared, folder, self.plan.outputs, progress)
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -273,15 +250,15 @@ class _Run:
         except Exception as error:
             with contextlib.suppress(OSError):
                 self.screen.log_traceback()
-            if isinstance(error, MachineError):
+            if isinstance(error, errors.MachineError):
                 raise
-            if isinstance(error, (DataError, ModelError, StageError)):
+            if isinstance(error, (errors.DataError, errors.ModelError, errors.StageError)):
                 failed = type(error)(f"{what}: {error.message}", error.hint)
             else:
                 reason = plain(str(error).strip().partition("\n")[0])
-                failed = StageError(f"{what} failed: {type(error).__name__}: {reason}")
-            if isinstance(failed, StageError):
-                failed = machine_error(error, what, smaller) or failed
+                failed = errors.StageError(f"{what} failed: {type(error).__name__}: {reason}")
+            if isinstance(failed, errors.StageError):
+                failed = errors.machine_error(error, what, smaller) or failed
             message = failed.message
             if message.endswith("out of memory") and self.at in self.needs:
                 [(role, most)] = self.needs[self.at].most_common(1)
@@ -298,17 +275,16 @@ class _Run:
             return None
         last = policies[-1]
         folder = self.plan.run_folder / "model"
-        source = {
-            "stage": last.stage.name,
-            "key": last.stage.key,
-            "started": last.record["started"],  # `--fresh` makes another of the same key
-        }
+        # With "started", for `--fresh` makes another of the same key.
+        source = {"stage": last.stage.name, "key": last.stage.key}
+        source["started"] = last.record["started"]
         if rundir.read_json(folder / MODEL_SOURCE) == {"format": rundir.FORMAT, **source}:
             rundir.tidy(folder)
             return folder
         aside = rundir.beside(folder, "fresh")
         rundir.remove(aside)
-        self.shared = self._new_shared()  # lets go of the base: merging loads it whole
+        # Lets go of the base: merging loads it whole.
+        self.shared = Shared(self.plan.recipe, self.plan.model)
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.export import write_model
 
@@ -347,7 +323,7 @@ class _Run:
             "title": recipe.title,
             "recipe": str(recipe.path.resolve()),
             "overrides": recipe.overrides,
-            "command": [masked(word) for word in sys.argv],
+            "command": [errors.masked(word) for word in sys.argv],
             "started": self.started,
             "ended": rundir.now(),
             "outcome": outcome,
@@ -368,14 +344,10 @@ class _Run:
         if not isinstance(error, Exception):
             return None
         rest = [stage.name for stage in self.plan.stages if stage.name not in self.done]
-        told = machine_error(error) or error
-        message = masked(getattr(told, "message", "") or f"{type(told).__name__}: {told}")
-        hint = getattr(told, "hint", "")
-        return {
-            "stage": self.at or next(iter(rest), ""),
-            "message": plain(message),
-            "hint": plain(hint),
-        }
+        told = errors.machine_error(error) or error
+        message = errors.masked(getattr(told, "message", "") or f"{type(told).__name__}: {told}")
+        said = {"message": plain(message), "hint": plain(getattr(told, "hint", ""))}
+        return {"stage": self.at or next(iter(rest), ""), **said}
 
     def _entry(self, stage: PlannedStage) -> dict[str, Any]:
         done = self.done.get(stage.name)
@@ -398,7 +370,7 @@ def rehearsed(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> lis
     with screen.quiet():
         from rlhf_recipes import rehearsal
 
-        return list(rehearsal.rehearse(plan, stages, run.shared, run._failing))
+        return list(rehearsal.rehearse(run.ahead(stages)))
 
 
 def _names_until(until: str | None, recipe: Recipe) -> list[str]:
@@ -409,7 +381,7 @@ def _names_until(until: str | None, recipe: Recipe) -> list[str]:
     if until not in names:
         near = difflib.get_close_matches(until, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"its stages: {', '.join(names)}"
-        raise UsageError(f"the recipe has no stage {until!r}", hint)
+        raise errors.UsageError(f"the recipe has no stage {until!r}", hint)
     return names[: names.index(until) + 1]
 
 

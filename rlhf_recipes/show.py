@@ -59,9 +59,7 @@ def plan(made: Plan) -> str:
 
 
 def needs(
-    held: dict[str, Counter[str]],
-    beside: Callable[[Counter[str]], float],
-    took: dict[str, float | None],
+    held: dict[str, Counter[str]], beside: Callable[[Counter[str]], float], took: dict[str, float]
 ) -> str:
     """A stage a line: the most memory, its time, and what the memory is for, the most first."""
     rows = [["stage", "memory", "time", "of which"]]

@@ -36,6 +36,23 @@ def command(*words: str, cwd: Path, fault: str = "") -> subprocess.CompletedProc
     )
 
 
+def hanging(cwd: Path) -> subprocess.Popen[str]:
+    """`rlhf-recipes run toy.toml`, at its stage PPO."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tests.counting", "run", "toy.toml"],
+        cwd=cwd,
+        env=environment("hang:ppo"),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in a script's background ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not (cwd / "hanging").exists():
+        assert running.poll() is None
+        time.sleep(0.02)
+    return running
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with toy.toml in it, to be in."""
@@ -100,7 +117,8 @@ def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(here: Path) 
 def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
     done = command("run", "toy.toml", "--until", "sft", cwd=here, fault="noise:sft")
     assert done.returncode == 0
-    assert "library" not in done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "library" not in said and "echoed" not in said
     log = (here / "runs" / "toy" / "log.txt").read_text()
     for words in (
         "printed by a library",
@@ -109,23 +127,17 @@ def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
         "UserWarning: warned by a library",
         "logged by a library",
         "INFO rlhf_recipes.stages: logged by us",
+        "Stage 1 of 4",
     ):
         assert words in log
 
 
 def test_after_a_kill_the_same_command_goes_on(here: Path) -> None:
     """No lock to clear by hand; what was finished is kept, the stage that was killed runs anew."""
-    running = subprocess.Popen(
-        [sys.executable, "-m", "tests.counting", "run", "toy.toml"],
-        cwd=here,
-        env=environment("hang:ppo"),
-        stderr=subprocess.DEVNULL,
-    )
-    while not (here / "hanging").exists():
-        assert running.poll() is None
-        time.sleep(0.05)
+    running = hanging(here)
     running.kill()
-    assert running.wait(30) == -signal.SIGKILL
+    running.communicate(timeout=30)
+    assert running.returncode == -signal.SIGKILL
     again = command("run", "toy.toml", cwd=here)
     assert again.returncode == 0
     assert again.stderr.count("— cached (") == 2
@@ -134,18 +146,7 @@ def test_after_a_kill_the_same_command_goes_on(here: Path) -> None:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int) -> None:
-    running = subprocess.Popen(
-        [sys.executable, "-m", "tests.counting", "run", "toy.toml"],
-        cwd=here,
-        env=environment("hang:ppo"),
-        stderr=subprocess.PIPE,
-        text=True,
-        # A job in a script's background ignores SIGINT, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while not (here / "hanging").exists():
-        assert running.poll() is None
-        time.sleep(0.02)
+    running = hanging(here)
     busy = command("run", "toy.toml", cwd=here)
     assert busy.returncode == 75
     assert busy.stderr.startswith(f"run toy is held by process {running.pid} on ")
@@ -160,9 +161,8 @@ def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int
     assert json.loads((here / "runs/toy/manifest.json").read_text())["outcome"] == "interrupted"
     after = command("run", "toy.toml", cwd=here)
     said = [line.rpartition(" — ")[2] for line in after.stderr.splitlines() if "Stage" in line]
-    assert [re.sub(r"\(.*", "", why) for why in said] == [
-        "cached ", "cached ", "was not finished", "new"
-    ]  # fmt: skip
+    cached = "cached "
+    assert [re.sub(r"\(.*", "", why) for why in said] == [cached, cached, "was not finished", "new"]
 
 
 def test_a_call_that_is_wrong_is_two_plain_lines(
@@ -216,10 +216,8 @@ def test_check_prints_findings_and_is_done(
     assert found["format"] == 1
     first, second = found["recipes"]
     assert first["file"] == "bad.toml"
-    assert (first["problems"][0]["line"], first["problems"][0]["key"]) == (
-        15,
-        "reward.learning_rat",
-    )
+    [problem, *_] = first["problems"]
+    assert (problem["line"], problem["key"]) == (15, "reward.learning_rat")
     assert second == {"file": "toy.toml", "problems": [], "notes": []}
 
 

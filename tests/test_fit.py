@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from safetensors.torch import load_file
 
 from rlhf_recipes import fit, memory, rehearsal, runner
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
@@ -23,30 +23,22 @@ def planned(file: Path, *changes: str) -> tuple[Plan, Shared]:
     return plan, Shared(plan.recipe, plan.model)
 
 
-def held(file: Path, *changes: str, stage: str = "ppo", card: bool = False) -> Counter[str]:
+def held(file: Path, *changes: str, stage: str = "ppo") -> Counter[str]:
     plan, shared = planned(file, *changes)
-    config, asked = (
-        fit.architecture(shared.model_folder),
-        [s for s in plan.stages if s.name == stage],
-    )
-    return fit.needs(plan.recipe, asked, config, shared, card)[stage]
+    room = fit.Room(plan.recipe, fit.architecture(shared.model_folder), shared)
+    room.card = False
+    return next(room.need(asked) for asked in plan.stages if asked.name == stage)
 
 
 def test_what_is_held_all_along_is_exact(tiny_recipe: Path, tiny_model: Path) -> None:
     """Weights as the file has them; four adapters of PPO and two heads; AdamW's two moments."""
-    lm = 4 * sum(tensor.numel() for tensor in _weights(tiny_model).values())
+    lm = 4 * sum(tensor.numel() for tensor in load_file(tiny_model / "model.safetensors").values())
     lora = 4 * 2 * 4 * (32 + 32 + 32 + 16)  # float32, two layers, rank 4, of q_proj and v_proj
     found = held(tiny_recipe, 'lora.target_modules=["q_proj", "v_proj"]')
     head = 4 * (32 + 1)
     assert found[WEIGHTS] == pytest.approx(lm, abs=200)  # and the rotary embedding's buffer
     assert found[ADAPTERS] == 4 * lora + 2 * head
     assert found[OPTIMIZER] == 2 * (2 * lora + head)
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
 
 
 def test_what_grows_with_what(tiny_recipe: Path) -> None:
@@ -63,22 +55,16 @@ def test_what_grows_with_what(tiny_recipe: Path) -> None:
     assert whole[ADAPTERS] == 0 and whole[OPTIMIZER] == 2 * whole[WEIGHTS]
     packed = of("model.quantization=4bit")
     assert packed[WEIGHTS] < 0.5 * sft[WEIGHTS]
-    four, eight = (
-        of('stages=["sft", "dpo"]', f"dpo.per_device_train_batch_size={n}", stage="dpo")
-        for n in (4, 8)
-    )
+    dpo = ['stages=["sft", "dpo"]', "dpo.per_device_train_batch_size="]
+    four, eight = (of(dpo[0], f"{dpo[1]}{n}", stage="dpo") for n in (4, 8))
     assert eight[LOGITS_ROLE] == pytest.approx(2 * four[LOGITS_ROLE], rel=0.05)
     assert of(stage="evaluation").total() > sft[WEIGHTS]
+    assert of("ppo.response_length=1", stage="ppo").total() < of(stage="ppo").total()
 
 
-@pytest.mark.parametrize(
-    ("text", "count"), [("24GB", 24e9), ("80 gib", 80 * 2**30), ("1.5TB", 1.5e12)]
-)
-def test_a_size_of_memory(text: str, count: float) -> None:
-    assert memory.read_size(text) == count
-
-
-def test_what_is_no_size_of_memory() -> None:
+def test_a_size_of_memory() -> None:
+    for text, count in (("24GB", 24e9), ("80 gib", 80 * 2**30), ("1.5TB", 1.5e12)):
+        assert memory.read_size(text) == count
     for text in ("24", "GB", "much", "-1GB"):
         with pytest.raises(UsageError, match="as in --device 24GB"):
             memory.read_size(text)

@@ -91,7 +91,7 @@ def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     need = Counter(weights=10**6, activations=2 * 10**9)
-    monkeypatch.setattr(fit, "refuse", lambda *words: words[-1].update(ppo=need))
+    monkeypatch.setattr(fit, "refuse", lambda ahead, _: ahead.needs.update(ppo=need))
     monkeypatch.setattr(ppo.PPOTrainer, "optimize", lack)
     with pytest.raises(MachineError) as caught:
         go(tiny_recipe)
@@ -145,8 +145,8 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
 ) -> None:
     tried: list[list[str]] = []
 
-    def tell(plan: Any, pending: Any, *_: Any) -> Any:
-        tried.append([stage.name for stage in pending])
+    def tell(ahead: rehearsal.Ahead) -> Any:
+        tried.append([stage.name for stage in ahead.stages])
         return iter(())
 
     def stop(_: Any) -> None:
@@ -207,30 +207,25 @@ def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -
     assert rehearsal.cut(recipe, evaluation).evaluation.prompts == 12
 
 
+SIZES = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"]
+SIZES += ["num_ppo_epochs", "local_rollout_forward_batch_size"]
+
+
 @pytest.mark.parametrize(
-    ("rows", "micros", "minis", "epochs", "sampled", "some", "fewer", "updates"),
+    ("sizes", "some", "fewer", "updates"),
     [
-        (2, 32, 4, 1, 16, 8, 2, 1),  # no more than is sampled at a time
-        (8, 8, 2, 2, 64, 8, 2, 1),  # all that is sampled
-        (8, 8, 2, 2, 16, 4, 2, 1),  # two backwards a step: the second meets gradients
-        (8, 1, 2, 1, 64, 1, 2, 1),  # mini-batches smaller than a micro-batch stay so
-        (4, 1, 1, 1, 64, 1, 1, 2),  # one step an update: two updates
-        (4, 1, 1, 4, 64, 1, 1, 1),
-        (1, 64, 1, 1, 8, 8, 1, 2),
+        ((2, 32, 4, 1, 16), 8, 2, 1),  # no more than is sampled at a time
+        ((8, 8, 2, 2, 64), 8, 2, 1),  # all that is sampled
+        ((8, 8, 2, 2, 16), 4, 2, 1),  # two backwards a step: the second meets gradients
+        ((8, 1, 2, 1, 64), 1, 2, 1),  # mini-batches smaller than a micro-batch stay so
+        ((4, 1, 1, 1, 64), 1, 1, 2),  # one step an update: two updates
+        ((4, 1, 1, 4, 64), 1, 1, 1),
+        ((1, 64, 1, 1, 8), 8, 1, 2),
     ],
 )
 def test_an_update_of_ppo_is_cut_to_what_takes_its_memory(
-    rows: int, micros: int, minis: int, epochs: int, sampled: int, some: int, fewer: int,
-    updates: int,
-) -> None:  # fmt: skip
-    given = {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": micros,
-        "num_mini_batches": minis,
-        "num_ppo_epochs": epochs,
-        "local_rollout_forward_batch_size": sampled,
-        "whiten_rewards": False,
-    }
-    cut = rehearsal._update(given)
+    sizes: tuple[int, ...], some: int, fewer: int, updates: int
+) -> None:
+    cut = rehearsal._update(dict(zip(SIZES, sizes, strict=True), whiten_rewards=False))
     assert (cut["gradient_accumulation_steps"], cut["num_mini_batches"]) == (some, fewer)
-    assert cut["total_episodes"] == rows * some * updates
+    assert cut["total_episodes"] == sizes[0] * some * updates

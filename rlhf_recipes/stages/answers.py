@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,16 +51,17 @@ def test_prompts(context: StageContext) -> list[Example]:
 
 def setting_of(context: StageContext) -> Setting:
     """The evaluation's own words, else those that the last PPO stage samples with."""
-    recipe, asked = context.recipe, context.recipe.evaluation
+    recipe = context.recipe
+    length = asked_with(recipe, "response_length") or recipe.dataset.max_answer_tokens
+    temperature = asked_with(recipe, "temperature") or 0.7
+    return Setting(length, temperature, derive_seed(recipe.seed, context.name))
+
+
+def asked_with(recipe: Recipe, key: str) -> Any:
+    """The evaluation's own word, else that of the last PPO stage, else None."""
     ppo = last_ppo(recipe)
     trained = recipe.table(ppo).options if ppo else {}
-    length = asked.response_length or trained.get("response_length")
-    temperature = asked.temperature or trained.get("temperature")
-    return Setting(
-        length=length or recipe.dataset.max_answer_tokens,
-        temperature=temperature or 0.7,
-        seed=derive_seed(recipe.seed, context.name),
-    )
+    return getattr(recipe.evaluation, key) or trained.get(key)
 
 
 def last_ppo(recipe: Recipe) -> str | None:
