@@ -114,7 +114,9 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         fake.troubles["/api/models"] = "error"
         assert "does not answer (HTTPStatusError)" in ask(doctor.hub)[0].text
         monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
-        for trouble, text in (("unauthorized", "refuses the token"), ("busy", "does not answer")):
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+        told = {"unauthorized": "refuses the token", "busy": "not answer", "hang": "(ReadTimeout)"}
+        for trouble, text in told.items():
             fake.troubles = {"whoami": trouble}
             assert text in ask(doctor.hub)[0].text
         fake.troubles[""] = "hang"
