@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rlhf_recipes.errors import briefly, masked
-from rlhf_recipes.hub import TIMEOUT
+from rlhf_recipes.hub import TIMEOUT, _bound, says_no
 from rlhf_recipes.progress import size
 
 MARKS = {"good": "✓", "note": "·", "doubt": "?", "fault": "✗"}
@@ -95,7 +96,7 @@ def device() -> Answers:
         yield "note", f"{text}, torch {version}"
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    why, change = "CUDA does not start", "`nvidia-smi` says more; try after a restart"
+    why, change = "CUDA does not start", "is CUDA_VISIBLE_DEVICES right? `nvidia-smi` says more"
     if torch.version.hip or built is None:
         why, change = f"torch {version} was built without CUDA", "install it with CUDA"
     elif hidden is not None and not re.match(r"\d|GPU|MIG", hidden):
@@ -184,19 +185,20 @@ def versions() -> Answers:
     with contextlib.suppress(OSError):
         rows = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     wanted = [row.strip().split("==") for row in rows if "==" in row and row[0] != "#"]
-    other = []
+    other, seen = [], 0
     for name, version in wanted:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            if (there := metadata.version(name)).partition("+")[0] != version:
+            there, seen = metadata.version(name), seen + 1
+            if there.partition("+")[0] != version:
                 other.append(f"{name} {there}, tested with {version}")
     if not wanted:
         yield "note", "no constraints.txt beside this installation to compare with"
     elif other:
         more = f"; {len(other) - 4} more" if len(other) > 4 else ""
-        change = f"pip install -c {CONSTRAINTS.name} for the tested ones"
+        change = f"`pip install -c {CONSTRAINTS.name} -e .`, in the clone, for the tested ones"
         yield "doubt", "; ".join(other[:4]) + more, change
     else:
-        yield "good", f"as in constraints.txt, {len(wanted)} of them"
+        yield "good", f"as in constraints.txt, {seen} of them"
 
 
 def hub() -> Answers:
@@ -209,15 +211,19 @@ def hub() -> Answers:
         return
     trouble = "does not answer"
     change = "see the network and the proxy; what is cached, local folders and mirrors work"
+    _bound()
     try:
-        get_session().get(f"{where}/api/models?limit=1", timeout=TIMEOUT)
+        answer = get_session().get(f"{where}/api/models?limit=1", timeout=TIMEOUT)
+        if answer.is_server_error:
+            answer.raise_for_status()
         if get_token() is None:
             yield "good", f"{where} answers; no token, which public repositories do not need"
             return
-        trouble, change = "refuses the token", "set HF_TOKEN to one that is valid, or unset it"
         HfApi().whoami()
         yield "good", f"{where} answers, and knows the token"
     except Exception as error:
+        if says_no(error):
+            trouble, change = "refuses the token", "set HF_TOKEN to one that is valid, or unset it"
         yield "doubt", f"{where} {trouble} ({type(error).__name__})", change
 
 
@@ -226,9 +232,12 @@ def disk(runs: Path) -> Answers:
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     free, elsewhere = shutil.disk_usage(there).free, "--runs DIR keeps runs elsewhere"
     room = f"{size(free)} free for {runs}"
-    if not os.access(there, os.W_OK):
-        yield "fault", f"{there} is not yours to write to", elsewhere
-    elif free < LEAST_DISK:
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:  # a file, another's folder, a disk that is read-only or full
+        yield "fault", f"{there} cannot be written to ({error.strerror})", elsewhere
+        return
+    if free < LEAST_DISK:
         yield "doubt", room, f"`rlhf-recipes clean` removes what no run needs; {elsewhere}"
     else:
         yield "good", room

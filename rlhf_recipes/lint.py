@@ -27,6 +27,8 @@ LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
 BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
 MANY = 0.05
+WEIGHT = "beyond the dataset's weight"  # as data.py says it
+WAY_OUT = "see max_prompt_tokens and max_answer_tokens, or README.md for the shapes of rows"
 SHOWN = 320  # characters of an example
 
 
@@ -48,9 +50,9 @@ def data_lint(plan: Plan) -> list[Line]:
             found += [*_counts(place, data), *_lengths(place, data, recipe), *_pairs(place, data)]
             if not place:
                 found += [*_leaks(data, shared.tokens), *_shown(data, shared.tokens)]
-        return found
+        return [*found, *_lacks(plan, shared)]
     except RlhfRecipesError as error:
-        return [Line("fault", "rows", error.message, error.hint.partition("\n")[0])]
+        return [Line("fault", "rows", error.message, WAY_OUT if "\n" in error.hint else error.hint)]
 
 
 def away(plan: Plan) -> str:
@@ -73,9 +75,19 @@ def _counts(place: str, data: Data) -> Iterator[Line]:
     yield Line("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
     reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
     if reasons:
-        change = "see its limits (max_prompt_tokens, max_answer_tokens) and its rows"
-        many = data.dropped.total() > 0.2 * data.rows
-        yield _noted(many, f"{place}dropped", "; ".join(reasons), change)
+        many = data.dropped.total() - data.dropped[WEIGHT] > 0.2 * data.rows
+        yield _noted(many, f"{place}dropped", "; ".join(reasons), WAY_OUT)
+
+
+def _lacks(plan: Plan, shared: Shared) -> Iterator[Line]:
+    """Stages that would end, some hours in, because they find no rows of their kind."""
+    from rlhf_recipes.work import own_data, rows  # it loads trl
+
+    held = {s.name: rows(shared.data(own_data(plan.recipe, s)), s.kind) for s in plan.stages}
+    if none := [s.name for s in plan.stages if not (held[s.name] or s.done)]:
+        change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
+        text = f"none for {', '.join(none)}"
+        yield Line("fault", "rows", text, f"{change}: see `columns` and `test_fraction`")
 
 
 def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
@@ -111,14 +123,14 @@ def _pairs(place: str, data: Data) -> Iterator[Line]:
     seen = Counter((*map(tuple, (e.prompt_ids, e.chosen_ids, e.rejected_ids)),) for e in pairs)
     twice = sum(count - 1 for count in seen.values())
     turned = sum(min(n, seen[(p, r, c)]) for (p, c, r), n in seen.items() if (p, r, c) in seen) // 2
-    for count, what in ((twice, "stand twice or more"), (turned, "say the opposite of another")):
+    for count, what in ((twice, "are copies of others"), (turned, "say the opposite of another")):
         if count:
             text = f"{count:,} of {len(pairs):,} pairs {what}"
             yield _noted(count > MANY * len(pairs), f"{place}pairs", text, "take them out")
     longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
     shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
-    share = longer / (longer + shorter) if longer + shorter else 0.5
-    text = f"the chosen answer is the longer one in {share:.0%} of pairs"
+    share = 0.5 + (longer - shorter) / 2 / len(pairs)
+    text = f"the chosen answer is the longer one in {share:.0%} of pairs (ties ½)"
     change = "the reward model may learn length: look at gain by length in the report"
     yield _noted(not 1 - BIASED <= share <= BIASED, f"{place}length", text, change)
 
@@ -139,13 +151,13 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
         for word in _rarest(one - template, rare):
             held[word].append(one - template)
     for side in ("test", "validation"):
-        prompts = {tuple(e.prompt_ids) for e in getattr(data, side)}
+        prompts = {tuple(e.prompt_ids): e.prompt for e in getattr(data, side)}
         near = []
         for ids in sorted(prompts)[:LOOKED]:
-            one = _words(text := tokens.decode(list(ids))) - template
+            one = _words(tokens.decode(list(ids))) - template
             kin = (other for word in _rarest(one, rare) for other in held[word][:200])
             if one and any(len(one & other) >= NEAR * len(one | other) for other in kin):
-                near.append(text)
+                near.append(prompts[ids])
         if near:
             share = f"{len(near):,} of {len(prompts):,} {side} prompts are nearly a training prompt"
             change = f"as {_cut(near[0], 80)!r}: the {side} is easier than it looks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,10 @@ from tests.fake_hub import FakeHub
 
 def ask(question: Callable[..., doctor.Answers], *words: Path) -> list[doctor.Line]:
     return [*doctor.answered("", partial(question, *words))]
+
+
+def fail(error: Exception, **_: object) -> None:
+    raise error
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, cuda: str | None) -> None:
@@ -89,7 +94,8 @@ def test_versions_that_were_not_tested(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert ask(doctor.versions)[0].level == "note"
     here = metadata.version("trl")
     (tmp_path / "constraints.txt").write_text(f"# a note\ntrl=={here}\nnot-here==1.0\n")
-    assert ask(doctor.versions)[0].level == "good"
+    (line,) = ask(doctor.versions)
+    assert (line.level, line.text) == ("good", "as in constraints.txt, 1 of them")
     (tmp_path / "constraints.txt").write_text("trl==0.0.1\n")
     (line,) = ask(doctor.versions)
     assert (line.level, line.text) == ("doubt", f"trl {here}, tested with 0.0.1")
@@ -105,6 +111,14 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeHub() as fake:
         monkeypatch.setattr(constants, "ENDPOINT", fake.url)
         assert ask(doctor.hub)[0].text.startswith(f"{fake.url} answers; no token")
+        fake.troubles["/api/models"] = "error"
+        assert "does not answer (HTTPStatusError)" in ask(doctor.hub)[0].text
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+        told = {"unauthorized": "refuses the token", "busy": "not answer", "hang": "(ReadTimeout)"}
+        for trouble, text in told.items():
+            fake.troubles = {"whoami": trouble}
+            assert text in ask(doctor.hub)[0].text
         fake.troubles[""] = "hang"
         (line,) = ask(doctor.hub)
         assert line.level == "doubt" and "does not answer (ReadTimeout)" in line.text
@@ -121,8 +135,18 @@ def test_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [line.level for line in ask(doctor.disk, tmp_path)] == ["good", "doubt"]
     monkeypatch.setattr(doctor, "LEAST_DISK", 2**60)
     assert "`rlhf-recipes clean` removes" in ask(doctor.disk, tmp_path)[0].change
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert ask(doctor.disk, tmp_path)[0].level == "fault"
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "runs"):
+        (line,) = ask(doctor.disk, folder)
+        assert (line.level, line.text) == (
+            "fault",
+            f"{tmp_path / 'file'} cannot be written to (Not a directory)",
+        )
+    for code in (errno.EROFS, errno.ENOSPC):
+        failing = partial(fail, OSError(code, os.strerror(code)))
+        monkeypatch.setattr(doctor.tempfile, "TemporaryFile", failing)
+        (line,) = ask(doctor.disk, tmp_path / "runs")
+        assert line.level == "fault" and f"({os.strerror(code)})" in line.text
 
 
 def test_a_question_that_fails_is_a_line_and_the_command_tells_by_its_code(

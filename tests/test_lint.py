@@ -58,6 +58,8 @@ def test_what_is_dropped_is_said_by_reason(look: Lint) -> None:
     text = "20 × both answers are the same; 3 × prompt over 16 tokens"
     assert look.about("dropped", rows) == [("doubt", text)]
     assert look.about("dropped", [*PAIRS, rows[-1]]) == [("note", "1 × prompt over 16 tokens")]
+    ((level, text),) = look.about("dropped", PAIRS, "dataset.weight=0.5")
+    assert level == "note" and text.endswith(" × beyond the dataset's weight")  # as was asked for
 
 
 def test_answers_that_ppo_has_no_room_for(look: Lint) -> None:
@@ -75,22 +77,25 @@ def test_answers_that_ppo_has_no_room_for(look: Lint) -> None:
 def test_pairs_that_stand_twice_and_that_contradict(look: Lint) -> None:
     turned = {**PAIRS[0], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}
     assert look.about("pairs", [*PAIRS, PAIRS[3], PAIRS[3], turned]) == [
-        ("note", "2 of 259 pairs stand twice or more"),
+        ("note", "2 of 259 pairs are copies of others"),
         ("note", "1 of 259 pairs say the opposite of another"),
     ]
     (line,) = look.about("pairs", PAIRS * 2)
-    assert line == ("doubt", "256 of 512 pairs stand twice or more")
+    assert line == ("doubt", "256 of 512 pairs are copies of others")
 
 
 def test_answers_that_are_chosen_by_their_length(look: Lint) -> None:
     texts = [("red", "cat cat") if i % 10 == 0 else ("red red", "cat") for i in range(len(PAIRS))]
     rows = [{**p, "chosen": c, "rejected": r} for p, (c, r) in zip(PAIRS, texts, strict=True)]
     assert look.about("length", rows) == [
-        ("doubt", "the chosen answer is the longer one in 90% of pairs")
+        ("doubt", "the chosen answer is the longer one in 90% of pairs (ties ½)")
     ]
     turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     ((level, text),) = look.about("length", turned)
-    assert (level, text[-12:]) == ("doubt", "10% of pairs")
+    assert (level, text[-21:]) == ("doubt", "10% of pairs (ties ½)")
+    one = [PAIRS[0] | {"chosen": "red red"}, *PAIRS[1:]]
+    ((level, text),) = look.about("length", one)
+    assert level == "note" and " 50% of pairs" in text
 
 
 def test_prompts_that_are_nearly_on_two_sides(look: Lint) -> None:
@@ -100,7 +105,9 @@ def test_prompts_that_are_nearly_on_two_sides(look: Lint) -> None:
     rows += [
         {**PAIRS[i], "prompt": f"{words} {words.split()[0]}"} for i, words in enumerate(longer)
     ]
-    sides = [text for _, text in look.about("splits", rows, "dataset.test_fraction=0.5")]
+    lines = [line for line in look(rows, "dataset.test_fraction=0.5") if line.about == "splits"]
+    assert not any("assistant" in line.change for line in lines)  # people's words, no template's
+    sides = [line.text for line in lines]
     assert sides and all(text.endswith("are nearly a training prompt") for text in sides)
 
 
@@ -128,12 +135,23 @@ def test_rows_that_cannot_be_used_are_a_line_of_the_plan(
 ) -> None:
     (line,) = look([{"question": "\x1b[2J"}] * 3)
     assert line.level == "fault" and "3 of 3 rows are unusable" in line.text
+    assert line.change == lint.WAY_OUT
     monkeypatch.setattr(sys, "argv", ["rlhf-recipes", "plan", str(tmp_path / "tiny.toml")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
     told = capsys.readouterr()
     assert "✗ rows       " in told.out and "sft         runs  new" in told.out
+
+
+def test_stages_that_find_no_rows(look: Lint) -> None:
+    """Rows that are recognised, and are not what a stage learns from."""
+    prompts = [{"prompt": row["prompt"], "better": "red"} for row in PAIRS]
+    assert look.about("rows", prompts)[1:] == [("fault", "none for sft, reward")]
+    answers = [{"prompt": row["prompt"], "completion": "red", "label": True} for row in PAIRS]
+    assert look.about("rows", answers)[1:] == [("fault", "none for reward")]
+    found = look.about("rows", PAIRS, "dataset.test_fraction=0")
+    assert found[1:] == [("fault", "none for evaluation")]
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
