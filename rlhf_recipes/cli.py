@@ -146,6 +146,7 @@ def plan(
     from rlhf_recipes.lint import data_lint
     from rlhf_recipes.plan import make_plan
     from rlhf_recipes.rundir import runs_folder
+    from rlhf_recipes.shared import Shared
 
     made = make_plan(_load(recipe, set_, unset), runs_folder(runs), name=name)
     if json:
@@ -155,12 +156,13 @@ def plan(
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
     with show.quietly():
-        found = data_lint(made)
+        shared = Shared(made.recipe, made.model)
+        found = data_lint(made, shared)
     _print("\n".join(["", *map(str, found)]))
     if pending := [stage for stage in made.stages if not stage.done]:
         from rlhf_recipes.reckoning import reckoning
 
-        _print(f"\n{reckoning(made, pending, device, measure)}")
+        _print(f"\n{reckoning(made, pending, shared, device, measure)}")
 
 
 @app.command()

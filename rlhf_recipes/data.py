@@ -250,6 +250,8 @@ def normalise(row: Mapping[str, Any]) -> tuple[Messages, str | None, str | None]
         row["chosen"], row["rejected"] = _by_winner(row)
     given = row.get("conversations") or row.get("prompt") or []
     chosen, rejected = row.get("chosen", row.get("completion")), row.get("rejected")
+    if "completion" in row and row.get("label") in (False, 0):  # nothing here learns from it yet
+        raise Unusable("an answer that its label calls bad")
     if chosen is None:
         turns = row.get("messages") or row.get("conversations")
         *given, last = _messages(turns or given)

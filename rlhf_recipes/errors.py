@@ -25,7 +25,7 @@ FREE = "free some space there, and the same command goes on"
 ELSEWHERE = "see who may read and write it; --runs DIR keeps runs elsewhere"
 FAULTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FREE),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), ELSEWHERE),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR), ELSEWHERE),
     errno.ELOOP: "nothing is written through a link: look where it leads, and take it away",
     errno.EIO: "the disk may be failing; the same command goes on from what is whole",
 }

@@ -48,7 +48,7 @@ class Room:
         self.here = given is None
         self.wide = models.compute_dtype(recipe.model.dtype) == torch.float32
         if given is not None:
-            self.bytes, self.name = given - CONTEXT, f"a card with {show.size(given)}"
+            self.bytes, self.name = max(0.0, given - CONTEXT), f"a card with {show.size(given)}"
         elif self.card:
             self.bytes, self.name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
         else:

@@ -32,13 +32,12 @@ WAY_OUT = "see max_prompt_tokens and max_answer_tokens, or README.md for the sha
 SHOWN = 320  # characters of an example
 
 
-def data_lint(plan: Plan) -> list[Line]:
+def data_lint(plan: Plan, shared: Shared) -> list[Line]:
     """What a person should know of the rows. Reads what is on this machine, and brings nothing."""
     recipe = plan.recipe
     if gone := away(plan):
         change = f"rlhf-recipes fetch {recipe.path}"
         return [Line("note", "rows", f"not looked at: {gone} is not on this machine", change)]
-    shared = Shared(recipe, plan.model)
     try:
         if not any((shared.model_folder / name).is_file() for name in TOKENIZER):
             return [Line("note", "rows", "not looked at: the model's folder has no tokenizer")]

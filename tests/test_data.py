@@ -167,6 +167,7 @@ def test_a_row_that_is_no_pair_is_what_it_has(row: dict, found: tuple) -> None:
         ({"prompt": "red", "winner": "Both", **AB}, "a tie"),
         ({"prompt": "red", "winner": "neither", **AB}, "a tie"),
         ({"prompt": "red", "winner": 0, **AB}, "the winner is not a, b or tie"),
+        ({"prompt": "red", "completion": "a", "label": False}, "its label calls bad"),
         (
             {"conversations": [{"from": "gpt", "value": "x"}], "chosen": "a", "rejected": "b"},
             "the prompt does not end on the user's turn",

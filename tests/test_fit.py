@@ -101,15 +101,15 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(
 
 
 def test_plan_says_what_it_takes_of_a_card_or_what_was_measured(tiny_recipe: Path) -> None:
-    plan, _ = planned(tiny_recipe, 'stages=["sft"]', "evaluation=false")
-    first, *more = reckoning(plan, plan.stages, "24GB", False).splitlines()
+    plan, shared = planned(tiny_recipe, 'stages=["sft"]', "evaluation=false")
+    first, *more = reckoning(plan, plan.stages, shared, "24GB", False).splitlines()
     assert first.split() == ["stage", "memory", "time", "of", "which"]
     assert more[0].startswith("sft") and "activations" in more[0]
     assert more[-1] == "by rule; a card with 24 GB has 23.3 GB"
-    small = reckoning(plan, plan.stages, "0.7005GB", False).splitlines()[-1]
+    small = reckoning(plan, plan.stages, shared, "0.7005GB", False).splitlines()[-1]
     assert "; sft does not fit: --set sft.per_device_train_batch_size=" in small
-    took, last = reckoning(plan, plan.stages, "", True).splitlines()
+    took, last = reckoning(plan, plan.stages, shared, "", True).splitlines()
     assert took.startswith("sft") and "s a step, about" in took
     assert last == "measured, by a rehearsal"
     with pytest.raises(UsageError):
-        reckoning(plan, plan.stages, "much", False)
+        reckoning(plan, plan.stages, shared, "much", False)

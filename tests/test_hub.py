@@ -15,6 +15,7 @@ from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.plan import make_plan
 from rlhf_recipes.recipe import Recipe, load_recipe
 from rlhf_recipes.reckoning import reckoning
+from rlhf_recipes.shared import Shared
 from tests.conftest import RECIPE as TINY
 from tests.counting import RECIPE, toy
 from tests.fake_hub import FakeHub
@@ -164,7 +165,7 @@ def test_what_it_needs_of_memory_is_known_before_the_weights_are_here(
     """Of the model its config.json is brought, no more, and of the rows nothing."""
     fake.publish("model", "owner/model", tiny_model)
     made = make_plan(recipe_of(tmp_path), tmp_path / "runs")
-    said = reckoning(made, made.stages, "24GB", False)
+    said = reckoning(made, made.stages, Shared(made.recipe, made.model), "24GB", False)
     assert [line.split()[0] for line in said.splitlines()[1:5]] == [s.name for s in made.stages]
     assert "at the longest rows that the recipe lets in; a card with 24 GB" in said
     brought = [line for line in fake.asked if "/resolve/" in line]

@@ -20,8 +20,8 @@ tokens data attention models passes adapters rewards sequences ppo_losses checkp
 shared
 stages.common stages.sft stages.reward stages.ppo stages.dpo stages.answers stages.evaluate
 stages.best_of
-facts history clean doctor plan lint findings policy_rules verdict show plots charts house card
-report comparison export work hollow footprint rehearsal fit
+facts history clean doctor plan work lint findings policy_rules verdict show plots charts house card
+report comparison export hollow footprint rehearsal fit
 chat runner reckoning later cli __main__
 """.split()
 

@@ -11,8 +11,9 @@ import pytest
 
 from rlhf_recipes import cli, lint
 from rlhf_recipes.doctor import Line
-from rlhf_recipes.plan import make_plan
+from rlhf_recipes.plan import Plan, make_plan
 from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.shared import Shared
 from tests.conftest import RECIPE, WORDS
 from tests.counting import toy
 
@@ -23,6 +24,10 @@ PAIRS = [
 ]
 
 
+def linted(plan: Plan) -> list[Line]:
+    return lint.data_lint(plan, Shared(plan.recipe, plan.model))
+
+
 class Lint:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder = model, folder
@@ -31,7 +36,7 @@ class Lint:
         data, file = self.folder / "rows.jsonl", self.folder / "tiny.toml"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         file.write_text(RECIPE.format(model=self.model, data=data))
-        return lint.data_lint(make_plan(load_recipe(file, set=words), self.folder / "runs"))
+        return linted(make_plan(load_recipe(file, set=words), self.folder / "runs"))
 
     def about(self, about: str, rows: list[dict[str, Any]], *words: str) -> list[tuple[str, str]]:
         return [(line.level, line.text) for line in self(rows, *words) if line.about == about]
@@ -125,7 +130,7 @@ def test_a_stage_s_own_rows_and_what_is_not_here(look: Lint, tmp_path: Path) -> 
         recipe = load_recipe(tmp_path / "tiny.toml", set=[word])
         plan = make_plan(load_recipe(tmp_path / "tiny.toml"), tmp_path / "runs")
         object.__setattr__(plan, "recipe", recipe)
-        (line,) = lint.data_lint(plan)
+        (line,) = linted(plan)
         assert line.text == f"not looked at: {what} is not on this machine"
         assert line.change.startswith("rlhf-recipes fetch ")
 
@@ -155,5 +160,5 @@ def test_stages_that_find_no_rows(look: Lint) -> None:
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
-    (line,) = lint.data_lint(make_plan(load_recipe(toy(tmp_path)), tmp_path / "runs"))
+    (line,) = linted(make_plan(load_recipe(toy(tmp_path)), tmp_path / "runs"))
     assert line.text == "not looked at: the model's folder has no tokenizer"
