@@ -27,7 +27,8 @@ chat runner reckoning later cli __main__
 
 LIGHT = [
     *ORDER[: ORDER.index("tokens")],
-    *ORDER[ORDER.index("facts") : ORDER.index("export")],
+    *ORDER[ORDER.index("facts") : ORDER.index("work")],
+    *ORDER[ORDER.index("lint") : ORDER.index("export")],
     *"shared runner later cli".split(),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
