@@ -19,8 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.rundir import hardware, versions
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.store.provenance import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -36,8 +36,8 @@ from transformers import (
 
 from benchmarks import common
 from benchmarks.common import Measured
-from rlhf_recipes.adapters import Base
-from rlhf_recipes.models import new_head
+from rlhf_recipes.models.base import Base
+from rlhf_recipes.models.load import new_head
 
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import common
-from rlhf_recipes import fit
-from rlhf_recipes.plan import Plan, make_plan
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rehearsal import Ahead, rehearse
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.pipeline import fit
+from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.rehearsal import Ahead, rehearse
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Shared
 from tests.conftest import RECIPE, WORDS, word_tokenizer
 
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}

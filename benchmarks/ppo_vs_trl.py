@@ -33,7 +33,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Measured, child, module, spread, trl_words
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.load import load_recipe
 
 SIDES = ("ours", "trl", "trl_frozen_value")
 KEYS = ("scores", "kl")
@@ -242,9 +242,9 @@ def prepare_untrained(recipe_file: str, work: str) -> None:
     """Outputs of an SFT and a reward stage whose adapters change nothing, and TRL's models."""
     import torch
 
-    from rlhf_recipes.adapters import UNIT
-    from rlhf_recipes.models import new_head
-    from rlhf_recipes.shared import Shared
+    from rlhf_recipes.models.base import UNIT
+    from rlhf_recipes.models.load import new_head
+    from rlhf_recipes.stages.session import Shared
 
     shared = Shared(load_recipe(recipe_file), {})
     for name in ("sft", "reward"):
@@ -261,8 +261,8 @@ def prepare_untrained(recipe_file: str, work: str) -> None:
 
 def prepare_trained(run_folder: str, work: str) -> None:
     """The outputs of a run's SFT and reward stages, and the same as TRL's models."""
-    from rlhf_recipes.export import finished_stage
-    from rlhf_recipes.shared import Shared
+    from rlhf_recipes.pipeline.export import finished_stage
+    from rlhf_recipes.stages.session import Shared
 
     for name in ("sft", "reward"):
         shutil.copytree(finished_stage(Path(run_folder), name)[2], Path(work, name))
@@ -270,8 +270,8 @@ def prepare_trained(run_folder: str, work: str) -> None:
 
 
 def _write_for_trl(shared: Any, work: Path) -> None:
-    from rlhf_recipes.data import unique_prompts
-    from rlhf_recipes.export import write_model, write_reward_model
+    from rlhf_recipes.data.rows import unique_prompts
+    from rlhf_recipes.pipeline.export import write_model, write_reward_model
 
     write_model(shared, work / "sft", work / "policy")
     write_reward_model(shared, work / "reward", work / "classifier", form="merged")
@@ -282,10 +282,10 @@ def _write_for_trl(shared: Any, work: Path) -> None:
 
 def run_ours(recipe_file: str, work: str, found: str, *words: str) -> None:
     """The PPO stage itself, with a meter as its progress display."""
-    from rlhf_recipes import stages
-    from rlhf_recipes.shared import Shared
+    from rlhf_recipes.stages import contract
+    from rlhf_recipes.stages.session import Shared
 
-    run = stages.load("ppo")
+    run = contract.load("ppo")
     from benchmarks.meter import Meter
 
     class Progress:
@@ -305,7 +305,7 @@ def run_ours(recipe_file: str, work: str, found: str, *words: str) -> None:
     for part in ("work", "output"):
         (folder / part).mkdir(parents=True)
     inputs = {"policy": Path(work, "sft"), "reward_model": Path(work, "reward")}
-    run(stages.StageContext("ppo", "ppo", recipe, folder, inputs, Progress(), Shared(recipe, {})))
+    run(contract.StageContext("ppo", "ppo", recipe, folder, inputs, Progress(), Shared(recipe, {})))
 
 
 WORKERS = {"untrained": prepare_untrained, "trained": prepare_trained, "ours": run_ours}

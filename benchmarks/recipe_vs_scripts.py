@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import Measured, child, module, trl_words
-from rlhf_recipes.recipe import Recipe, load_recipe
+from rlhf_recipes.recipe.load import Recipe, load_recipe
 
 SMOKE = common.ROOT / "recipes/smoke.toml"
 QUICK = ["sft.max_steps=2", "reward.max_steps=2", "ppo.total_episodes=64", "evaluation.prompts=8"]

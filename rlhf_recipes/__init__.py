@@ -9,7 +9,7 @@ Loaded on first use, so that importing a light module of this package loads no o
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"load_recipe": "recipe", "make_plan": "plan", "run": "runner"}
+_HOMES = {"load_recipe": "recipe.load", "make_plan": "pipeline.plan", "run": "pipeline.runner"}
 __all__ = ["load_recipe", "make_plan", "run"]
 
 

@@ -18,16 +18,16 @@ from rich.table import Table
 from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
-from rlhf_recipes.adapters import Role
+from rlhf_recipes.data.tokens import Messages, Tokens, encode
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.export import finished_stage, shared_of
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.progress import Screen, plain
-from rlhf_recipes.rewards import open_reward
-from rlhf_recipes.sequences import sampling, score_ids
-from rlhf_recipes.tables import POLICY_KINDS
-from rlhf_recipes.tokens import Messages, Tokens, encode
-from rlhf_recipes.wiring import BASE
+from rlhf_recipes.models.reward_model import open_reward
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampling import sampling, score_ids
+from rlhf_recipes.pipeline.export import finished_stage, shared_of
+from rlhf_recipes.recipe.tables import BASE, POLICY_KINDS
+from rlhf_recipes.screen import Screen
+from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.text import plain
 
 HELP = "an empty line forgets the conversation · Ctrl-C stops an answer · Ctrl-D ends"
 COLUMN = 30  # characters; where the terminal has fewer for each, answers follow one another

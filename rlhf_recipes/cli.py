@@ -15,12 +15,13 @@ import typer
 from typer import Argument, Exit, Option
 
 from rlhf_recipes import errors
-from rlhf_recipes.errors import UsageError, machine_error, masked
+from rlhf_recipes.errors import UsageError, machine_error
+from rlhf_recipes.text import masked
 
 if TYPE_CHECKING:
-    from rlhf_recipes.clean import Spare
-    from rlhf_recipes.recipe import Recipe as Loaded
-    from rlhf_recipes.runner import RunOutcome
+    from rlhf_recipes.pipeline.runner import RunOutcome
+    from rlhf_recipes.recipe.load import Recipe as Loaded
+    from rlhf_recipes.store.clean import Spare
 
 app = typer.Typer(
     name="rlhf-recipes",
@@ -77,7 +78,7 @@ def run(
     runs: Runs = None,
 ) -> None:
     """Run what is not yet done of a recipe."""
-    from rlhf_recipes.runner import run as run_recipe
+    from rlhf_recipes.pipeline.runner import run as run_recipe
 
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
@@ -89,17 +90,17 @@ def run(
 
 def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
     """A row a stage; where the model is; what to type next."""
-    from rlhf_recipes import show
-    from rlhf_recipes.progress import duration
-    from rlhf_recipes.rundir import REPORT
+    from rlhf_recipes import findings
+    from rlhf_recipes.store.layout import REPORT
+    from rlhf_recipes.text import duration, table
 
     rows = [["stage", "", "time", "result"]]
     for done in outcome.stages:
         record = done.record
         rows.append([done.stage.name, done.did, duration(record["seconds"]), record["summary"]])
-    _print(f"\n{show.table(rows, right=(2,))}\n")
+    _print(f"\n{table(rows, right=(2,))}\n")
     if outcome.verdict:
-        _print(show.verdict(outcome.verdict), end="\n\n")
+        _print(findings.shown(outcome.verdict), end="\n\n")
     _print(f"results  {outcome.run_folder / 'results.json'}")
     _print(f"report   {outcome.run_folder / REPORT}")
     if outcome.model:
@@ -109,19 +110,19 @@ def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
 
 
 def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
-    from rlhf_recipes.recipe import find_recipe, load_recipe
+    from rlhf_recipes.recipe.load import find_recipe, load_recipe
 
     return load_recipe(find_recipe(recipe), set=set_, unset=unset)
 
 
 def _find(run: str, runs: Path | None) -> Path:
-    from rlhf_recipes.rundir import find_run, runs_folder
+    from rlhf_recipes.store.layout import find_run, runs_folder
 
     return find_run(run, runs_folder(runs))
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    from rlhf_recipes.rundir import FORMAT, to_json
+    from rlhf_recipes.store.files import FORMAT, to_json
 
     print(masked(to_json({"format": FORMAT, **value}, indent=2)))
 
@@ -142,25 +143,26 @@ def plan(
     """Say of each stage whether it would run, and why; and what memory and time it takes."""
     from dataclasses import asdict
 
-    from rlhf_recipes import show
-    from rlhf_recipes.lint import data_lint
-    from rlhf_recipes.plan import make_plan
-    from rlhf_recipes.rundir import runs_folder
-    from rlhf_recipes.shared import Shared
+    from rlhf_recipes import cli_tables
+    from rlhf_recipes.pipeline.data_lint import data_lint
+    from rlhf_recipes.pipeline.plan import make_plan
+    from rlhf_recipes.screen import quietly
+    from rlhf_recipes.stages.session import Shared
+    from rlhf_recipes.store.layout import runs_folder
 
     made = make_plan(_load(recipe, set_, unset), runs_folder(runs), name=name)
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
         return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
-    _print(show.plan(made))
+    _print(cli_tables.plan(made))
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
-    with show.quietly():
+    with quietly():
         shared = Shared(made.recipe, made.model)
         found = data_lint(made, shared)
     _print("\n".join(["", *map(str, found)]))
     if pending := [stage for stage in made.stages if not stage.done]:
-        from rlhf_recipes.reckoning import reckoning
+        from rlhf_recipes.pipeline.estimate import reckoning
 
         _print(f"\n{reckoning(made, pending, shared, device, measure)}")
 
@@ -211,7 +213,7 @@ def fork(
     unset: Unset = (),
 ) -> None:
     """Write a copy of a recipe to change, comments kept and paths re-based."""
-    from rlhf_recipes.recipe import find_recipe, fork_recipe
+    from rlhf_recipes.recipe.load import find_recipe, fork_recipe
 
     file = fork_recipe(find_recipe(recipe), new, set=set_, unset=unset)
     _print(f"{file} written; run it with: rlhf-recipes run {file}")
@@ -220,7 +222,7 @@ def fork(
 @app.command()
 def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
     """Bring a recipe's model and data to this machine, to run it with no network."""
-    from rlhf_recipes.fetch import fetch as fetch_recipe
+    from rlhf_recipes.sources.fetch import fetch as fetch_recipe
 
     fetch_recipe(_load(recipe, set_, unset), _print)
     _print("all that it loads is on this machine")
@@ -229,7 +231,7 @@ def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
 @app.command()
 def recipes(json: Json = False) -> None:
     """List the recipes that ship with this project."""
-    from rlhf_recipes.recipe import load_recipe, shipped_recipes
+    from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
 
     found = {file: load_recipe(file).title for file in shipped_recipes()}
     if json:
@@ -242,12 +244,12 @@ def recipes(json: Json = False) -> None:
 @app.command("runs")
 def runs_(runs: Runs = None, json: Json = False) -> None:
     """List what was run, the newest last."""
-    from rlhf_recipes import show
-    from rlhf_recipes.history import list_runs
-    from rlhf_recipes.rundir import runs_folder
+    from rlhf_recipes import cli_tables
+    from rlhf_recipes.store.history import list_runs
+    from rlhf_recipes.store.layout import runs_folder
 
     found = list_runs(folder := runs_folder(runs))
-    _print_json(found) if json else _print(show.runs(found, folder))
+    _print_json(found) if json else _print(cli_tables.runs(found, folder))
 
 
 @app.command()
@@ -260,19 +262,20 @@ def compare(
     json: Json = False,
 ) -> None:
     """Say what differs between runs, in their recipes and in their results."""
-    from rlhf_recipes import history, show
+    from rlhf_recipes import cli_tables
+    from rlhf_recipes.report import compare
 
     if len(run) < 2:
         raise UsageError("one run differs from nothing", "name another")
     folders = [_find(word, runs) for word in run]
-    parts = history.compare(folders)
+    parts = compare.compare(folders)
     if page:
-        from rlhf_recipes import comparison
+        from rlhf_recipes.report import compare as comparison
 
         comparison.write(folders, page)
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
-    _print(show.comparison([folder.name for folder in folders], parts))
+    _print(cli_tables.comparison([folder.name for folder in folders], parts))
     if page:
         _print(f"\npage  {page}")
 
@@ -287,15 +290,16 @@ def report(
     runs: Runs = None,
 ) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
-    from rlhf_recipes import report, show
-    from rlhf_recipes.rundir import REPORT
+    from rlhf_recipes import findings
+    from rlhf_recipes.report import run_page
+    from rlhf_recipes.store.layout import REPORT
 
     folder = _find(run, runs)
     if best_of is not None:
-        from rlhf_recipes import later
+        from rlhf_recipes.pipeline import later
 
         later.best_of(run_folder=folder, count=best_of)
-    _print(show.verdict(report.write(folder)))
+    _print(findings.shown(run_page.write(folder)))
     _print(f"\nreport   {folder / REPORT}")
     if open_:
         import webbrowser
@@ -308,9 +312,9 @@ def doctor(runs: Runs = None, json: Json = False) -> None:
     """Say what this machine has and lacks, and what to do about it."""
     from dataclasses import asdict
 
-    from rlhf_recipes.doctor import doctor as ask
-    from rlhf_recipes.rundir import runs_folder
-    from rlhf_recipes.show import quietly
+    from rlhf_recipes.pipeline.doctor import doctor as ask
+    from rlhf_recipes.screen import quietly
+    from rlhf_recipes.store.layout import runs_folder
 
     with quietly():
         found = ask(runs_folder(runs))
@@ -328,8 +332,8 @@ def clean(
     runs: Runs = None,
 ) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
-    from rlhf_recipes.clean import unused
-    from rlhf_recipes.rundir import runs_folder
+    from rlhf_recipes.store.clean import unused
+    from rlhf_recipes.store.layout import runs_folder
 
     folder = runs_folder(runs)
     found, doubts = unused(folder)
@@ -342,16 +346,19 @@ def clean(
 
 def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     """Shows what can go and, once that is agreed to, removes it."""
-    from rlhf_recipes import show
-    from rlhf_recipes.clean import remove
-    from rlhf_recipes.history import size
+    from rlhf_recipes import cli_tables
+    from rlhf_recipes.store.clean import remove
+    from rlhf_recipes.store.history import size
+    from rlhf_recipes.text import table
 
     if not found:
         return _print(f"nothing to remove in {runs}")
     sizes = [size(path) for path, _, _ in found]
-    rows = [[show.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)]
-    rows = [["size", "what", "why"], *rows, [show.size(sum(sizes)), "in all", ""]]
-    _print(show.table(rows, right=(0,)))
+    rows = [
+        [cli_tables.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)
+    ]
+    rows = [["size", "what", "why"], *rows, [cli_tables.size(sum(sizes)), "in all", ""]]
+    _print(table(rows, right=(0,)))
     if not yes and not sys.stdin.isatty():
         return _print("nothing was removed: there is no terminal to ask at; --yes removes")
     if not yes and not typer.confirm("Remove all of it?"):
@@ -369,7 +376,7 @@ def chat(
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""
-    from rlhf_recipes.progress import Screen
+    from rlhf_recipes.screen import Screen
 
     if all_ and stage:
         raise UsageError("--all and --stage exclude each other", "--all takes every policy")
@@ -389,13 +396,13 @@ def export(
     runs: Runs = None,
 ) -> None:
     """Write a stage's model where transformers and vLLM load it from."""
-    from rlhf_recipes.progress import Screen
+    from rlhf_recipes.screen import Screen
 
     if form not in ("merged", "adapter"):
         raise UsageError(f"no form {form!r}", "--form is merged or adapter")
     run_folder = _find(run, runs)
     with Screen(run_folder / "log.txt") as screen, screen.quiet():
-        from rlhf_recipes.export import export as export_model
+        from rlhf_recipes.pipeline.export import export as export_model
 
         said = export_model(run_folder=run_folder, folder=folder, stage=stage, form=form)
     _print(said)

@@ -15,11 +15,15 @@
 command line prints it without a traceback.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from rlhf_recipes.text import masked, plain
 
 FREE = "free some space there, and the same command goes on"
 ELSEWHERE = "see who may read and write it; --runs DIR keeps runs elsewhere"
@@ -31,23 +35,7 @@ FAULTS = {
 }
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries say it
 NOT_WRITTEN = re.compile(r"inline_container|iostream error")  # torch.save says no more than that
-# The password of a URL; tokens of Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, AWS.
-SECRET = re.compile(
-    r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)|\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[opsu]_\w{20,}"
-    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"
-)
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
-SECRET_LENGTH = 12  # a shorter value is a word of some other meaning
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", re.I)
-
-
-def masked(text: str) -> str:
-    """`text` without the passwords and tokens in it: those known by shape, and this process's."""
-    text = SECRET.sub("***", text)
-    for name, value in os.environ.items():
-        if len(value) >= SECRET_LENGTH and SECRET_NAME.search(name) and not value.startswith("/"):
-            text = text.replace(value, "***")
-    return text
 
 
 class RlhfRecipesError(Exception):
@@ -65,15 +53,6 @@ class RlhfRecipesError(Exception):
 def briefly(error: BaseException) -> str:
     """Its kind, and the first line of what it says."""
     return f"{type(error).__name__}: " + str(error).strip().partition("\n")[0][:160]
-
-
-def cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def plain(text: str) -> str:
-    """`text` in one line, with nothing in it that a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rlhf_recipes.facts import Share
+from rlhf_recipes.stats import Share
+from rlhf_recipes.text import plain
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,15 @@ def said(share: Share, of: str) -> str:
 
 def interval(share: Share) -> str:
     return f"{100 * share.low:.0f}–{100 * share.high:.0f}"
+
+
+MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
+
+
+def shown(found: Iterable[Finding]) -> str:
+    """A sentence a line, and below it what to change."""
+    lines = []
+    for one in found:
+        lines.append(f"{MARKS[one.level]} {plain(one.text)}")
+        lines += [f"  → {plain(one.change)}"] if one.change else []
+    return "\n".join(lines)

@@ -15,8 +15,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import identity, runner, stages, stopping
+from rlhf_recipes import signals
 from rlhf_recipes.errors import DataError, GateError
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.stages import contract
+from rlhf_recipes.store import fingerprint
 
 STEPS = 3
 
@@ -64,13 +67,13 @@ class Counting:
         self.ran: list[str] = []
         self.exported: list[str] = []
         self.fault: dict[str, Any] = {}  # stage -> called with its context
-        patch.setattr(stages, "load", lambda kind: self.stage)
+        patch.setattr(contract, "load", lambda kind: self.stage)
         patch.setattr(runner._Run, "_rehearse", lambda *_: None)
-        export = types.ModuleType("rlhf_recipes.export")
+        export = types.ModuleType("rlhf_recipes.pipeline.export")
         export.write_model = self.write_model
-        patch.setitem(sys.modules, "rlhf_recipes.export", export)
+        patch.setitem(sys.modules, "rlhf_recipes.pipeline.export", export)
 
-    def stage(self, context: stages.StageContext) -> stages.StageResult:
+    def stage(self, context: contract.StageContext) -> contract.StageResult:
         self.ran.append(context.name)
         for role, output in context.inputs.items():
             assert (output / "weights").is_file(), f"{role} of {context.name}"
@@ -83,7 +86,7 @@ class Counting:
         metrics = {"loss": 0.25, "steps": 2}
         if context.kind == "evaluation":
             metrics = {"ppo.win_rate": 0.75, "prompts": 8}
-        return stages.StageResult(metrics, "loss 0.50 → 0.25")
+        return contract.StageResult(metrics, "loss 0.50 → 0.25")
 
     def write_model(self, shared: Any, output: Path, folder: Path, *, form: str) -> None:
         assert form == "merged"
@@ -92,24 +95,24 @@ class Counting:
         (folder / "model.safetensors").write_text((output / "weights").read_text())
 
 
-def steady(context: stages.StageContext) -> stages.StageResult:
+def steady(context: contract.StageContext) -> contract.StageResult:
     """A stage whose output follows from its inputs alone: STEPS steps, each of which it saves.
 
     Beside the recipe, each step is a line in `steps`, and none ends while there is a file `hold`.
     """
-    from rlhf_recipes import checkpoints
+    from rlhf_recipes.stages import checkpoints
 
     work, output = context.folder / "work", context.folder / "output"
     read = [(source / "weights").read_text() for source in context.inputs.values()]
-    start = identity.digest([context.name, *read])
+    start = fingerprint.digest([context.name, *read])
     kept = checkpoints.newest(work, start, context.progress.note)
     step = checkpoints.step_of(kept) if kept else 0
     weights = (kept / "weights").read_text() if kept else start
     context.progress.resume(step)
     beside = context.recipe.path.parent
-    with stopping.deferred():
-        while step < STEPS and not stopping.requested():
-            step, weights = step + 1, identity.digest([weights])
+    with signals.deferred():
+        while step < STEPS and not signals.requested():
+            step, weights = step + 1, fingerprint.digest([weights])
             with (beside / "steps").open("a") as counted:
                 counted.write(f"{context.name} {step}\n")
             while (beside / "hold").exists():
@@ -121,7 +124,7 @@ def steady(context: stages.StageContext) -> stages.StageResult:
     (output / "more").mkdir()
     (output / "more" / "weights").write_text(weights[::-1])
     metrics = {"loss": 1 / STEPS, "sum": int(weights[:8], 16)}
-    return stages.StageResult(metrics, f"{STEPS} steps")
+    return contract.StageResult(metrics, f"{STEPS} steps")
 
 
 class _Patch:
@@ -134,29 +137,29 @@ class _Patch:
         target[name] = value
 
 
-def noise(context: stages.StageContext) -> None:
+def noise(context: contract.StageContext) -> None:
     print("printed by a library")
     print("complained by a library", file=sys.stderr)
     os.system("echo echoed from C >&2")
     warnings.warn("warned by a library", stacklevel=1)
     logging.getLogger("transformers").warning("logged by a library")
-    logging.getLogger("rlhf_recipes.stages").info("logged by us")
+    logging.getLogger("rlhf_recipes.stages.contract").info("logged by us")
 
 
-def hang(context: stages.StageContext) -> None:
+def hang(context: contract.StageContext) -> None:
     Path("hanging").write_text("")
     time.sleep(60)
 
 
-def fail(context: stages.StageContext) -> None:
+def fail(context: contract.StageContext) -> None:
     raise ValueError("the loss is NaN\nand more of the same")
 
 
-def refuse(context: stages.StageContext) -> None:
+def refuse(context: contract.StageContext) -> None:
     raise DataError("no rows on the train side", "lower test_fraction")
 
 
-def gate(context: stages.StageContext) -> None:
+def gate(context: contract.StageContext) -> None:
     raise GateError("it ranks 50.0% right", "try more pairs")
 
 
@@ -164,7 +167,7 @@ def main() -> None:
     counting = Counting(_Patch())
     fault, _, stage = os.environ.get("COUNTING", "").partition(":")
     if fault == "steady":
-        stages.load = lambda kind: steady
+        contract.load = lambda kind: steady
     elif fault:
         counting.fault[stage] = globals()[fault]
     from rlhf_recipes.cli import main as command

@@ -23,10 +23,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import rundir, stages
 from rlhf_recipes.errors import RlhfRecipesError
-from rlhf_recipes.recipe import Recipe, load_recipe
-from rlhf_recipes.runner import run
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import Recipe, load_recipe
+from rlhf_recipes.stages import contract
+from rlhf_recipes.store import provenance
 from tests import counting
 from tests.counting import Counting, toy
 
@@ -174,10 +175,10 @@ def no_part_is_taken_for_a_whole(runs: Path, whole: dict[str, bytes]) -> None:
 
 def steady_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Of stages that save each step; for processes that are forked from here."""
-    import rlhf_recipes.checkpoints  # noqa: F401  (torch: once, for all of them)
+    import rlhf_recipes.stages.checkpoints  # noqa: F401  (torch: once, for all of them)
 
     Counting(monkeypatch)
-    monkeypatch.setattr(stages, "load", lambda kind: counting.steady)
-    rundir.versions()
+    monkeypatch.setattr(contract, "load", lambda kind: counting.steady)
+    provenance.versions()
     text = counting.RECIPE.replace('"reward", "ppo"]', '"reward"]\nevaluation = false')
     return load_recipe(toy(tmp_path, text=text.partition("[ppo]")[0]))

@@ -47,11 +47,12 @@ class Places:
 
     def watch(self) -> None:
         """Patch this process: a step told, a file synced in a checkpoint or before the record."""
-        from rlhf_recipes import checkpoints, rundir
-        from rlhf_recipes.progress import StageProgress
+        from rlhf_recipes.screen import StageProgress
+        from rlhf_recipes.stages import checkpoints
+        from rlhf_recipes.store import layout
 
         update, written = StageProgress.update, checkpoints.written
-        record, sync = rundir.write_record, os.fsync
+        record, sync = layout.write_record, os.fsync
 
         def updating(*args: Any, **kwargs: Any) -> None:
             self.come_to("step")
@@ -72,7 +73,7 @@ class Places:
             sync(descriptor)
 
         StageProgress.update = updating
-        checkpoints.written, rundir.write_record, os.fsync = writing, recording, syncing
+        checkpoints.written, layout.write_record, os.fsync = writing, recording, syncing
 
     @contextlib.contextmanager
     def inside(self, kind: str) -> Iterator[None]:
@@ -100,8 +101,8 @@ def forked(recipe: Path, runs: Path, until: str, places: Places | None, log: Pat
         with log.open("a") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        from rlhf_recipes.recipe import load_recipe
-        from rlhf_recipes.runner import run
+        from rlhf_recipes.pipeline.runner import run
+        from rlhf_recipes.recipe.load import load_recipe
 
         if places is not None:
             places.watch()
@@ -144,9 +145,9 @@ def spread(count: int, points: int) -> list[int]:
 
 
 def main(recipe: Path, folder: Path, points: int) -> None:
-    import rlhf_recipes.shared
-    import rlhf_recipes.stages.ppo
+    import rlhf_recipes.stages.ppo.stage
     import rlhf_recipes.stages.reward
+    import rlhf_recipes.stages.session
     import rlhf_recipes.stages.sft  # noqa: F401 - once, for all children
 
     folder.mkdir(parents=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes import attention
-from rlhf_recipes.adapters import Base, Role
-from rlhf_recipes.attention import MatmulBackward
-from rlhf_recipes.models import load_causal_lm, new_head
-from rlhf_recipes.passes import LogProb, logprobs, logprobs_and_values, score, values
-from rlhf_recipes.sequences import Sequences, join
+from rlhf_recipes.models import attention
+from rlhf_recipes.models.attention import MatmulBackward
+from rlhf_recipes.models.base import Base
+from rlhf_recipes.models.load import load_causal_lm, new_head
+from rlhf_recipes.models.role import LogProb, Role, logprobs, logprobs_and_values, score, values
+from rlhf_recipes.models.sampling import Sequences, join
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 CPU = torch.device("cpu")

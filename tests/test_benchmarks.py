@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from benchmarks import common, memory_by_size, ppo_vs_trl, recipe_vs_scripts
 from benchmarks.meter import held_bytes
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.load import load_recipe
 
 
 def test_sides_run_in_turn_and_ratios_are_taken_pair_by_pair() -> None:

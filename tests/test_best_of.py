@@ -11,13 +11,13 @@ from statistics import fmean
 import pytest
 
 from rlhf_recipes.errors import RecipeError, UsageError
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.later import best_of
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rewards import open_reward
-from rlhf_recipes.runner import run
-from rlhf_recipes.sequences import score_ids
+from rlhf_recipes.models.reward_model import open_reward
+from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.pipeline.later import best_of
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import answers
+from rlhf_recipes.store.fingerprint import derive_seed
 from tests.counting import Counting, toy
 from tests.test_stages import Chain
 

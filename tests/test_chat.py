@@ -18,13 +18,13 @@ from transformers import GenerationMixin
 
 from rlhf_recipes import chat
 from rlhf_recipes.cli import main
-from rlhf_recipes.export import finished_stage
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rewards import open_reward
-from rlhf_recipes.runner import run
-from rlhf_recipes.sequences import score_ids
-from rlhf_recipes.shared import Shared
-from rlhf_recipes.tokens import Tokens
+from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.models.reward_model import open_reward
+from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.pipeline.export import finished_stage
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Shared
 from tests.conftest import RECIPE
 
 LINE = re.compile(r"(\w+): (.*?)(?:  \(score ([+-]\d+\.\d\d)\))?")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes import checkpoints
-from rlhf_recipes.guards import Limits
-from rlhf_recipes.ppo_trainer import PPOTrainer
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.stages import checkpoints
+from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.conftest import RECIPE
 from tests.test_adapters import make_base
 from tests.test_ppo_trainer import make_trainer

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import clean, rundir
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.store import clean, locks
 from tests.counting import Counting
 from tests.test_history import call, go, stages_of, two_runs
 
@@ -128,20 +128,20 @@ def test_what_a_live_process_holds_stays(
 ) -> None:
     ppo, evaluation = (stages_of(runs / "other")[name] for name in ("ppo", "evaluation"))
     shutil.rmtree(runs / "other")
-    with rundir.lock(ppo, "stage ppo"):
+    with locks.lock(ppo, "stage ppo"):
         assert spares(runs) == {f".stages/{evaluation.name}"}
         spare = (ppo, "no run refers to it", ppo)
         assert not clean.remove(spare, runs)  # taken up after it was listed
     assert clean.remove(spare, runs)
     assert not ppo.exists()
 
-    with rundir.lock(runs / "toy", "run toy"):  # it began, and has not said yet what it needs
+    with locks.lock(runs / "toy", "run toy"):  # it began, and has not said yet what it needs
         found, (doubt,) = clean.unused(runs)
         assert found == []
         assert doubt == f"{runs / 'toy'} is only just beginning: any stage may be its own"
         os.utime(runs / "toy" / "manifest.json")
         assert spares(runs) == {f".stages/{evaluation.name}"}
-    with rundir.lock(runs / "new", "run new"):
+    with locks.lock(runs / "new", "run new"):
         (runs / "new").mkdir(exist_ok=True)
         assert clean.unused(runs)[0] == []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.cli import main
-from rlhf_recipes.recipe import shipped_recipes
+from rlhf_recipes.recipe.load import shipped_recipes
 from tests.counting import RECIPE, Counting, toy
 
 ROOT = Path(__file__).parent.parent
@@ -253,7 +253,10 @@ def test_chat_and_export_get_a_run_s_folder(
     import types
 
     got: list[dict] = []
-    talk, export = types.ModuleType("rlhf_recipes.chat"), sys.modules["rlhf_recipes.export"]
+    talk, export = (
+        types.ModuleType("rlhf_recipes.chat"),
+        sys.modules["rlhf_recipes.pipeline.export"],
+    )
     talk.chat = lambda **given: got.append(given)
     export.export = lambda **given: got.append(given) or "written"
     monkeypatch.setitem(sys.modules, "rlhf_recipes.chat", talk)

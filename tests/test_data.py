@@ -10,19 +10,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_recipes.data import (
-    Data,
-    Unusable,
-    answered,
-    load_data,
-    normalise,
-    pairs,
-    understand,
-    unique_prompts,
-)
+from rlhf_recipes.data.dataset import Data, load_data
+from rlhf_recipes.data.rows import Unusable, answered, normalise, pairs, understand, unique_prompts
+from rlhf_recipes.data.tokens import Tokens, settle
 from rlhf_recipes.errors import DataError
-from rlhf_recipes.tables import DatasetTable
-from rlhf_recipes.tokens import Tokens, settle
+from rlhf_recipes.recipe.tables import DatasetTable
 from tests.conftest import TEMPLATE, WORDS
 
 ASK = [{"role": "user", "content": "red"}]

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes import cli, doctor, hub
+from rlhf_recipes import cli
+from rlhf_recipes.pipeline import doctor
+from rlhf_recipes.sources import hub
 from tests.fake_hub import FakeHub
 
 

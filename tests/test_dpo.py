@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_recipes import runner
-from rlhf_recipes.adapters import Role
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.recipe.load import load_recipe
 from tests.test_stages import Chain, adapter, base_weights, differs
 
 DPO = """

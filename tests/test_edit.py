@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.edit import edit
 from rlhf_recipes.errors import RecipeError, UsageError
-from rlhf_recipes.recipe import fork_recipe, load_recipe
+from rlhf_recipes.recipe.edit import edit
+from rlhf_recipes.recipe.load import fork_recipe, load_recipe
 from tests.test_recipe import MINIMAL, SAVING, problems, write
 
 COMMENTED = """\

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import rlhf_recipes
-from rlhf_recipes.fields import trl_fields
+from rlhf_recipes.recipe.fields import trl_fields
 
 SCHEMA = Path(rlhf_recipes.__file__).parent / "recipe.schema.json"
 HERE = "|"  # the cursor

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.fields import Field
+from rlhf_recipes.recipe.fields import Field
 from tests.worlds import (
     ALL,
     BATCH,

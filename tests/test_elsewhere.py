@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import elsewhere, fields, tables
+from rlhf_recipes.recipe import aliases, fields, tables
 from tests.test_recipe import MINIMAL, problems
 
 ELSEWHERE = {
@@ -78,12 +78,12 @@ def test_a_key_of_another_tool_is_told_ours(tmp_path: Path, tool: str) -> None:
 
 
 def test_every_key_that_stands_for_another_is_one() -> None:
-    for named in elsewhere.names()["renamed"]:
+    for named in aliases.names()["renamed"]:
         for name in re.split(" or | and ", named):
             assert ours(name), name
-    theirs = [n for said in elsewhere.names().values() for names in said.values() for n in names]
+    theirs = [n for said in aliases.names().values() for names in said.values() for n in names]
     assert len(theirs) == len({*theirs})
-    assert not [name for name in theirs if elsewhere.elsewhere(name.replace("*", "x")) == ""]
+    assert not [name for name in theirs if aliases.elsewhere(name.replace("*", "x")) == ""]
 
 
 def test_every_field_of_trls_other_trainers_is_known() -> None:
@@ -99,4 +99,4 @@ def test_every_field_of_trls_other_trainers_is_known() -> None:
     names -= {name for table in fields.trl_fields().values() for name in table}
     names -= {*tables.top_keys()["model"], *tables.top_keys()["dataset"]}
     assert configs > 20 and len(names) > 100
-    assert sorted(name for name in names if not elsewhere.elsewhere(name)) == []
+    assert sorted(name for name in names if not aliases.elsewhere(name)) == []

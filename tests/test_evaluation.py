@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_recipes.adapters import Role
-from rlhf_recipes.export import write_model, write_reward_model
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rewards import open_reward, read_unit
-from rlhf_recipes.sequences import sample, score_ids
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.models.reward_model import open_reward, read_unit
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampling import sample, score_ids
+from rlhf_recipes.pipeline.export import write_model, write_reward_model
+from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import answers, evaluate
+from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.store.fingerprint import derive_seed
 from tests.test_stages import Chain
 
 POLICIES = ("base", "sft", "ppo")

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_recipes.errors import GateError
-from rlhf_recipes.evidence import (
-    calibration,
-    calibration_error,
-    gate,
-    of_pairs,
-    wilson,
-)
+from rlhf_recipes.stats import calibration, calibration_error, gate, of_pairs, wilson
 
 
 @pytest.mark.parametrize(

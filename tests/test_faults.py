@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.load import Recipe
 from tests.counting import STEPS
 from tests.faults import (
     FAULT_WORDS,

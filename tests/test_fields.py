@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import pytest
 
-from rlhf_recipes.fields import Field, fields_of, trl_fields
-from rlhf_recipes.recipe import load_recipe, shipped_recipes
-from rlhf_recipes.tables import KINDS
-from rlhf_recipes.wiring import check
+from rlhf_recipes.recipe.check_stages import check
+from rlhf_recipes.recipe.fields import Field, fields_of, trl_fields
+from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
+from rlhf_recipes.recipe.tables import KINDS
 
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 ROOT = Path(__file__).parent.parent

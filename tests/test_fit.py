@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rlhf_recipes import fit, memory, rehearsal, runner
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
-from rlhf_recipes.hollow import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
-from rlhf_recipes.plan import Plan, make_plan
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.reckoning import reckoning
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.pipeline import fit, memory, rehearsal, runner
+from rlhf_recipes.pipeline.estimate import reckoning
+from rlhf_recipes.pipeline.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
+from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Shared
 
 
 def planned(file: Path, *changes: str) -> tuple[Plan, Shared]:

@@ -11,9 +11,9 @@ from random import Random
 
 import pytest
 
-from rlhf_recipes import recipe
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.lines import key_lines
+from rlhf_recipes.recipe import load as recipe
+from rlhf_recipes.recipe.toml import key_lines
 from tools import fuzz
 
 ROOT = Path(__file__).parents[1]

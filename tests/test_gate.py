@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import tomlkit
 
-from rlhf_recipes import evidence
-from rlhf_recipes.data import Data, pairs
+from rlhf_recipes import stats
+from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.rows import pairs
 from rlhf_recipes.errors import GateError, StageError
-from rlhf_recipes.export import export, write_reward_model
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rewards import open_reward
-from rlhf_recipes.sequences import score_ids
+from rlhf_recipes.models.reward_model import open_reward
+from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.pipeline.export import export, write_reward_model
+from rlhf_recipes.recipe.load import load_recipe
 from tests.counting import toy
 from tests.test_stages import Chain
 from tests.worlds import HEAD
@@ -38,7 +39,7 @@ def rows_of(chain: Chain) -> Data:
 
 
 def found(chain: Chain, stage: str) -> dict[str, Any]:
-    return json.loads((chain.outputs[stage] / evidence.FILE).read_text())
+    return json.loads((chain.outputs[stage] / stats.FILE).read_text())
 
 
 # ---- evidence -----------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def test_the_evidence_is_of_the_test_pairs_alone(chain: Chain) -> None:
     assert sum(one["pairs"] for one in told["calibration"]) == 15
     # In the head's own scale, not in units.
     raw = [m * metrics["unit_std"] for m in margins]
-    error = evidence.calibration_error(evidence.calibration(evidence.np.array(raw)))
+    error = stats.calibration_error(stats.calibration(stats.np.array(raw)))
     assert metrics["calibration_error"] == pytest.approx(error, abs=1e-3)
 
 
@@ -197,9 +198,9 @@ def test_whose_minimum_holds(chain: Chain, tmp_path: Path) -> None:
     """The stage's that reads, else the reward stage's, else 0.55."""
     chain.run("sft", {})
     chain.run("reward", POLICY)
-    file = chain.outputs["reward"] / evidence.FILE
+    file = chain.outputs["reward"] / stats.FILE
     told = found(chain, "reward")
-    low, high = evidence.wilson(0.5, 4000)
+    low, high = stats.wilson(0.5, 4000)
     told["metrics"] |= {"accuracy": 0.5, "accuracy_low": low, "accuracy_high": high}
     file.write_text(json.dumps(told))
     for words, under in [

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import history, rundir
 from rlhf_recipes.cli import main
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.runner import run
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.report import compare
+from rlhf_recipes.store import history, locks, provenance
 from tests.counting import RECIPE, Counting, toy
 
 
@@ -103,7 +104,7 @@ def test_a_run_that_is_going_on_or_was_killed_says_how_far_it_came(
     (stages_of(runs / "toy")["ppo"] / "stage.json").unlink()
     told = {one["name"]: one for one in history.list_runs(runs)["runs"]}
     assert (told["toy"]["outcome"], told["toy"]["stages_done"]) == ("unfinished", 3)
-    with rundir.lock(runs / "toy", "run toy"):
+    with locks.lock(runs / "toy", "run toy"):
         told = {one["name"]: one for one in history.list_runs(runs)["runs"]}
     assert (told["toy"]["outcome"], told["other"]["outcome"]) == ("running", "finished")
 
@@ -161,7 +162,7 @@ def test_what_differs_stands_side_by_side(
         ["versions", "toy", "other"],
         ["python", platform.python_version(), "—"],
     ]
-    assert ["torch", rundir.versions()["torch"], "2.99.0+cu130"] in versions
+    assert ["torch", provenance.versions()["torch"], "2.99.0+cu130"] in versions
     assert out[-1] == "hardware: the same"
     (same, *_) = call(monkeypatch, capfd, "compare", "toy", "toy", "--runs", str(runs))
     assert [line for line in same if line] == [
@@ -176,12 +177,12 @@ def test_comments_order_and_places_are_no_difference_and_bytes_are(
     recipe = toy(moved, "third", "# told anew\n" + RECIPE.replace("learning_rate = 1e-3", "# none"))
     recipe.write_text(recipe.read_text().replace("[sft]", "[sft]\nlearning_rate = 0.001"))
     run(load_recipe(recipe), runs=runs)
-    parts = history.compare([runs / "toy", runs / "third"])
+    parts = compare.compare([runs / "toy", runs / "third"])
     assert parts == {"recipe": {}, "results": {}, "versions": {}, "hardware": {}}
 
     (moved / "pairs.jsonl").write_text("{}\n")
     run(load_recipe(recipe, set=["sft.logging_steps=3"]), runs=runs, name="fourth")
-    found = history.compare([runs / "toy", runs / "third", runs / "fourth"])["recipe"]
+    found = compare.compare([runs / "toy", runs / "third", runs / "fourth"])["recipe"]
     assert list(found) == ["sft.logging_steps", "dataset.content"]
     assert found["sft.logging_steps"] == [10.0, 10.0, 3.0]
     first, second, third = found["dataset.content"]
@@ -195,7 +196,7 @@ def test_one_run_differs_from_nothing(
     assert error == ["one run differs from nothing (name another)"]
     (runs / "toy" / "resolved.toml").unlink()
     with pytest.raises(UsageError, match=r"toy has no resolved\.toml that can be read"):
-        history.compare([runs / "toy", runs / "other"])
+        compare.compare([runs / "toy", runs / "other"])
 
 
 # ---- plan, and doing it again elsewhere ---------------------------------------------------------
@@ -247,7 +248,7 @@ def test_the_run_s_folder_is_enough_to_do_it_again_elsewhere(runs: Path, tmp_pat
             one["payload"] for one in manifest["stages"]
         ]
     assert manifest["overrides"] == ["ppo.total_episodes=128"]
-    assert manifest["stages"][0]["versions"] == manifest["versions"] == rundir.versions()
+    assert manifest["stages"][0]["versions"] == manifest["versions"] == provenance.versions()
     assert manifest["hardware"]["threads"] == os.environ["OMP_NUM_THREADS"]
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import fetch, hub, mirror, sources
 from rlhf_recipes.errors import DataError, ModelError
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import Recipe, load_recipe
-from rlhf_recipes.reckoning import reckoning
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.pipeline.estimate import reckoning
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.recipe.load import Recipe, load_recipe
+from rlhf_recipes.sources import fetch, hub, mirror
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.stages.session import Shared
 from tests.conftest import RECIPE as TINY
 from tests.counting import RECIPE, toy
 from tests.fake_hub import FakeHub

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import fetch, sources
 from rlhf_recipes.errors import DataError, ModelError
+from rlhf_recipes.sources import fetch
+from rlhf_recipes.sources import resolve as sources
 from tests import test_hub
 from tests.fake_hub import FakeHub
 from tests.test_hub import HUB, fetched, recipe_of, trouble, weights

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import tomlkit
 
-from rlhf_recipes import history
-from rlhf_recipes.clean import unused
-from rlhf_recipes.fetch import _models
-from rlhf_recipes.plan import Plan, make_plan
-from rlhf_recipes.recipe import Recipe, load_recipe, smaller_layout
+from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.recipe.load import Recipe, load_recipe, smaller_layout
+from rlhf_recipes.sources.fetch import _models
+from rlhf_recipes.store import history
+from rlhf_recipes.store.clean import unused
 from tests.counting import RECIPE, toy
 from tests.worlds import HEAD
 

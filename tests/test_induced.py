@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.errors import GateError
-from rlhf_recipes.facts import read
 from rlhf_recipes.findings import Finding
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.runner import run
-from rlhf_recipes.verdict import verdict
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.report.facts import read
+from rlhf_recipes.report.verdict import verdict
 from tests.conftest import RECIPE, WORDS
 
 Made = Callable[..., list[Finding]]

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from rlhf_recipes.evidence import best_of_gain, best_of_kl, bootstrap
+from rlhf_recipes.stats import best_of_gain, best_of_kl, bootstrap
 
 
 @pytest.mark.parametrize(("count", "won"), [(400, 284), (120, 108), (40, 20)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 
-from rlhf_recipes.lines import key_lines
+from rlhf_recipes.recipe.toml import key_lines
 
 
 def test_the_line_of_every_key() -> None:

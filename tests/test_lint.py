@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import cli, lint
-from rlhf_recipes.doctor import Line
-from rlhf_recipes.plan import Plan, make_plan
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.shared import Shared
+from rlhf_recipes import cli
+from rlhf_recipes.pipeline import data_lint
+from rlhf_recipes.pipeline.doctor import Line
+from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Shared
 from tests.conftest import RECIPE, WORDS
 from tests.counting import toy
 
@@ -25,7 +26,7 @@ PAIRS = [
 
 
 def linted(plan: Plan) -> list[Line]:
-    return lint.data_lint(plan, Shared(plan.recipe, plan.model))
+    return data_lint.data_lint(plan, Shared(plan.recipe, plan.model))
 
 
 class Lint:
@@ -140,7 +141,7 @@ def test_rows_that_cannot_be_used_are_a_line_of_the_plan(
 ) -> None:
     (line,) = look([{"question": "\x1b[2J"}] * 3)
     assert line.level == "fault" and "3 of 3 rows are unusable" in line.text
-    assert line.change == lint.WAY_OUT
+    assert line.change == data_lint.WAY_OUT
     monkeypatch.setattr(sys, "argv", ["rlhf-recipes", "plan", str(tmp_path / "tiny.toml")])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import edit, elsewhere, fields, lines, recipe, validate, wiring
 from rlhf_recipes.errors import RecipeError, UsageError
+from rlhf_recipes.recipe import aliases, check_stages, edit, fields
+from rlhf_recipes.recipe import check as validate
+from rlhf_recipes.recipe import load as recipe
+from rlhf_recipes.recipe import toml as lines
 from tests import test_recipe
 from tests.malformed import CASES, TOML, WORDS
 from tests.test_edit import COMMENTED
@@ -185,10 +188,10 @@ REST = (
 
 def functions() -> list[Callable[..., Any]]:
     """All that says what is wrong with a recipe."""
-    classes = (validate.Checker, wiring.StageChecker, fields.Field)
+    classes = (validate.Checker, check_stages.StageChecker, fields.Field)
     written = [f for c in classes for f in vars(c).values() if inspect.isfunction(f)]
     methods = [f for f in written if "rlhf_recipes" in f.__code__.co_filename]  # a dataclass's own
-    modules = (edit._put, edit._remove, edit.edit, lines.parse, lines._beyond, elsewhere.elsewhere)
+    modules = (edit._put, edit._remove, edit.edit, lines.parse, lines._beyond, aliases.elsewhere)
     return [*methods, *modules, recipe._read, recipe._no_toml, recipe._load]
 
 

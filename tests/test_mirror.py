@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy
 import pytest
 
-from rlhf_recipes import mirror, runner
 from rlhf_recipes.errors import ModelError
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.tables import MirrorTable
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.tables import MirrorTable
+from rlhf_recipes.sources import mirror
 from tests.conftest import TEMPLATE
 from tests.counting import RECIPE, Counting, toy
 
@@ -257,7 +258,9 @@ def test_a_run_from_a_mirror_says_so_and_stays_with_it(
 ) -> None:
     from huggingface_hub import constants
 
-    from rlhf_recipes.export import shared_of  # the real one, before Counting's stands there
+    from rlhf_recipes.pipeline.export import (
+        shared_of,  # the real one, before Counting's stands there
+    )
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     counting, runs = Counting(monkeypatch), tmp_path / "runs"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import rundir
-from rlhf_recipes.recipe import Recipe
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.store import files, layout
 from tests.counting import STEPS
 from tests.faults import attempt, end, outputs, start, steady_recipe
 from tests.test_cli import command, environment
@@ -136,7 +136,7 @@ def test_odd_places(recipe: Recipe, tmp_path: Path, name: str) -> None:
     assert (code, line) == (0, "")
     assert attempt(recipe, runs=runs, name=run_name)[:2] == (0, "")
     assert len((tmp_path / "steps").read_text().splitlines()) == 2 * STEPS
-    assert rundir.find_run(run_name or "toy", runs) == runs / (run_name or "toy")
+    assert layout.find_run(run_name or "toy", runs) == runs / (run_name or "toy")
     for what in ("log.txt", "resolved.toml", "metrics.jsonl", "stage.json", "results.json"):
         at = next(i for i, s in enumerate(seen, 1) if s.startswith("write") and what in s)
         shutil.rmtree(runs)
@@ -162,8 +162,8 @@ def test_links_and_a_moved_folder(recipe: Recipe, tmp_path: Path) -> None:
     assert attempt(recipe, runs=tmp_path / "moved")[:2] == (0, "")
     assert len((tmp_path / "steps").read_text().splitlines()) == 4 * STEPS
     assert outputs(tmp_path / "moved") == whole
-    run = rundir.find_run("toy", tmp_path / "moved")
-    for entry in rundir.read_json(run / "manifest.json")["stages"]:
+    run = layout.find_run("toy", tmp_path / "moved")
+    for entry in files.read_json(run / "manifest.json")["stages"]:
         assert (run.parent / entry["folder"] / "output" / "weights").is_file()
     (tmp_path / "moved" / ".stages" / "sft-x").symlink_to("nowhere")  # is nobody's stage
     assert attempt(recipe, runs=tmp_path / "moved")[:2] == (0, "")

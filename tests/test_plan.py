@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import rundir
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.plan import Plan, make_plan
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.store import layout
+from rlhf_recipes.store.files import write_json
 from tests.counting import RECIPE, toy
 from tests.worlds import HEAD
 
@@ -23,7 +24,7 @@ def finish(planned: Plan) -> None:
     for stage in planned.stages:
         record = {"name": stage.name, "key": stage.key, "payload": stage.payload}
         stage.folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_record(stage.folder, record)
+        layout.write_record(stage.folder, record)
 
 
 def reasons(planned: Plan) -> dict[str, str]:
@@ -177,7 +178,7 @@ def test_the_run_s_own_last_stages_come_before_nearer_kin(tmp_path: Path) -> Non
     entries = [
         {"name": s.name, "folder": s.folder.relative_to(mine.runs).as_posix()} for s in mine.stages
     ]
-    rundir.write_json(mine.run_folder / "manifest.json", HEAD | {"stages": entries})
+    write_json(mine.run_folder / "manifest.json", HEAD | {"stages": entries})
     changed = plan(recipe, "reward.weight_decay=0.2", "seed=2", name=mine.run_folder.name)
     assert reasons(changed)["reward"] == ("weight_decay 0.1 → 0.2, seed 42 → 2, input sft changed")
     elsewhere = plan(recipe, "reward.weight_decay=0.2", "seed=2", name="other")

@@ -17,12 +17,12 @@ from trl.experimental.ppo import PPOConfig
 from trl.experimental.ppo import PPOTrainer as StockPPOTrainer
 from trl.experimental.ppo import ppo_trainer as stock
 
-from rlhf_recipes import ppo_trainer as ours
-from rlhf_recipes.adapters import Role
-from rlhf_recipes.guards import Limits
-from rlhf_recipes.models import load_causal_lm, load_tokenizer
-from rlhf_recipes.sequences import sampling
-from rlhf_recipes.tokens import settle
+from rlhf_recipes.data.tokens import settle
+from rlhf_recipes.models.load import load_causal_lm, load_tokenizer
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampling import sampling
+from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.stages.ppo import trainer as ours
 from tests.test_adapters import make_base
 from tests.test_ppo_trainer import PROMPTS, make_trainer
 from tests.test_stages import Silent

@@ -9,13 +9,14 @@ import pytest
 import torch
 from trl.experimental.ppo import PPOConfig
 
-from rlhf_recipes.adapters import Base
+from rlhf_recipes.data.tokens import settle
 from rlhf_recipes.errors import StageError
-from rlhf_recipes.guards import Guard, Limits
-from rlhf_recipes.models import load_causal_lm, load_tokenizer, new_head
-from rlhf_recipes.ppo_losses import Rollout, advantages
-from rlhf_recipes.ppo_trainer import PPOTrainer
-from rlhf_recipes.tokens import settle
+from rlhf_recipes.models.base import Base
+from rlhf_recipes.models.load import load_causal_lm, load_tokenizer, new_head
+from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.stages.ppo.guards import Guard
+from rlhf_recipes.stages.ppo.losses import Rollout, advantages
+from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.test_adapters import make_base, trained
 from tests.test_stages import Silent
 
@@ -203,7 +204,7 @@ def test_the_models_own_sampling_settings_cannot_leak_in(
 
 def rollout(trainer: PPOTrainer, answers: list[list[int]], **given: list) -> Rollout:
     """A rollout of given answers to one prompt, with given scores, values and KL."""
-    from rlhf_recipes.sequences import join
+    from rlhf_recipes.models.sampling import join
 
     width = trainer.args.response_length
     rows = join([[1, 5]] * len(answers), answers, 0, torch.device("cpu"), width)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.progress import Screen, StageProgress, duration, plain
+from rlhf_recipes.screen import Screen, StageProgress
+from rlhf_recipes.text import duration, plain
 
 
 class Clock:

@@ -7,7 +7,7 @@ import pytest
 import tomlkit
 
 from rlhf_recipes.errors import RecipeError, UsageError
-from rlhf_recipes.recipe import (
+from rlhf_recipes.recipe.load import (
     Recipe,
     find_recipe,
     identity_settings,
@@ -15,7 +15,7 @@ from rlhf_recipes.recipe import (
     load_recipe,
     shipped_recipes,
 )
-from rlhf_recipes.tables import MirrorTable
+from rlhf_recipes.recipe.tables import MirrorTable
 
 SAVING = {"save_steps": 0.1, "save_total_limit": 2}
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes import fit, rehearsal, rundir, runner, stages
 from rlhf_recipes.errors import Interrupted, MachineError, ModelError
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.shared import Shared
-from rlhf_recipes.stages import ppo, reward
-from rlhf_recipes.work import work
+from rlhf_recipes.pipeline import fit, rehearsal, runner
+from rlhf_recipes.pipeline.flops import work
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages import contract, reward
+from rlhf_recipes.stages.ppo import stage as ppo
+from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.store.files import read_json
 
 WHOLE = (
     'stages=["sft", "reward", "dpo", "ppo"]',
@@ -100,7 +102,7 @@ def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
     assert told.startswith(f"{known}the same command with --set")
     assert "--set ppo.per_device_train_batch_size=4" in told
     runs = tiny_recipe.parent / "runs"
-    manifest = rundir.read_json(runs / "tiny" / "manifest.json")
+    manifest = read_json(runs / "tiny" / "manifest.json")
     assert manifest["error"]["stage"] == "ppo"
     assert {stage["outcome"] for stage in manifest["stages"]} == {"not run"}
     assert left(runs) == [".stages"]
@@ -153,7 +155,7 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rehearsal, "rehearse", tell)
-    monkeypatch.setattr(stages, "load", lambda kind: stop)
+    monkeypatch.setattr(contract, "load", lambda kind: stop)
 
     def begin(*changes: str, **words: Any) -> list[list[str]]:
         tried.clear()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import comparison, report
-from rlhf_recipes.facts import TYPES, read
-from rlhf_recipes.rundir import read_json
+from rlhf_recipes.report import compare as comparison
+from rlhf_recipes.report import run_page
+from rlhf_recipes.report.facts import TYPES, read
+from rlhf_recipes.store.files import read_json
 from tests.told import shares, told
 
 ROWS = [
@@ -83,7 +84,7 @@ class Page(HTMLParser):
 
 
 def page(run: Path) -> tuple[str, Page]:
-    report.write(run)
+    run_page.write(run)
     html = (run / "report.html").read_text(encoding="utf-8")
     return html, Page(html)
 
@@ -296,11 +297,11 @@ def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
 
 def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_path: Path) -> None:
     run = told(tmp_path, manifest={"title": "A [title](x) | <b>"})
-    report.write(run)
+    run_page.write(run)
     assert not (run / "model").exists()
     (run / "model").mkdir()
     (run / "model" / "source.json").write_text('{"format": 1, "stage": "ppo"}')
-    report.write(run, again=False)
+    run_page.write(run, again=False)
     card = (run / "model" / "README.md").read_text()
     assert card.startswith(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
@@ -313,7 +314,7 @@ def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_pat
     local = {"model": {"name": "/home/me/mine"}, "dataset": {"path": "~/rows"}}
     resolved = (told(tmp_path / "local", recipe=local) / "resolved.toml").read_text()
     (run / "resolved.toml").write_text(resolved)
-    report.write(run)
+    run_page.write(run)
     card = (run / "model" / "README.md").read_text()
     assert "\nmine, trained by sft → reward → ppo;" in card and "Data: rows. Seed" in card
     assert "base_model" not in card and "/home/me" not in card

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import later, memory, report
 from rlhf_recipes.errors import Interrupted, StageError
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.runner import RunOutcome, run
-from rlhf_recipes.verdict import verdict
+from rlhf_recipes.pipeline import later, memory
+from rlhf_recipes.pipeline.runner import RunOutcome, run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.report import run_page
+from rlhf_recipes.report.verdict import verdict
 from tests import counting
 from tests.counting import Counting, toy
 from tests.test_history import call
@@ -93,7 +94,7 @@ def test_a_report_that_cannot_be_written_is_a_line_and_fails_nothing(
     def broken(*_: object) -> None:
         raise ValueError("no ink\x1b[31m")
 
-    monkeypatch.setattr(report, "page", broken)
+    monkeypatch.setattr(run_page, "page", broken)
     if fault:
         count.fault[fault] = counting.fail
         with pytest.raises(StageError, match="the loss is NaN"):
@@ -135,11 +136,12 @@ def test_compare_writes_a_page_where_it_is_asked_to(
 
 
 def test_what_is_said_on_a_terminal_moves_no_cursor(tmp_path: Path) -> None:
-    from rlhf_recipes import facts, show
+    from rlhf_recipes import findings
+    from rlhf_recipes.report import facts
 
     error = {"stage": "ppo", "message": "\x1b[2Jgone\nnext", "hint": "\x1b]0;x\x07try"}
     found = verdict(facts.read(told(tmp_path, manifest={"outcome": "failed", "error": error})))
-    assert "gone next" in show.verdict(found) and "\x1b" not in show.verdict(found)
+    assert "gone next" in findings.shown(found) and "\x1b" not in findings.shown(found)
 
 
 def test_a_stage_s_memory_is_measured_from_its_start(tmp_path: Path, count: Counting) -> None:

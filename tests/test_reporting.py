@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.progress import Screen, StageProgress
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.screen import Screen, StageProgress
 from tests.test_stages import Chain
 
 PPO = "objective/kl objective/entropy objective/scores objective/rlhf_reward policy/clipfrac_avg"
@@ -95,9 +95,9 @@ def test_a_service_that_nobody_knows_is_refused(tiny_recipe: Path) -> None:
 def test_reports_are_neutral_and_a_run_in_wandb_is_named(tiny_recipe: Path, tmp_path: Path) -> None:
     from trl import SFTConfig
 
-    from rlhf_recipes.recipe import identity_settings
-    from rlhf_recipes.stages import StageContext
-    from rlhf_recipes.stages.common import trainer_config
+    from rlhf_recipes.recipe.load import identity_settings
+    from rlhf_recipes.stages.contract import StageContext
+    from rlhf_recipes.stages.training import trainer_config
 
     plain, asked = load_recipe(tiny_recipe), load_recipe(tiny_recipe, set=["sft.report_to=wandb"])
     assert identity_settings(plain, "sft") == identity_settings(asked, "sft")

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import checkpoints, runner, stopping
-from rlhf_recipes.adapters import Base
+from rlhf_recipes import signals
 from rlhf_recipes.errors import Interrupted, MachineError, StageError
-from rlhf_recipes.progress import StageProgress
-from rlhf_recipes.recipe import load_recipe
+from rlhf_recipes.models.base import Base
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.screen import StageProgress
+from rlhf_recipes.stages import checkpoints
 from rlhf_recipes.stages.sft import Trainer
 from tests.conftest import RECIPE
 
@@ -119,8 +121,8 @@ def asked_to_stop(kind: str, step: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(StageProgress, "update", until)
-        patch.setattr(stopping, "requested", lambda: bool(asked))
-        patch.setattr(stopping, "deferred", deferred)
+        patch.setattr(signals, "requested", lambda: bool(asked))
+        patch.setattr(signals, "deferred", deferred)
         yield
     assert set(asked) == {step}
 
@@ -241,7 +243,7 @@ def test_what_is_no_number_ends_the_stage_and_no_checkpoint_holds_it(
                 parameter.grad.fill_(float("nan"))
         return loss
 
-    module = importlib.import_module(f"rlhf_recipes.stages.{kind}")
+    module = importlib.import_module(f"rlhf_recipes.stages.contract.{kind}")
     stock = module.Trainer.training_step
     for save_steps, said in [(2, "weights"), (3, "losses")]:
         with monkeypatch.context() as patch, pytest.raises(StageError) as caught:

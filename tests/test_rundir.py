@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import rundir
 from rlhf_recipes.errors import BusyError, UsageError
+from rlhf_recipes.store import files, layout, locks, provenance
 
 HOLD = """
 import sys, time
@@ -30,7 +30,7 @@ def test_json_is_strict_and_whole(tmp_path: Path) -> None:
     import numpy
 
     file = tmp_path / "new" / "x.json"
-    rundir.write_json(file, {"a": math.nan, "b": [1, numpy.float32(0.5)], "c": "\udcff é"})
+    files.write_json(file, {"a": math.nan, "b": [1, numpy.float32(0.5)], "c": "\udcff é"})
     assert file.read_text() == (
         '{\n  "format": 1,\n  "a": null,\n  "b": [\n    1,\n    0.5\n  ],\n  "c": "\\udcff é"\n}\n'
     )
@@ -40,22 +40,22 @@ def test_json_is_strict_and_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", '{"format": 1', "[1]", '{"format": 2}', "{}"])
 def test_json_that_is_not_ours_reads_as_missing(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    assert rundir.read_json(tmp_path / "x.json") is None
-    assert rundir.read_json(tmp_path / "missing.json") is None
+    assert files.read_json(tmp_path / "x.json") is None
+    assert files.read_json(tmp_path / "missing.json") is None
 
 
 def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "x.json"
-    rundir.write_json(file, {"a": 1})
+    files.write_json(file, {"a": 1})
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        rundir.write_json(file, {"a": 2})
+        files.write_json(file, {"a": 2})
     assert json.loads(file.read_text()) == {"format": 1, "a": 1}
 
 
@@ -64,7 +64,7 @@ def test_a_write_that_is_cut_off_leaves_nothing_beside(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        rundir.write_json(tmp_path / "x.json", {"a": 1})
+        files.write_json(tmp_path / "x.json", {"a": 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,7 +72,7 @@ def test_json_that_cannot_be_read_is_not_taken_as_missing(tmp_path: Path) -> Non
     """Else an error of the disk would have a whole stage computed again."""
     (tmp_path / "x.json").mkdir()
     with pytest.raises(IsADirectoryError):
-        rundir.read_json(tmp_path / "x.json")
+        files.read_json(tmp_path / "x.json")
 
 
 def test_the_record_is_synced_after_what_it_speaks_for(
@@ -82,9 +82,9 @@ def test_the_record_is_synced_after_what_it_speaks_for(
     (tmp_path / "output" / "weights").write_text("w")
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    assert rundir.read_record(tmp_path) is None
-    rundir.write_record(tmp_path, {"key": "k"})
-    assert rundir.read_record(tmp_path) == {"format": 1, "key": "k"}
+    assert layout.read_record(tmp_path) is None
+    layout.write_record(tmp_path, {"key": "k"})
+    assert layout.read_record(tmp_path) == {"format": 1, "key": "k"}
     names = [Path(path).name for path in synced]
     assert names[:2] == ["output", "weights"]
     assert names[-2].startswith(".stage.json.")
@@ -98,7 +98,7 @@ def test_a_cleared_stage_is_as_new(tmp_path: Path) -> None:
     outside.mkdir()
     (outside / "kept").write_text("")
     (tmp_path / "link").symlink_to(outside)
-    rundir.clear_stage(tmp_path)
+    layout.clear_stage(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "work"]
     assert list((tmp_path / "output").iterdir()) == []
     assert (outside / "kept").exists()
@@ -112,7 +112,7 @@ def test_checkpoints_stay_with_what_led_to_them_unless_begun_before(tmp_path: Pa
             (tmp_path / name).write_text("")
 
     def kept(**words: str) -> list[bool]:
-        rundir.clear_stage(tmp_path, **words)
+        layout.clear_stage(tmp_path, **words)
         names = ("work/checkpoint-000002", "metrics.jsonl", "output/half")
         assert (tmp_path / "tensorboard/1").exists() == (tmp_path / "metrics.jsonl").exists()
         return [(tmp_path / name).exists() for name in names]
@@ -134,22 +134,22 @@ def test_a_folder_is_swapped_for_another_also_through_a_link(tmp_path: Path) -> 
     folder.parent.mkdir()
     folder.symlink_to(elsewhere)
     for number, left in enumerate([[], [".sft-1.old"], ["sft-1"]]):
-        fresh = rundir.beside(folder, "fresh")
+        fresh = layout.beside(folder, "fresh")
         assert fresh.parent == tmp_path
         for name in left:
             (tmp_path / name.replace("sft-1", "elsewhere")).mkdir(exist_ok=True)
-        rundir.clear_stage(fresh)
-        rundir.settle(folder)  # not whole: it stays where it is
+        layout.clear_stage(fresh)
+        layout.settle(folder)  # not whole: it stays where it is
         assert fresh.exists()
         (fresh / "output" / "weights").write_text(str(number))
-        rundir.write_record(fresh, {"key": str(number)})
-        rundir.settle(folder)
-        assert rundir.read_record(folder)["key"] == str(number)
+        layout.write_record(fresh, {"key": str(number)})
+        layout.settle(folder)
+        assert layout.read_record(folder)["key"] == str(number)
         assert (folder / "output" / "weights").read_text() == str(number)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "stages"]
     assert folder.is_symlink()
     (elsewhere / "work" / "checkpoint-000002").mkdir()
-    rundir.tidy(folder)
+    layout.tidy(folder)
     assert not (elsewhere / "work").exists()
 
 
@@ -171,14 +171,14 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
 def test_a_lock_says_who_holds_it_and_dies_with_its_process(
     tmp_path: Path, other: subprocess.Popen
 ) -> None:
-    with pytest.raises(BusyError) as caught, rundir.lock(tmp_path, "run x"):
+    with pytest.raises(BusyError) as caught, locks.lock(tmp_path, "run x"):
         pass
     assert caught.value.exit_code == 75
     assert str(caught.value).startswith(f"run x is held by process {other.pid} on ")
     assert str(caught.value).endswith(" (--wait waits for it; nothing needs to be cleared by hand)")
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with rundir.lock(tmp_path, "run x"):
+    with locks.lock(tmp_path, "run x"):
         assert lock_of(tmp_path).startswith(f"process {os.getpid()} on ")
     assert list(tmp_path.iterdir()) == []  # it lies beside what it locks
 
@@ -192,9 +192,9 @@ def test_who_waits_says_for_whom_and_holds_the_lock_then(
         said.append(line)
         other.kill()
 
-    with rundir.lock(tmp_path, "run x", waiting):
+    with locks.lock(tmp_path, "run x", waiting):
         assert lock_of(tmp_path).startswith(f"process {os.getpid()} on ")
-        with pytest.raises(BusyError), rundir.lock(tmp_path, "run x"):
+        with pytest.raises(BusyError), locks.lock(tmp_path, "run x"):
             pass
     assert len(said) == 1 and said[0].startswith(f"run x is held by process {other.pid} on ")
     assert said[0].endswith(": waiting for it")
@@ -202,21 +202,21 @@ def test_who_waits_says_for_whom_and_holds_the_lock_then(
 
 def test_who_only_looks_is_in_nobodys_way(tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    with rundir.lock(folder, "run x"):
-        assert rundir.held(folder)
-    with rundir.lock_file(folder).open() as looking:
+    with locks.lock(folder, "run x"):
+        assert locks.held(folder)
+    with locks.lock_file(folder).open() as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.02, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
-        with rundir.lock(folder, "run x"):
+        with locks.lock(folder, "run x"):
             pass
-    assert not rundir.held(folder)
+    assert not locks.held(folder)
 
 
 def test_waiting_is_ended_by_a_signal(tmp_path: Path, other: subprocess.Popen) -> None:
     def waiting(line: str) -> None:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    with pytest.raises(KeyboardInterrupt), rundir.lock(tmp_path, "run x", waiting):
+    with pytest.raises(KeyboardInterrupt), locks.lock(tmp_path, "run x", waiting):
         pass
 
 
@@ -227,40 +227,40 @@ def test_a_lock_that_was_removed_while_one_waited_is_none(
         tmp_path.with_name(f".{tmp_path.name}.lock").unlink()
         other.kill()
 
-    with rundir.lock(tmp_path, "run x", waiting):
-        with pytest.raises(BusyError), rundir.lock(tmp_path, "run x"):
+    with locks.lock(tmp_path, "run x", waiting):
+        with pytest.raises(BusyError), locks.lock(tmp_path, "run x"):
             pass
 
 
 def test_runs_are_found_by_name_and_by_folder(tmp_path: Path) -> None:
     for name in ("smoke", "chat-1a2b3c"):
-        rundir.write_json(tmp_path / name / "manifest.json", {})
-    assert rundir.find_run("smoke", tmp_path) == tmp_path / "smoke"
-    assert rundir.find_run(str(tmp_path / "smoke"), Path("elsewhere")) == tmp_path / "smoke"
+        files.write_json(tmp_path / name / "manifest.json", {})
+    assert layout.find_run("smoke", tmp_path) == tmp_path / "smoke"
+    assert layout.find_run(str(tmp_path / "smoke"), Path("elsewhere")) == tmp_path / "smoke"
     for word, hint in [
         ("smoek", f"did you mean {tmp_path / 'smoke'}?"),
         ("runs/smok", f"did you mean {tmp_path / 'smoke'}?"),
         ("zzz", "runs there: chat-1a2b3c, smoke"),
     ]:
         with pytest.raises(UsageError) as caught:
-            rundir.find_run(word, tmp_path)
+            layout.find_run(word, tmp_path)
         assert str(caught.value) == f"no run {word!r} in {tmp_path} ({hint})"
     with pytest.raises(UsageError, match="none was made there yet"):
-        rundir.find_run("smoke", tmp_path / "empty")
+        layout.find_run("smoke", tmp_path / "empty")
 
 
 def test_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLHF_RECIPES_RUNS", "")
-    assert rundir.runs_folder() == Path("runs")
+    assert layout.runs_folder() == Path("runs")
     monkeypatch.setenv("RLHF_RECIPES_RUNS", "/data/runs")
-    assert rundir.runs_folder() == Path("/data/runs")
-    assert rundir.runs_folder(Path("mine")) == Path("mine")
+    assert layout.runs_folder() == Path("/data/runs")
+    assert layout.runs_folder(Path("mine")) == Path("mine")
 
 
 def test_provenance() -> None:
     import torch
 
-    assert rundir.versions()["trl"] == "1.12.0"
-    assert rundir.versions()["torch"] == torch.__version__  # with its build: +cpu, +cu130
-    assert set(rundir.hardware()) == {"system", "cores", "threads", "memory_bytes", "gpus"}
-    assert rundir.hardware()["memory_bytes"] > 2**30
+    assert provenance.versions()["trl"] == "1.12.0"
+    assert provenance.versions()["torch"] == torch.__version__  # with its build: +cpu, +cu130
+    assert set(provenance.hardware()) == {"system", "cores", "threads", "memory_bytes", "gpus"}
+    assert provenance.hardware()["memory_bytes"] > 2**30

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import progress, rundir, runner
+from rlhf_recipes import screen
 from rlhf_recipes.errors import BusyError, DataError, MachineError, StageError, UsageError
-from rlhf_recipes.plan import make_plan
-from rlhf_recipes.recipe import fork_recipe, load_recipe, smaller_layout
-from rlhf_recipes.runner import RunOutcome, run
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.runner import RunOutcome, run
+from rlhf_recipes.recipe.load import fork_recipe, load_recipe, smaller_layout
+from rlhf_recipes.store import files, layout, locks, provenance
 from tests import counting
 from tests.counting import Counting, toy
 
@@ -90,7 +92,7 @@ def test_the_run_s_folder(tmp_path: Path, count: Counting) -> None:
         assert (record["format"], record["key"]) == (1, entry["key"])
         assert record["payload"]["kind"] == entry["kind"]
     assert record["metrics"] == {"ppo.win_rate": 0.75, "prompts": 8}
-    ppo = rundir.read_record(tmp_path / "runs" / manifest["stages"][2]["folder"])
+    ppo = layout.read_record(tmp_path / "runs" / manifest["stages"][2]["folder"])
     assert ppo["layout"]["per_device_train_batch_size"] == 8
 
 
@@ -203,7 +205,7 @@ def test_what_another_pass_of_fresh_saved_is_not_gone_on_with(
 def test_two_keys_that_begin_alike_are_two_stages(
     tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rundir, "stage_folder", lambda runs, kind, key: runs / ".stages" / kind)
+    monkeypatch.setattr(layout, "stage_folder", lambda runs, kind, key: runs / ".stages" / kind)
     recipe = toy(tmp_path)
     go(recipe, until="sft")
     go(recipe, "sft.learning_rate=2e-3", until="sft")
@@ -226,11 +228,11 @@ def test_a_stage_that_fails_leaves_no_record_and_starts_afresh(
     assert "Traceback" in log.read_text()
     assert "and more of the same" in log.read_text()
     assert "Traceback" not in capfd.readouterr().err
-    manifest = rundir.read_json(tmp_path / "runs" / "toy" / "manifest.json")
+    manifest = files.read_json(tmp_path / "runs" / "toy" / "manifest.json")
     assert manifest["outcome"] == "failed"
     assert [s["outcome"] for s in manifest["stages"]] == ["ran", "not run", "not run", "not run"]
     folder = tmp_path / "runs" / manifest["stages"][1]["folder"]
-    assert rundir.read_record(folder) is None
+    assert layout.read_record(folder) is None
     assert (folder / "output" / "weights").exists()
 
     seen = []
@@ -325,7 +327,7 @@ def test_what_fails_first_is_told(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def fail(_: Any) -> None:
-        monkeypatch.setattr(rundir, "write_json", full)
+        monkeypatch.setattr(files, "write_json", full)
         raise ValueError("the loss is NaN")
 
     count.fault["sft"] = fail
@@ -344,7 +346,7 @@ def test_a_log_that_cannot_be_written_is_one_line_on_the_screen(
     recipe = toy(tmp_path)
     with monkeypatch.context() as patch:
         full = lambda *_: os.open("/dev/full", os.O_RDWR)  # noqa: E731
-        patch.setattr(progress, "no_link", full)
+        patch.setattr(screen, "no_link", full)
         with pytest.raises(MachineError, match="^No space left on device"):
             go(recipe)
 
@@ -366,14 +368,14 @@ def test_the_lock_is_asked_for_before_anything_slow(
     """And that of a stage before anything is brought from a hub."""
     recipe, slow = toy(tmp_path), []
     monkeypatch.setattr(runner, "make_plan", lambda *_, **__: slow.append("plan"))
-    with rundir.lock(tmp_path / "runs" / "toy", "run toy"):
+    with locks.lock(tmp_path / "runs" / "toy", "run toy"):
         with pytest.raises(BusyError):
             go(recipe)
     monkeypatch.undo()
     count = Counting(monkeypatch)
     monkeypatch.setattr(runner, "bring", lambda *_: slow.append("bring"))
     sft = make_plan(load_recipe(recipe), tmp_path / "runs").stages[0]
-    with rundir.lock(sft.folder, "stage sft"):
+    with locks.lock(sft.folder, "stage sft"):
         with pytest.raises(BusyError):
             go(recipe)
     assert slow == count.ran == []
@@ -409,7 +411,7 @@ def test_a_stage_that_another_run_finished_meanwhile_is_taken(
         (reward.folder / "output").mkdir(parents=True)
         (reward.folder / "output" / "weights").write_text("theirs")
         record = {"key": reward.key, "metrics": {"loss": 9}, "seconds": 7, "summary": "theirs"}
-        rundir.write_record(reward.folder, record | {"versions": rundir.versions()})
+        layout.write_record(reward.folder, record | {"versions": provenance.versions()})
 
     count.fault["sft"] = other
     outcome = go(recipe)
@@ -423,9 +425,9 @@ def test_other_versions_are_said(
     recipe = toy(tmp_path)
     go(recipe, until="sft")
     capfd.readouterr()
-    now = rundir.versions() | {"torch": "9.9"}
-    before = rundir.versions()["torch"]
-    monkeypatch.setattr(rundir, "versions", lambda: now)
+    now = provenance.versions() | {"torch": "9.9"}
+    before = provenance.versions()["torch"]
+    monkeypatch.setattr(provenance, "versions", lambda: now)
     go(recipe, until="sft")
     assert count.ran == ["sft"]
     line = capfd.readouterr().err.splitlines()[2]

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import cli, progress, rundir, tokens
+from rlhf_recipes import cli, screen
+from rlhf_recipes.data import tokens
 from rlhf_recipes.errors import DataError, ModelError, RecipeError, RlhfRecipesError
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.runner import run
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.store import locks
 from tests.canary import Canary
 from tests.conftest import RECIPE
 from tests.test_checkpoints import Killed, build
@@ -369,7 +371,9 @@ def test_a_pickle_in_a_checkpoint(
 
 @pytest.mark.parametrize("place", ["../../evil", "..", "/evil", ".stages/../../evil", "{evil}"])
 def test_a_manifest_leads_to_no_folder_but_its_stages(tmp_path: Path, place: str) -> None:
-    from rlhf_recipes import export, facts, history
+    from rlhf_recipes.pipeline import export
+    from rlhf_recipes.report import facts
+    from rlhf_recipes.store import history
 
     evil = write(tmp_path / "evil", {"stage.json": '{"format": 1, "key": "k"}'})
     entry = {"name": "sft", "kind": "sft", "outcome": "ran", "key": "k"}
@@ -393,10 +397,10 @@ def test_a_link_in_a_runs_folder_leads_no_writing_out(tmp_path: Path, name: str)
     file.symlink_to(tmp_path / "precious")
     with pytest.raises(OSError, match="symbolic link"):
         if name.endswith(".lock"):
-            with rundir.lock(file.with_name(file.name[1:-5]), "it"):
+            with locks.lock(file.with_name(file.name[1:-5]), "it"):
                 pass
         else:
-            progress.Screen(file)
+            screen.Screen(file)
     assert (tmp_path / "precious").read_text() == "mine"
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_recipes import models, sources, untrusted
 from rlhf_recipes.errors import ModelError, RecipeError, RlhfRecipesError, UsageError
-from rlhf_recipes.recipe import Recipe, load_recipe
-from rlhf_recipes.runner import run
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.models import load as models
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import Recipe, load_recipe
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.sources import trust
+from rlhf_recipes.stages.session import Shared
 from tests.canary import Canary
 from tests.conftest import RECIPE
 
@@ -248,7 +250,7 @@ def test_code_of_the_hub_needs_a_person_too(
 ) -> None:
     on = ["model.name=owner/model", "model.trust_remote_code=true", f"model.revision={COMMIT}"]
     recipe = load_recipe(tiny_recipe, set=on)
-    monkeypatch.delenv(untrusted.ALLOW)
+    monkeypatch.delenv(trust.ALLOW)
     with pytest.raises(UsageError, match=f"code of the model owner/model at {COMMIT} run on"):
         sources.base_folder(recipe, {"repo": "owner/model", "revision": COMMIT})
 

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import cli, doctor, errors, fetch, judge, mirror, progress, untrusted
-from rlhf_recipes.errors import ModelError, RecipeError, StageError, UsageError, masked
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.runner import run
-from rlhf_recipes.tables import MirrorTable
+from rlhf_recipes import cli
+from rlhf_recipes import screen as progress
+from rlhf_recipes.errors import ModelError, RecipeError, StageError, UsageError
+from rlhf_recipes.pipeline import doctor
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.tables import MirrorTable
+from rlhf_recipes.sources import fetch, mirror, trust
+from rlhf_recipes.stages import judges
+from rlhf_recipes.text import masked
 from tests.counting import RECIPE, Counting, toy
 from tests.test_cli import environment
 
@@ -106,7 +111,7 @@ def test_a_traceback_that_is_asked_for_holds_none(
     def fail(*_: object, **__: object) -> None:
         raise ValueError(" ".join(WRITTEN.values()))
 
-    monkeypatch.setattr("rlhf_recipes.recipe.load_recipe", fail)
+    monkeypatch.setattr("rlhf_recipes.recipe.load.load_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["rlhf-recipes", "run", str(toy(tmp_path)), "--debug"])
     with pytest.raises(SystemExit):
         cli.main()
@@ -149,7 +154,7 @@ def test_words_of_the_environment_are_no_secrets(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "a long word of no secret")
     text = "main /home/me/a-token-file a long word of no secret"
     assert masked(text) == text
-    assert errors.masked(TOKENS["the environment's"]) == "***"
+    assert masked(TOKENS["the environment's"]) == "***"
 
 
 def test_the_log_keeps_what_others_wrote(tmp_path: Path) -> None:
@@ -175,9 +180,9 @@ def test_a_judge_from_a_stranger_needs_a_person(
 ) -> None:
     recipe = load_recipe(judged(tmp_path, canary.code))
     counting = Counting(monkeypatch)
-    monkeypatch.delenv(untrusted.ALLOW)
+    monkeypatch.delenv(trust.ALLOW)
     if said is not None:
-        monkeypatch.setenv(untrusted.ALLOW, said)
+        monkeypatch.setenv(trust.ALLOW, said)
     line = (
         r"the recipe has .*/rule\.py run on this machine \(read it first; RLHF_RECIPES_ALLOW_CODE=1"
     )
@@ -185,18 +190,18 @@ def test_a_judge_from_a_stranger_needs_a_person(
         run(recipe, runs=tmp_path / "runs")
     assert counting.ran == []
     with pytest.raises(UsageError, match=line):
-        judge.load_judge("python:./rule.py:score", tmp_path)
+        judges.load_judge("python:./rule.py:score", tmp_path)
 
 
 def test_the_shipped_judge_needs_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(untrusted.ALLOW)
+    monkeypatch.delenv(trust.ALLOW)
     recipes = Path(cli.__file__).parents[1] / "recipes"
-    assert judge.load_judge("python:./chat/oracle.py:score", recipes)
+    assert judges.load_judge("python:./chat/oracle.py:score", recipes)
     for place in (tmp_path / "recipes", Path(f"{recipes}-evil")):  # of a like name, or a like start
         with pytest.raises(UsageError):
-            judge.check_judge("python:./oracle.py:score", place)
+            trust.check_judge("python:./oracle.py:score", place)
     (tmp_path / "link.py").symlink_to(recipes / "chat" / "oracle.py")
-    judge.check_judge("python:./link.py:score", tmp_path)  # what it leads to is what is run
+    trust.check_judge("python:./link.py:score", tmp_path)  # what it leads to is what is run
 
 
 def test_a_judge_is_run_as_it_is_written(tmp_path: Path, canary) -> None:
@@ -207,14 +212,14 @@ def test_a_judge_is_run_as_it_is_written(tmp_path: Path, canary) -> None:
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     to = importlib.util.cache_from_source(str(file))
     py_compile.compile(str(tmp_path / "evil.py"), to, invalidation_mode=mode)
-    assert judge.load_judge("python:./rule.py:score", tmp_path)("red", "blue") == 2
+    assert judges.load_judge("python:./rule.py:score", tmp_path)("red", "blue") == 2
     assert len(list(Path(to).parent.iterdir())) == 1
 
 
 def test_to_plan_and_to_check_run_no_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canary
 ) -> None:
-    monkeypatch.delenv(untrusted.ALLOW)
+    monkeypatch.delenv(trust.ALLOW)
     monkeypatch.chdir(tmp_path)
     judged(tmp_path, canary.code)
     for words in (["check", "toy.toml"], ["plan", "toy.toml"], ["fork", "toy.toml", "x.toml"]):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.edit import rebase
-from rlhf_recipes.fields import Field, Keys, trl_fields
-from rlhf_recipes.recipe import Recipe, load_recipe, shipped_recipes
-from rlhf_recipes.tables import KINDS, kinds_of, stage_keys, top_keys
+from rlhf_recipes.recipe.edit import rebase
+from rlhf_recipes.recipe.fields import Field, Keys, trl_fields
+from rlhf_recipes.recipe.load import Recipe, load_recipe, shipped_recipes
+from rlhf_recipes.recipe.tables import KINDS, kinds_of, stage_keys, top_keys
 
 RECIPES = {path.stem: path for path in shipped_recipes()}
 ANNOTATED = RECIPES["annotated"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import sources
 from rlhf_recipes.errors import DataError, ModelError
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.tables import DatasetTable
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.tables import DatasetTable
+from rlhf_recipes.sources import resolve as sources
 from tests.counting import RECIPE, toy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

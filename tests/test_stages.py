@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_recipes import stages
-from rlhf_recipes.adapters import Base
 from rlhf_recipes.errors import ModelError, StageError
-from rlhf_recipes.export import write_reward_model
-from rlhf_recipes.models import load_tokenizer
-from rlhf_recipes.passes import score, values
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.rewards import open_foreign, open_reward, read_unit
-from rlhf_recipes.sequences import join, score_ids
-from rlhf_recipes.shared import Shared
-from rlhf_recipes.stages import StageContext, StageResult, evaluate
-from rlhf_recipes.stages import ppo as ppo_stage
+from rlhf_recipes.models.base import Base
+from rlhf_recipes.models.load import load_tokenizer
+from rlhf_recipes.models.reward_model import open_foreign, open_reward, read_unit
+from rlhf_recipes.models.role import score, values
+from rlhf_recipes.models.sampling import join, score_ids
+from rlhf_recipes.pipeline.export import write_reward_model
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages import contract, evaluate
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.ppo import stage as ppo_stage
+from rlhf_recipes.stages.session import Shared
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Chain:
         kind = kind or name
         given = {role: self.outputs[stage] for role, stage in inputs.items()}
         context = StageContext(name, kind, self.recipe, folder, given, self.progress, self.shared)
-        result = stages.load(kind)(context)
+        result = contract.load(kind)(context)
         self.outputs[name] = folder / "output"
         return result
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from rlhf_recipes import stopping
+from rlhf_recipes import signals
 
-KINDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, stopping.Terminated)]
+KINDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, signals.Terminated)]
 
 
 def send(signum: int) -> None:
@@ -26,19 +26,19 @@ def handlers_are_given_back():
     yield
     assert now() == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert not stopping.requested()
+    assert not signals.requested()
 
 
 @pytest.mark.parametrize(("signum", "kind"), KINDS)
 def test_a_step_is_ended_first(signum: int, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, told = [], []
-    monkeypatch.setattr(stopping, "tell", told.append)
-    with pytest.raises(KeyboardInterrupt) as caught, stopping.deferred():
+    monkeypatch.setattr(signals, "tell", told.append)
+    with pytest.raises(KeyboardInterrupt) as caught, signals.deferred():
         for step in range(9):
             if step == 3:
                 send(signum)
             steps.append(step)
-            if stopping.requested():
+            if signals.requested():
                 break
     assert caught.type is kind
     assert steps == [0, 1, 2, 3]
@@ -47,7 +47,7 @@ def test_a_step_is_ended_first(signum: int, kind: type, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("signum", "kind"), KINDS)
 def test_a_second_signal_raises_in_place(signum: int, kind: type) -> None:
-    with pytest.raises(KeyboardInterrupt) as caught, stopping.deferred():
+    with pytest.raises(KeyboardInterrupt) as caught, signals.deferred():
         send(signum)
         send(signum)
         pytest.fail("went on")
@@ -57,9 +57,9 @@ def test_a_second_signal_raises_in_place(signum: int, kind: type) -> None:
 def test_patience_has_an_end_even_where_the_raising_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stopping, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.05)
     lost = []
-    with pytest.raises(stopping.Terminated), stopping.deferred(patience=0.05):
+    with pytest.raises(signals.Terminated), signals.deferred(patience=0.05):
         send(signal.SIGTERM)
         try:
             time.sleep(5)
@@ -71,19 +71,19 @@ def test_patience_has_an_end_even_where_the_raising_is_lost(
 
 
 def test_an_error_that_the_signal_led_to_is_an_interruption() -> None:
-    with pytest.raises(KeyboardInterrupt), stopping.deferred():
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         send(signal.SIGINT)
         raise RuntimeError("DataLoader worker exited")  # Ctrl-C reaches the workers, too
 
 
 def test_an_error_of_its_own_passes() -> None:
-    with pytest.raises(RuntimeError), stopping.deferred():
+    with pytest.raises(RuntimeError), signals.deferred():
         raise RuntimeError
 
 
 def test_outside_a_block_it_raises_at_once() -> None:
     for signum, kind in KINDS:
-        with pytest.raises(kind), stopping.at_once():
+        with pytest.raises(kind), signals.at_once():
             send(signum)
             pytest.fail("went on")
 
@@ -91,9 +91,9 @@ def test_outside_a_block_it_raises_at_once() -> None:
 def test_what_the_process_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stopping.deferred():
+        with signals.deferred():
             send(signal.SIGINT)
-            assert not stopping.requested()
+            assert not signals.requested()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -104,15 +104,15 @@ def test_another_thread_hears_nothing_and_takes_nothing_away() -> None:
 
         def work() -> None:
             with use():
-                seen.append(stopping.requested())
+                seen.append(signals.requested())
 
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
         return seen
 
-    assert elsewhere(stopping.at_once) == elsewhere(stopping.deferred) == [False]
-    with pytest.raises(KeyboardInterrupt), stopping.deferred():
+    assert elsewhere(signals.at_once) == elsewhere(signals.deferred) == [False]
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         send(signal.SIGINT)
-        assert elsewhere(stopping.deferred) == [True]
-        assert stopping.requested()
+        assert elsewhere(signals.deferred) == [True]
+        assert signals.requested()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from rlhf_recipes.data.tokens import encode, settle
 from rlhf_recipes.errors import ModelError
-from rlhf_recipes.tokens import encode, settle
 
 ASK = [{"role": "user", "content": "red cat"}]
 

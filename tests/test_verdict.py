@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.facts import read
 from rlhf_recipes.findings import Finding
-from rlhf_recipes.verdict import verdict
+from rlhf_recipes.report.facts import read
+from rlhf_recipes.report.verdict import verdict
 from tests.told import GOOD, shares, told
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rlhf_recipes import rundir
-from rlhf_recipes.fields import Field, fields_of, trl_fields
-from rlhf_recipes.plan import Plan, make_plan
-from rlhf_recipes.recipe import Recipe, load_recipe
-from rlhf_recipes.tables import EXTRAS, EvaluationTable, ModelTable, dataset_keys
+from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.recipe.fields import Field, fields_of, trl_fields
+from rlhf_recipes.recipe.load import Recipe, load_recipe
+from rlhf_recipes.recipe.tables import EXTRAS, EvaluationTable, ModelTable, dataset_keys
+from rlhf_recipes.store import layout
+from rlhf_recipes.store.files import write_json
 
 ALL = "every stage"
 
@@ -245,9 +246,9 @@ def finish(made: Plan) -> None:
         if not stage.done:
             record = {"name": stage.name, "key": stage.key, "payload": stage.payload}
             stage.folder.mkdir(parents=True, exist_ok=True)
-            rundir.write_record(stage.folder, record)
+            layout.write_record(stage.folder, record)
     entries = [{"name": s.name, "folder": f".stages/{s.folder.name}"} for s in made.stages]
-    rundir.write_json(made.run_folder / "manifest.json", HEAD | {"stages": entries})
+    write_json(made.run_folder / "manifest.json", HEAD | {"stages": entries})
 
 
 def written(tables: dict[str, Any], draw: Random) -> str:

@@ -17,12 +17,12 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-from rlhf_recipes.edit import rebase
-from rlhf_recipes.elsewhere import names
 from rlhf_recipes.errors import RecipeError, UsageError
-from rlhf_recipes.lines import WORD
-from rlhf_recipes.recipe import load_recipe, shipped_recipes
-from rlhf_recipes.tables import KINDS, stage_keys, top_keys
+from rlhf_recipes.recipe.aliases import names
+from rlhf_recipes.recipe.edit import rebase
+from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
+from rlhf_recipes.recipe.tables import KINDS, stage_keys, top_keys
+from rlhf_recipes.recipe.toml import WORD
 
 SECONDS, MEGABYTES = 1.0, 200
 

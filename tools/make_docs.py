@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
-from rlhf_recipes.elsewhere import names
-from rlhf_recipes.fields import TYPE_NAMES, Field, Keys, show, trl_fields
-from rlhf_recipes.tables import EXTRAS, KINDS, top_keys
+from rlhf_recipes.recipe.aliases import names
+from rlhf_recipes.recipe.fields import TYPE_NAMES, Field, Keys, show, trl_fields
+from rlhf_recipes.recipe.tables import EXTRAS, KINDS, top_keys
 
 OPENING = """\
 # Every key

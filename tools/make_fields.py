@@ -20,8 +20,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import DPOConfig, RewardConfig, SFTConfig
 from trl.experimental.ppo import PPOConfig
 
-from rlhf_recipes.fields import Field, fields_of
-from rlhf_recipes.tables import KINDS
+from rlhf_recipes.recipe.fields import Field, fields_of
+from rlhf_recipes.recipe.tables import KINDS
 from tools.make_docs import keys_md
 from tools.make_schema import schema_json
 

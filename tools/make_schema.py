@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.fields import Field, Keys
-from rlhf_recipes.tables import KINDS, stage_keys, top_keys
+from rlhf_recipes.recipe.fields import Field, Keys
+from rlhf_recipes.recipe.tables import KINDS, stage_keys, top_keys
 
 ANNOTATED = Path(__file__).parents[1] / "recipes" / "annotated.toml"
 TYPES = {

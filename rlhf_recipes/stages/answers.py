@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from rlhf_recipes import sources
-from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example, unique_prompts
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.judge import load_judge
-from rlhf_recipes.models import empty
-from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.rewards import open_foreign, open_reward
-from rlhf_recipes.sequences import sample, score_ids
-from rlhf_recipes.shared import Shared
-from rlhf_recipes.stages import StageContext
-from rlhf_recipes.stages.common import load_rows, need
+from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.models.load import empty
+from rlhf_recipes.models.reward_model import open_foreign, open_reward
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampling import sample, score_ids
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.stages.contract import StageContext
+from rlhf_recipes.stages.judges import load_judge
+from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.training import load_rows, need
+from rlhf_recipes.store.fingerprint import derive_seed
 
 BATCH = 16  # sequences a forward
 SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from statistics import fmean
 
-from rlhf_recipes import evidence
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.stages import StageContext, StageResult
+from rlhf_recipes import stats
+from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.stages.answers import SCORERS, ask, last_ppo, score, setting_of, test_prompts
-from rlhf_recipes.stages.common import write_json
-from rlhf_recipes.wiring import BASE
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.training import write_json
+from rlhf_recipes.store.fingerprint import derive_seed
 
 
 def run(context: StageContext) -> StageResult:
@@ -48,16 +48,16 @@ def run(context: StageContext) -> StageResult:
 
     # ---- gains
     curve = {"n": [2**power for power in range(count.bit_length())]}
-    curve["kl"] = [evidence.best_of_kl(n) for n in curve["n"]]
+    curve["kl"] = [stats.best_of_kl(n) for n in curve["n"]]
     metrics = {f"best_of.{n}.kl": nats for n, nats in zip(*curve.values(), strict=True) if n > 1}
     for who, values in said.items():
         key = f"{who or 'score_'}gain"
         curve[key] = []
         for n in curve["n"]:
-            gains = [evidence.best_of_gain(rewards[row], values[row], n) for row in rows]
+            gains = [stats.best_of_gain(rewards[row], values[row], n) for row in rows]
             curve[key].append(fmean(gains))
             if n > 1:
-                metrics |= evidence.measured(f"best_of.{n}.{key}", gains, setting.seed)
+                metrics |= stats.measured(f"best_of.{n}.{key}", gains, setting.seed)
 
     # ---- output
     output = context.folder / "output"

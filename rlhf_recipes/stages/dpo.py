@@ -18,11 +18,11 @@ from datasets import Dataset
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example, pairs
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Stock, load_rows, need, trainer_config
+from rlhf_recipes.data.rows import Example, pairs
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.training import Stock, load_rows, need, trainer_config
+from rlhf_recipes.store.fingerprint import derive_seed
 
 
 def run(context: StageContext) -> StageResult:

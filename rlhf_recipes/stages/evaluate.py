@@ -14,14 +14,14 @@ from statistics import fmean
 
 import torch
 
-from rlhf_recipes import evidence
-from rlhf_recipes.adapters import Role
-from rlhf_recipes.data import Example
-from rlhf_recipes.models import empty
-from rlhf_recipes.passes import logits, logprobs
-from rlhf_recipes.recipe import Recipe
-from rlhf_recipes.sequences import join
-from rlhf_recipes.stages import StageContext, StageResult
+from rlhf_recipes import stats
+from rlhf_recipes.data.rows import Example
+from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.models.load import empty
+from rlhf_recipes.models.role import Role, logits, logprobs
+from rlhf_recipes.models.sampling import join
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.stages.answers import (
     BATCH,
     SCORERS,
@@ -31,8 +31,7 @@ from rlhf_recipes.stages.answers import (
     setting_of,
     test_prompts,
 )
-from rlhf_recipes.tokens import Tokens
-from rlhf_recipes.wiring import BASE
+from rlhf_recipes.stages.contract import StageContext, StageResult
 
 LOGITS = 2**27  # of two policies at once, in float32 with what is made of them: 24 bytes each
 
@@ -124,7 +123,7 @@ def _against(now: Answers, before: Answers, seed: int) -> dict[str, float]:
         gains = [a - b for a, b in zip(now.said[who], before.said[who], strict=True)]
         wins = [(gain > 0) + 0.5 * (gain == 0) for gain in gains]
         for key, values in ((f"{who}win_rate", wins), (f"{who or 'score_'}gain", gains)):
-            numbers |= evidence.measured(key, values, seed)
+            numbers |= stats.measured(key, values, seed)
         for what, chosen in alike.items():
             if any(chosen):
                 some = [win for win, counts in zip(wins, chosen, strict=True) if counts]

@@ -22,15 +22,17 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from rlhf_recipes import evidence
-from rlhf_recipes.adapters import UNIT, Role
-from rlhf_recipes.data import Data, Example, pairs
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.models import new_head
-from rlhf_recipes.sequences import score_ids
-from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config, write_json
-from rlhf_recipes.tables import JUDGE
+from rlhf_recipes import stats
+from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.rows import Example, pairs
+from rlhf_recipes.models.base import UNIT
+from rlhf_recipes.models.load import new_head
+from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.recipe.tables import JUDGE
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.training import Stock, float32, load_rows, need, trainer_config, write_json
+from rlhf_recipes.store.fingerprint import derive_seed
 
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
 FEW = 1000  # pairs in all, or as many as the reward model reads: a judge of fewer reads them again,
@@ -92,7 +94,7 @@ def run(context: StageContext) -> StageResult:
     summary = f"loss {trained.training_loss:.3f}"
     if validation:
         apart = margins(reward, validation, pad, batch)
-        accuracy = evidence.right(apart).mean().item()
+        accuracy = stats.right(apart).mean().item()
         metrics |= {"validation_accuracy": accuracy, "validation_margin": apart.mean() / std}
         summary = f"validation accuracy {accuracy:.1%} of {len(validation)} pairs"
     found = measure(context, reward, data, std, batch)
@@ -126,8 +128,8 @@ def measure(
     if rows:
         apart = margins(reward, rows, shared.tokens.pad_id, batch)
         lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in rows]
-        numbers, found = evidence.of_pairs(apart, std, lengths)
-        worst = [i for i in apart.argsort(kind="stable") if apart[i] <= 0][: evidence.WORST]
+        numbers, found = stats.of_pairs(apart, std, lengths)
+        worst = [i for i in apart.argsort(kind="stable") if apart[i] <= 0][: stats.WORST]
         decode = shared.tokens.decode
         found["worst"] = [
             {
@@ -138,7 +140,7 @@ def measure(
             }
             for i in worst
         ]
-    file = context.folder / "output" / evidence.FILE
+    file = context.folder / "output" / stats.FILE
     write_json(file, {**found, "metrics": numbers})
     return numbers
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from rlhf_recipes.data import Example, answered
-from rlhf_recipes.identity import derive_seed
-from rlhf_recipes.stages import StageContext, StageResult
-from rlhf_recipes.stages.common import Stock, float32, load_rows, need, trainer_config
+from rlhf_recipes.data.rows import Example, answered
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.training import Stock, float32, load_rows, need, trainer_config
+from rlhf_recipes.store.fingerprint import derive_seed
 
 
 def run(context: StageContext) -> StageResult:

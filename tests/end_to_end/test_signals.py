@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes import rundir
 from rlhf_recipes.errors import Interrupted
-from rlhf_recipes.progress import StageProgress
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.runner import run
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.screen import StageProgress
+from rlhf_recipes.store import layout
 from tests.end_to_end.test_chain import command, digests
 
 KINDS = ["sft", "reward", "ppo", "dpo", "evaluation"]
@@ -41,7 +41,7 @@ def send_at(kind: str, point: str, send: Callable[[], Any], patch: Callable) -> 
         if named == kind and there and due:
             due.pop()()
 
-    enter, update, record = StageProgress.__enter__, StageProgress.update, rundir.write_record
+    enter, update, record = StageProgress.__enter__, StageProgress.update, layout.write_record
 
     def entered(self: StageProgress) -> StageProgress:
         at("loading", self._folder)
@@ -57,7 +57,7 @@ def send_at(kind: str, point: str, send: Callable[[], Any], patch: Callable) -> 
 
     patch(StageProgress, "__enter__", entered)
     patch(StageProgress, "update", updated)
-    patch(rundir, "write_record", recorded)
+    patch(layout, "write_record", recorded)
 
 
 def test_one_signal_in_one_stage(

@@ -1,0 +1,1 @@
+"""One base model, many roles."""

@@ -1,0 +1,64 @@
+"""Reward models as roles: this run's, in units of its own spread, or one from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.errors import ModelError
+from rlhf_recipes.models.base import HEAD, UNIT, Base
+from rlhf_recipes.models.load import load_reward_model, load_tokenizer, new_head
+from rlhf_recipes.models.role import Role
+
+
+def open_reward(base: Base, output: Path) -> Role:
+    """The reward model of a stage's output folder, frozen, scoring in units."""
+    reward = base.open("reward", output, seed=0)
+    return reward.add_head(load_head(reward.lm, output).requires_grad_(False))
+
+
+def open_foreign(source: Path, base: Base, tokens: Tokens) -> Role:
+    """A sequence classifier from elsewhere, held apart, scoring as it scores.
+
+    It is given the policy's ids, so its tokenizer must be the policy's. Raises ModelError else.
+    """
+    if load_tokenizer(source).get_vocab() != tokens.tokenizer.get_vocab():
+        raise ModelError(
+            f"the reward model {source} has another tokenizer than the policy",
+            'name one that was trained on the same base, or train one: a "reward" stage',
+        )
+    model = load_reward_model(source, dtype=base.dtype)
+    return Role(model, None, base.dtype).add_head(model.score.float())
+
+
+def load_head(lm: PreTrainedModel, output: Path) -> nn.Linear:
+    """The trained head of a reward stage, with mean 0 and deviation 1 folded into it.
+
+    The unit is that of its scores over the training chosen answers, so `kl_coef`, clip ranges and
+    guards mean the same in every recipe.
+    """
+    head = new_head(lm, bias=True)
+    weight = load_file(output / HEAD, device=str(lm.device))["score.weight"]
+    mean, std = read_unit(output)
+    head.weight.data.copy_(weight / std)
+    head.bias.data.fill_(-mean / std)
+    return head
+
+
+def zero_head(lm: PreTrainedModel) -> nn.Linear:
+    """A head that says 0 of everything: where a value model has no reward model to start from."""
+    head = new_head(lm, bias=True)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def read_unit(output: Path) -> tuple[float, float]:
+    """Mean and standard deviation of the reward over the training chosen answers."""
+    unit = json.loads((output / UNIT).read_text())
+    return unit["mean"], unit["std"]

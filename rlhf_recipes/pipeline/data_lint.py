@@ -1,0 +1,193 @@
+"""What is odd about a recipe's rows, after its own template and limits, before anything is trained.
+
+Rows are looked at as the stages get them: the same ids, sides and reasons for dropping.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.pipeline.doctor import Line
+from rlhf_recipes.sources import mirror
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.sources.fetch import datasets
+from rlhf_recipes.stages.session import Shared
+
+if TYPE_CHECKING:
+    from rlhf_recipes.data.dataset import Data
+    from rlhf_recipes.data.rows import Example
+    from rlhf_recipes.data.tokens import Tokens
+    from rlhf_recipes.pipeline.plan import Plan
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
+NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
+BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
+MANY = 0.05
+WEIGHT = "beyond the dataset's weight"  # as data.py says it
+WAY_OUT = "see max_prompt_tokens and max_answer_tokens, or README.md for the shapes of rows"
+SHOWN = 320  # characters of an example
+
+
+def data_lint(plan: Plan, shared: Shared) -> list[Line]:
+    """What a person should know of the rows. Reads what is on this machine, and brings nothing."""
+    recipe = plan.recipe
+    if gone := away(plan):
+        change = f"rlhf-recipes fetch {recipe.path}"
+        return [Line("note", "rows", f"not looked at: {gone} is not on this machine", change)]
+    try:
+        if not any((shared.model_folder / name).is_file() for name in TOKENIZER):
+            return [Line("note", "rows", "not looked at: the model's folder has no tokenizer")]
+        tables = {"": recipe.dataset}
+        tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
+        found = []
+        for place, table in tables.items():
+            data = shared.data(table)
+            found += [*_counts(place, data), *_lengths(place, data, recipe), *_pairs(place, data)]
+            if not place:
+                found += [*_leaks(data, shared.tokens), *_shown(data, shared.tokens)]
+        return [*found, *_lacks(plan, shared)]
+    except RlhfRecipesError as error:
+        return [Line("fault", "rows", error.message, WAY_OUT if "\n" in error.hint else error.hint)]
+
+
+def away(plan: Plan) -> str:
+    """What would have to be brought before rows can be looked at; nothing where all is here."""
+    recipe = plan.recipe
+    here = recipe.model.is_local or sources.base_repo(recipe).cached()
+    if "mirror" in plan.model:
+        here = mirror.folder_of(recipe.model.mirror).is_dir()
+    rows = (repo.name for repo in datasets(recipe) if not repo.cached())
+    return next(rows, "") if here else recipe.model.name
+
+
+def _all(data: Data) -> list[Example]:
+    return [*data.train, *data.validation, *data.test]
+
+
+def _counts(place: str, data: Data) -> Iterator[Line]:
+    sides = [f"{len(getattr(data, side)):,} {side}" for side in ("train", "validation", "test")]
+    held = f", {len(data.judge):,} of the training rows for the judge alone" if data.judge else ""
+    yield Line("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
+    reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
+    if reasons:
+        many = data.dropped.total() - data.dropped[WEIGHT] > 0.2 * data.rows
+        yield _noted(many, f"{place}dropped", "; ".join(reasons), WAY_OUT)
+
+
+def _lacks(plan: Plan, shared: Shared) -> Iterator[Line]:
+    """Stages that would end, some hours in, because they find no rows of their kind."""
+    from rlhf_recipes.pipeline.flops import own_data, rows  # it loads trl
+
+    held = {s.name: rows(shared.data(own_data(plan.recipe, s)), s.kind) for s in plan.stages}
+    if none := [s.name for s in plan.stages if not (held[s.name] or s.done)]:
+        change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
+        text = f"none for {', '.join(none)}"
+        yield Line("fault", "rows", text, f"{change}: see `columns` and `test_fraction`")
+
+
+def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
+    rows = _all(data)
+    groups = {"prompt": [len(e.prompt_ids) for e in rows]}
+    groups["chosen"] = [len(e.chosen_ids) for e in rows if e.chosen_ids]
+    groups["rejected"] = [len(e.rejected_ids) for e in rows if e.rejected_ids]
+    said = [f"{name} {_spread(lengths)}" for name, lengths in groups.items() if lengths]
+    yield Line("note", f"{place}tokens", f"{'; '.join(said)} (half · 95 % · most)")
+    for stage in recipe.stages if not place else ():
+        room = recipe.table(stage).options.get("response_length")
+        over = sum(length > room for length in groups["chosen"]) if room else 0
+        if over:
+            share = over / len(groups["chosen"])
+            text = f"{share:.1%} of the chosen answers are longer than {stage}.response_length"
+            longest = sorted(groups["chosen"])[int(0.99 * (len(groups["chosen"]) - 1))]
+            change = f"--set {stage}.response_length={longest}, or a lower max_answer_tokens"
+            level = "doubt" if share > MANY else "note"
+            yield Line(level, "too long", f"{text}, {room}", change)
+
+
+def _spread(lengths: Sequence[int]) -> str:
+    ordered = sorted(lengths)
+    half, most = ordered[len(ordered) // 2], ordered[-1]
+    return f"{half} · {ordered[int(0.95 * (len(ordered) - 1))]} · {most}"
+
+
+def _pairs(place: str, data: Data) -> Iterator[Line]:
+    """Pairs that stand twice, that contradict one another, and what length alone would say."""
+    pairs = [e for e in _all(data) if e.rejected_ids][:LOOKED]
+    if not pairs:
+        return
+    seen = Counter((*map(tuple, (e.prompt_ids, e.chosen_ids, e.rejected_ids)),) for e in pairs)
+    twice = sum(count - 1 for count in seen.values())
+    turned = sum(min(n, seen[(p, r, c)]) for (p, c, r), n in seen.items() if (p, r, c) in seen) // 2
+    for count, what in ((twice, "are copies of others"), (turned, "say the opposite of another")):
+        if count:
+            text = f"{count:,} of {len(pairs):,} pairs {what}"
+            yield _noted(count > MANY * len(pairs), f"{place}pairs", text, "take them out")
+    longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
+    shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
+    share = 0.5 + (longer - shorter) / 2 / len(pairs)
+    text = f"the chosen answer is the longer one in {share:.0%} of pairs (ties ½)"
+    change = "the reward model may learn length: look at gain by length in the report"
+    yield _noted(not 1 - BIASED <= share <= BIASED, f"{place}length", text, change)
+
+
+def _noted(doubtful: bool, about: str, text: str, change: str) -> Line:
+    """What is there to be known, or where it is doubtful, what to do about it."""
+    return Line("doubt", about, text, change) if doubtful else Line("note", about, text)
+
+
+def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
+    """Prompts of test and validation that are nearly one of the training prompts."""
+    train = {tuple(e.prompt_ids) for e in data.train}
+    words = [_words(tokens.decode(list(ids))) for ids in sorted(train)[:LOOKED]]
+    rare = Counter(word for one in words for word in one)
+    template = {word for word, count in rare.items() if count == len(words) > 1}
+    held: dict[str, list[frozenset[str]]] = defaultdict(list)
+    for one in words:
+        for word in _rarest(one - template, rare):
+            held[word].append(one - template)
+    for side in ("test", "validation"):
+        prompts = {tuple(e.prompt_ids): e.prompt for e in getattr(data, side)}
+        near = []
+        for ids in sorted(prompts)[:LOOKED]:
+            one = _words(tokens.decode(list(ids))) - template
+            kin = (other for word in _rarest(one, rare) for other in held[word][:200])
+            if one and any(len(one & other) >= NEAR * len(one | other) for other in kin):
+                near.append(prompts[ids])
+        if near:
+            share = f"{len(near):,} of {len(prompts):,} {side} prompts are nearly a training prompt"
+            change = f"as {_cut(near[0], 80)!r}: the {side} is easier than it looks"
+            level = "doubt" if len(near) > MANY * len(prompts) else "note"
+            yield Line(level, "splits", share, change)
+
+
+def _words(text: str) -> frozenset[str]:
+    words = re.findall(r"\w+", text.casefold())
+    return frozenset([*words, *map(" ".join, itertools.pairwise(words))])
+
+
+def _rarest(words: frozenset[str], count: Counter[str]) -> list[str]:
+    """Those that a near prompt would share at least one of, most likely."""
+    return sorted((w for w in words if w in count), key=lambda w: (count[w], w))[:4]
+
+
+def _shown(data: Data, tokens: Tokens) -> Iterator[Line]:
+    """Three rows as the model sees them, special tokens and line breaks visible."""
+    rows = data.train or _all(data)
+    for place in sorted({0, len(rows) // 2, len(rows) - 1} if rows else ()):
+        row = rows[place]
+        parts = [tokens.tokenizer.decode(row.prompt_ids)]
+        for mark, ids in ((" ▸ ", row.chosen_ids), (" ✗ ", row.rejected_ids)):
+            parts += [mark + tokens.tokenizer.decode(ids)] if ids else []
+        text = "".join(_cut(part.replace("\n", "⏎"), SHOWN) for part in parts)
+        yield Line("note", "example", text)
+
+
+def _cut(text: str, width: int) -> str:
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,84 @@
+"""What `plan` says of memory and time: by rule, or measured in a rehearsal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlhf_recipes import signals
+from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.pipeline.data_lint import away
+from rlhf_recipes.pipeline.memory import read_size
+from rlhf_recipes.pipeline.plan import Plan, PlannedStage
+from rlhf_recipes.screen import Screen
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.sources.fetch import bring
+from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.store import locks
+from rlhf_recipes.text import duration, plain, size, table
+
+
+def reckoning(
+    plan: Plan, stages: Sequence[PlannedStage], shared: Shared, device: str, measured: bool
+) -> str:
+    """Of these stages; `device` is the size of a card, or "" for this machine."""
+    given = read_size(device) if device else None
+    with Screen(Path(os.devnull)) as screen:
+        if measured:
+            return _measured(plan, stages, screen)
+        with screen.quiet():
+            try:
+                return _by_rule(plan, stages, None if away(plan) else shared, given)
+            except Exception as error:
+                said = str(error).partition("\n")[0]
+                return f"no memory by rule: {type(error).__name__}: {plain(said)}"
+
+
+def _by_rule(
+    plan: Plan, stages: Sequence[PlannedStage], shared: Shared | None, given: float | None
+) -> str:
+    """Where nothing is `shared`, the recipe's limits stand for its rows."""
+    from rlhf_recipes.pipeline import fit
+    from rlhf_recipes.pipeline.flops import own_data, work
+    from rlhf_recipes.pipeline.rehearsal import weights
+
+    recipe, took = plan.recipe, {}
+    config = fit.architecture(sources.config_folder(recipe, plan.model))
+    room = fit.Room(recipe, config, shared, given)
+    held = {stage.name: room.need(stage) for stage in stages}
+    if shared and (speed := room.speed()):
+        count = weights(shared.model_folder)
+        with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
+            for stage in stages:
+                amount = work(recipe, stage, shared.data(own_data(recipe, stage)))
+                took[stage.name] = amount.total * count / speed
+    there = f"by rule{'' if shared else ', at the longest rows that the recipe lets in'}"
+    there += f"; {room.name} has {size(room.bytes)}"
+    shown = f"{needs(held, room.beside, took)}\n\n{there}"
+    if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:
+        shown += f"; {wrong[0].name} does not fit: {room.words(wrong)}"
+    return shown
+
+
+def _measured(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> str:
+    name = f"run {plan.run_folder.name}"
+    with signals.at_once(), locks.lock(plan.run_folder, name):
+        bring(plan.recipe, plan.model)
+        found = runner.rehearsed(plan, stages, screen)
+    return "\n".join([*(took.line() for took in found), "measured, by a rehearsal"])
+
+
+def needs(
+    held: dict[str, Counter[str]], beside: Callable[[Counter[str]], float], took: dict[str, float]
+) -> str:
+    """A stage a line: the most memory, its time, and what the memory is for, the most first."""
+    rows = [["stage", "memory", "time", "of which"]]
+    for name, roles in held.items():
+        named = [f"{role} {size(count)}" for role, count in roles.most_common() if count > 1e5]
+        time = f"about {duration(took[name])}" if name in took else ""
+        rows.append([name, size(beside(roles)), time, ", ".join(named)])
+    return table(rows, right=(1,))

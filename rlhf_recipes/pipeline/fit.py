@@ -1,0 +1,202 @@
+"""Whether stages fit the memory there is, by the rule of `footprint`, and what makes them fit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_recipes.errors import MachineError, ModelError, RecipeError
+from rlhf_recipes.models import load as models
+from rlhf_recipes.pipeline import memory, rehearsal
+from rlhf_recipes.pipeline.fake_model import Sim
+from rlhf_recipes.pipeline.flops import own_data
+from rlhf_recipes.pipeline.memory_estimate import footprint, lengths_of
+from rlhf_recipes.pipeline.plan import PlannedStage
+from rlhf_recipes.pipeline.rehearsal import Ahead
+from rlhf_recipes.recipe.load import Recipe, changed
+from rlhf_recipes.recipe.tables import EVALUATION, JUDGE
+from rlhf_recipes.screen import Screen
+from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.text import duration, size
+
+CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
+LOOSE = 1.04  # an allocator holds a little more than it hands out
+LIBRARIES = 0.4e9  # of a process, that are loaded only as it trains; and what malloc keeps
+# oneDNN keeps the code of the last 1,024 products that it made, each length of rows another: in 16
+# bit 0.7 to 1 MB each, in 32 bit nothing.
+KERNELS = 0.9e9
+# Operations a second: of a core, in 16 bit and in 32; of a card's unit at a clock's tick, by its
+# generation; and the share of a card's that training sees.
+CORE, CORE_32, TICK, SHARE = 1.7e11, 6e10, {7: 1024, 8: 1024, 9: 4096}, 0.3
+
+
+class Room:
+    """The memory that there is, of this machine's device or of one that is named; what needs it.
+
+    Where there are no rows yet, or nothing is `shared`, the recipe's limits stand for them.
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: Any, shared: Shared | None, given: float | None = None
+    ) -> None:
+        self.recipe, self.config, self.shared = recipe, config, shared
+        self.card = given is not None or torch.cuda.is_available()
+        self.here = given is None
+        self.wide = models.compute_dtype(recipe.model.dtype) == torch.float32
+        if given is not None:
+            self.bytes, self.name = (
+                max(0.0, given - CONTEXT),
+                f"a card with {size(given)}",
+            )
+        elif self.card:
+            self.bytes, self.name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+        else:
+            self.held = memory.now()
+            self.bytes, self.name = self.held + memory.free(), "this machine"
+
+    def need(self, stage: PlannedStage, recipe: Recipe | None = None) -> Counter[str]:
+        """The bytes that a stage's tensors take when they are most, by role."""
+        recipe, data = recipe or self.recipe, None
+        with contextlib.suppress(Exception):  # whatever it is, the stage says it better
+            data = self.shared and self.shared.data(own_data(recipe, stage))
+        most = lengths_of(recipe, stage, data)
+        return footprint(Sim(recipe, stage, most, self.card, self.config))
+
+    def holds(self, need: Counter[str]) -> bool:
+        return self.beside(need) <= self.bytes
+
+    def beside(self, need: Counter[str]) -> float:
+        """Bytes of a stage's tensors, with what comes on top of them."""
+        if self.card:
+            return need.total() * LOOSE
+        return need.total() + self.held + LIBRARIES + (0.0 if self.wide else KERNELS)
+
+    def words(self, stages: Sequence[PlannedStage]) -> str:
+        """`--set` words with which they fit, the least harmful that help; else what is left."""
+        recipe, said = self.recipe, {}
+        for stage in stages:
+            need = self.need(stage, recipe)
+            for change in _changes(recipe, stage):
+                if self.holds(need):
+                    break
+                try:
+                    other = changed(recipe, [f"{key}={value}" for key, value in change.items()])
+                except RecipeError:  # two keys that do not go together
+                    continue
+                less = self.need(stage, other)
+                if less.total() < 0.99 * need.total():
+                    recipe, need = other, less
+                    said |= change
+            if not self.holds(need):
+                return "a smaller model: no setting makes this one fit"
+        return " ".join(f"--set {key}={value}" for key, value in said.items())
+
+    def speed(self) -> float | None:
+        """Operations a second in training, roughly; None of a card that is not here."""
+        if not self.card:
+            slow = self.wide or not torch.cpu._is_avx512_bf16_supported()
+            return (CORE_32 if slow else CORE) * (os.cpu_count() or 1)
+        if not self.here:
+            return None
+        card = torch.cuda.get_device_properties(0)
+        ticks = getattr(card, "clock_rate", 1_700_000) * 1e3
+        return card.multi_processor_count * ticks * TICK.get(card.major, 4096) * SHARE
+
+
+def architecture(folder: Path) -> Any:
+    """What config.json says of a model. Raises ModelError where it does not say enough."""
+    config = models.load_config(folder)
+    if not config.architectures:
+        raise ModelError("config.json names no architecture", "see that its folder is whole")
+    return config
+
+
+def check(ahead: Ahead, screen: Screen) -> None:
+    """Refuse stages that do not fit, and rehearse them, unless all is short.
+
+    What they need goes into `ahead.needs`.
+    """
+    whole, part = rehearsal.cost(ahead)
+    _positions(ahead)
+    if whole < rehearsal.SHORT:
+        return
+    refuse(ahead, screen)
+    if part > rehearsal.SHARE * whole:
+        return
+    screen.line("Rehearsal · a step of each stage, on its longest rows", "bold")
+    seconds = 0.0
+    for took in rehearsal.rehearse(ahead):
+        seconds += took.seconds
+        screen.line(f"  {took.line()}")
+    screen.line(f"  in all about {duration(seconds)}")
+
+
+def _positions(ahead: Ahead) -> None:
+    """Raise ModelError where a stage's longest sequence is longer than the model was made for."""
+    recipe, folder = ahead.plan.recipe, ahead.shared.model_folder
+    config = models.load_config(folder, recipe.model.trust_remote_code).get_text_config()
+    there = getattr(config, "max_position_embeddings", None)
+    for stage in ahead.stages:
+        longest = lengths_of(recipe, stage, ahead.data(stage)).row
+        if there and longest > there:
+            with ahead.failing(stage):
+                message = f"its longest sequence has {longest} tokens, the model {there} positions"
+                hint = "lower dataset.max_prompt_tokens, max_answer_tokens, or response_length"
+                raise ModelError(message, hint)
+
+
+def refuse(ahead: Ahead, screen: Screen) -> None:
+    """What does not fit by the rule is not begun; a model that the rule cannot read is."""
+    try:
+        room = Room(ahead.plan.recipe, architecture(ahead.shared.model_folder), ahead.shared)
+        ahead.needs.update({stage.name: room.need(stage) for stage in ahead.stages})
+    except Exception:
+        return screen.log_traceback()
+    wrong = [stage for stage in ahead.stages if not room.holds(ahead.needs[stage.name])]
+    if wrong:
+        need, first = ahead.needs[wrong[0].name], wrong[0]
+        [(role, most)] = need.most_common(1)
+        whole, there = (
+            size(room.beside(need)),
+            f"{room.name} has {size(room.bytes)}",
+        )
+        message = f"stage {first.name} needs {whole}, most of it for {role} ({size(most)})"
+        hint = f"add {room.words(wrong)}; --no-rehearsal tries it all the same"
+        with ahead.failing(first):
+            raise MachineError(f"{message}: {there}", hint)
+
+
+def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[dict[str, Any]]:
+    """What may help, the least harmful first: the same result, then slower, then another result."""
+    name = stage.name
+    if name == JUDGE:  # its settings are the last reward stage's
+        name = [s for s in recipe.stages if recipe.table(s).kind == "reward"][-1]
+    if name in recipe.tables:
+        options = recipe.tables[name].options
+        size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
+        rows, micros = options[size], options[micro]
+        for part in range(2, rows + 1):
+            if rows % part == 0:
+                yield {f"{name}.{size}": rows // part, f"{name}.{micro}": micros * part}
+        if not options["gradient_checkpointing"]:
+            yield {f"{name}.gradient_checkpointing": "true"}
+        for key in ("local_rollout_forward_batch_size", "per_device_eval_batch_size"):
+            count = options.get(key) or 1
+            while count > 1:
+                count //= 2
+                yield {f"{name}.{key}": count}
+    if recipe.model.quantization == "none" and recipe.lora is not None:
+        yield {"model.quantization": "4bit"}
+    if stage.name == EVALUATION:
+        for count in (32, 16, 8, 4):
+            if count < recipe.evaluation.prompts:
+                yield {"evaluation.prompts": count}
+    for divisor in (2, 4):
+        for key in ("max_prompt_tokens", "max_answer_tokens"):
+            yield {f"dataset.{key}": max(1, getattr(recipe.dataset, key) // divisor)}

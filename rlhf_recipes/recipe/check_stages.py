@@ -1,0 +1,249 @@
+"""The stages of a recipe: the kind of each, what it takes from those before, its settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.recipe.aliases import elsewhere
+from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
+from rlhf_recipes.recipe.fields import Field, Values, resolve, suggest, trl_fields
+from rlhf_recipes.recipe.tables import (
+    BASE,
+    EXTRAS,
+    IMPLIED,
+    INDEPENDENT,
+    INHERITED_DATA_KEYS,
+    JUDGE,
+    KINDS,
+    RESERVED,
+    ROLES,
+    DatasetTable,
+    EvaluationTable,
+    MirrorTable,
+    ModelTable,
+    StageTable,
+    is_path,
+    stage_keys,
+    top_keys,
+)
+
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
+NEEDED_BY_SCHEDULERS = {
+    "cosine_with_min_lr": "min_lr or min_lr_rate",
+    "cosine_warmup_with_min_lr": "min_lr or min_lr_rate",
+    "warmup_stable_decay": "num_decay_steps",
+}
+# DPOTrainer raises for the others.
+LOSSES_OF_DIVERGENCES = {*"sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()}
+
+
+class StageChecker(Checker):
+    def stages(self, written: list[str]) -> list[str]:
+        """The stages that can be gone through; what is wrong with the others is noted."""
+        valid: list[str] = []
+        for i, name in enumerate(written):
+            key, table = ("stages", i), self.data.get(name)
+            if name in valid:
+                self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
+            elif name in RESERVED:
+                self.problem(key, f'"{name}" is reserved: this version knows {", ".join(KINDS)}')
+            elif name in (*top_keys(), *IMPLIED, BASE) or not STAGE_NAME.fullmatch(name):
+                self.problem(key, f'"{name}" cannot be the name of a stage')
+            elif name in self.kinds:
+                valid.append(name)
+            elif isinstance(table, dict):
+                key = (name, "kind") if "kind" in table else (name,)
+                self.problem(key, f"needs kind = one of {', '.join(KINDS)}")
+            else:
+                near = self.near(name, (*KINDS, *self.kinds))
+                self.problem(key, f'"{name}" is no kind of stage, and has no table{near}')
+        return valid
+
+    def stray_tables(self, stages: list[str]) -> None:
+        """Every table that `stages`, as written, does not name."""
+        for name, table in self.data.items():
+            if name in stages or name in top_keys():
+                continue
+            if name in self.kinds:
+                self.notes.append(f"[{name}] is not used: stages does not name it")
+                self.table(table, stage_keys(self.kinds[name]), (name,))
+            elif not isinstance(table, dict):
+                continue  # among the top keys, and noted there
+            elif name in RESERVED:
+                self.problem((name,), f"is reserved: this version knows {', '.join(KINDS)}")
+            else:
+                near = self.near(name, (*KINDS, *stages, *top_keys()))
+                self.problem((name,), f"unknown table: stages does not name it{near}")
+
+    def near(self, name: str, known: tuple[str, ...]) -> str:
+        """What an unknown stage or table is called here, or may be meant to be."""
+        if hint := elsewhere(name):
+            return f": {hint}"
+        return suggest(name, known) if len(self.problems) < ENOUGH else ""
+
+    def stage(self, name: str, stages: list[str], lora: bool, data: list[Values]) -> StageTable:
+        """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
+        kind, at = self.kinds[name], (name,)
+        values = self.table(self.data.get(name, {}), stage_keys(kind), at)
+        if name in KINDS and values.get("kind", kind) != kind:
+            self.problem((*at, "kind"), f'must be "{name}", or left out')
+        options, given = resolve(trl_fields()[kind], values, lora)
+        extras = _extras(kind, values, options)
+        for key, what in _clashes(kind, options, extras):
+            self.problem((*at, key), what)
+        own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
+        return StageTable(
+            name=name,
+            kind=kind,
+            **{role: self.role(role, name, values, stages) for role in ROLES},
+            dataset=own,
+            extras=extras,
+            options=options,
+            given=given,
+        )
+
+    def role(self, role: str, name: str, values: Values, stages: list[str]) -> str | None:
+        """What serves a role: what the table names, or the latest stage before that can."""
+        if role not in stage_keys(self.kinds[name]):
+            return None
+        before = stages[: stages.index(name)]
+        able = [s for s in before if self.kinds[s] in ROLES[role]]
+        named, key = values.get(role), (name, role)
+        if named is None:
+            return able[-1] if able and role != "reference" else None
+        if role == "reward_model" and (is_path(named) or "/" in named):
+            self.model_name(named, key)
+        elif named in before and named not in able:
+            wanted = " or ".join(ROLES[role])
+            self.problem(key, f'"{named}" is of kind {self.kinds[named]}, not {wanted}')
+        elif named in stages and named not in able:
+            self.problem(key, f'"{named}" does not come before "{name}" in stages')
+        elif named not in able:
+            self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
+        return named
+
+    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
+        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
+        inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
+        if any("test_split" in table for table in data):
+            inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
+        return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
+
+    def implied(
+        self, evaluation: EvaluationTable, tables: list[StageTable], lora: bool, share: float
+    ) -> list[StageTable]:
+        """The independent judge's table, where there is to be one: a reward model from the base."""
+        if evaluation.best_of and not any(table.kind == "ppo" for table in tables):
+            self.problem(("evaluation", "best_of"), "is PPO's yardstick, and no stage is of PPO")
+        if INDEPENDENT not in evaluation.judges.values():
+            return []
+        if not share:
+            what = "judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"
+            self.problem(("evaluation", "judge"), f"has no pairs to learn from: {what}")
+        rewards = [table for table in tables if table.kind == "reward"]
+        if rewards:
+            return [replace(rewards[-1], name=JUDGE, policy=None)]
+        options, given = resolve(trl_fields()["reward"], {}, lora)
+        extras, none = _extras("reward", {}, options), dict.fromkeys([*ROLES, "dataset"])
+        return [StageTable(JUDGE, "reward", **none, extras=extras, options=options, given=given)]
+
+
+def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecker]:
+    """The parts of a Recipe, to be used only if the checker holds no problem.
+
+    `data` is the parsed recipe, `path` its file: relative paths start from the folder around it.
+    """
+    base = path.parent.resolve()
+    checker = StageChecker(data, base)
+    top = checker.top()
+    model, datasets, evaluation = checker.model(), checker.datasets(), checker.evaluation()
+    lora = checker.lora(model.get("quantization", ModelTable.quantization))
+    written = top.get("stages", [])
+    names = checker.stages(written)
+    tables = [checker.stage(name, names, lora is not None, datasets) for name in names]
+    asked = None if evaluation is None else EvaluationTable(**evaluation)
+    if names == written:
+        for table in tables:
+            if table.kind == "ppo" and table.reward_model is None:
+                key: Key = (table.name,) if table.name in data else ("stages",)
+                what = 'put a "reward" stage before it, or say reward_model = "…"'
+                checker.problem(key, f"{table.name} has nothing to score with: {what}")
+        if asked:
+            share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
+            tables += checker.implied(asked, tables, lora is not None, share)
+    checker.stray_tables(written)
+    if checker.problems:
+        return {}, checker
+    mirror = model.get("mirror")
+    first, *more = [DatasetTable(**table, base=base) for table in datasets]
+    return {
+        "title": top.get("title") or path.stem,
+        "stages": tuple(names),
+        "seed": top.get("seed", 42),
+        "model": ModelTable(**model | {"mirror": mirror and MirrorTable(**mirror)}, base=base),
+        "lora": lora,
+        "dataset": replace(first, more=tuple(more)),
+        "evaluation": asked,
+        "tables": {table.name: table for table in tables},
+        "notes": tuple(checker.notes),
+    }, checker
+
+
+def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, str]]:
+    """What TRL's trainers and transformers refuse, or would trip over, hours later."""
+    if not options.get("dataloader_num_workers"):
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            if options.get(key):
+                yield key, "needs dataloader_num_workers of at least 1"
+    scheduler, words = options["lr_scheduler_type"], options["lr_scheduler_kwargs"] or {}
+    needed = NEEDED_BY_SCHEDULERS.get(scheduler, "")
+    if needed and len(words.keys() & needed.split(" or ")) != 1:
+        yield "lr_scheduler_kwargs", f'must hold {needed} for lr_scheduler_type = "{scheduler}"'
+    words = options["gradient_checkpointing_kwargs"]
+    if words and words.get("use_reentrant") is not False:
+        what = "must hold use_reentrant = false: else no gradient passes a frozen base"
+        yield "gradient_checkpointing_kwargs", what
+    if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
+        yield "optim_args", 'must be "name=value", with commas between several'
+    if kind == "dpo":
+        losses, weights = options["loss_type"], options["loss_weights"]
+        if not losses:
+            yield "loss_type", "names no loss"
+        if weights is not None and len(weights) != len(losses):
+            what = f"{len(weights)} for {len(losses)} of loss_type"
+            yield "loss_weights", f"must be one for each loss, not {what}"
+        if "robust" in losses and options["label_smoothing"] >= 0.5:
+            yield "label_smoothing", 'must be below 0.5 for loss_type "robust"'
+        if "exo_pair" in losses and not options["label_smoothing"]:
+            yield "label_smoothing", 'loss_type "exo_pair" needs it above 0: its paper has 0.001'
+        if options["f_divergence_type"] != "reverse_kl":
+            for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
+                yield "f_divergence_type", f'loss_type "{loss}" goes with "reverse_kl" alone'
+    elif kind == "ppo":
+        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        parts = options["num_mini_batches"]
+        if batch % parts:
+            what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
+            yield "num_mini_batches", f"{parts} does not divide {what}"
+        elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
+            what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
+            yield "whiten_rewards", f"needs {what}"
+        if options["eval_strategy"] == "no" and extras["keep"] == "best":
+            yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'
+
+
+def _extras(kind: str, values: Values, options: Values) -> Values:
+    """Our own keys of the kind; a learning rate that is left out is the stage's."""
+    extras: Values = {}
+    for key, field in EXTRAS[kind].items():
+        if isinstance(field, Field):
+            rate = options["learning_rate"] if key.endswith("learning_rate") else field.default
+            extras[key] = values.get(key, rate)
+        else:
+            extras[key] = {inner: f.default for inner, f in field.items()} | values.get(key, {})
+    return extras

@@ -1,0 +1,248 @@
+"""A recipe: one TOML file that names a model, a dataset and the stages. No torch in here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.errors import Problem, RecipeError, UsageError
+from rlhf_recipes.recipe.check import Key, dotted
+from rlhf_recipes.recipe.check_stages import check
+from rlhf_recipes.recipe.edit import Edited, edit, rebase
+from rlhf_recipes.recipe.fields import suggest, trl_fields
+from rlhf_recipes.recipe.tables import BEST_OF, EVALUATION, EXTRAS, JUDGE
+from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
+from rlhf_recipes.text import cut, masked
+
+if TYPE_CHECKING:
+    from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
+
+HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
+
+
+@dataclass(frozen=True)
+class Recipe:
+    path: Path
+    text: str  # as written, `--set` and `--unset` applied
+    overrides: tuple[str, ...]  # the words of `--set`, and "unset KEY"
+    title: str
+    stages: tuple[str, ...]
+    seed: int
+    model: ModelTable
+    lora: dict[str, Any] | None  # LoraConfig's arguments; None: all weights train
+    dataset: DatasetTable
+    evaluation: EvaluationTable | None
+    tables: dict[str, StageTable]  # of its stages, and of an independent judge
+    notes: tuple[str, ...]  # what is no mistake, and yet worth a look
+
+    @property
+    def all_stages(self) -> list[str]:
+        """Its stages, and those that [evaluation] asks for."""
+        if self.evaluation is None:
+            return [*self.stages]
+        judge = [JUDGE] if JUDGE in self.tables else []
+        best_of = [BEST_OF] if self.evaluation.best_of else []
+        return [*self.stages, *judge, EVALUATION, *best_of]
+
+    def table(self, stage: str) -> StageTable:
+        return self.tables[stage]
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, paths absolute: a recipe of its own, whose stages are these."""
+        base, datasets = self.model.base, (self.dataset, *self.dataset.more)
+        tested = any(table.test_split for table in datasets)
+        listed = [table.resolved(tested) for table in datasets]
+        keys = {
+            "title": self.title,
+            "stages": list(self.stages),
+            "seed": self.seed,
+            "evaluation": self.evaluation.resolved(base) if self.evaluation else False,
+            "lora": False if self.lora is None else self.lora,
+            "model": self.model.resolved(),
+            "dataset": listed if self.dataset.more else listed[0],
+            **{name: self.tables[name].resolved(base) for name in self.stages},
+        }
+        return _without_none(keys)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+# ---- loading
+
+
+def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
+    return _load(_read(Path(path)), Path(path), set, unset)
+
+
+def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Recipe:
+    edited = edit(text, set, unset)
+    if secrets := _secrets(text, path, set):
+        raise RecipeError(secrets)
+    try:
+        parts, checker = check(parse(edited.text), path)
+    except tomllib.TOMLDecodeError as error:
+        what = f"makes no TOML of the recipe: {error}; change the file itself"
+        raise RecipeError([Problem(" ".join(edited.words.values()), None, "", what)]) from None
+    lines = key_lines(text) if checker.problems else {}
+    problems = [_place(key, what, path, lines, edited) for key, what in checker.problems]
+    if problems or edited.problems:
+        problems.sort(key=lambda p: (p.file != str(path), p.line or 0))
+        raise RecipeError([*problems, *edited.problems])
+    overrides = (*set, *(f"unset {key}" for key in unset))
+    return Recipe(path=path, text=edited.text, overrides=overrides, **parts)
+
+
+def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
+    """Where a password or a token stands: what a recipe says is copied to every run."""
+    what = "holds a password or a token: take it out; it is read from the environment (HF_TOKEN)"
+    lines = enumerate(text.split("\n") if masked(text) != text else (), 1)
+    found = [Problem(str(path), at, "", what) for at, line in lines if masked(line) != line]
+    words = [word.partition("=")[0] for word in set if masked(word) != word]
+    return found + [Problem(f"--set {key}", None, "", what) for key in words]
+
+
+def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
+    """The recipe with more words of `--set`. Raises RecipeError."""
+    return _load(recipe.text, recipe.path, words, ())
+
+
+def _read(path: Path) -> str:
+    """A recipe's text, once it is known to be TOML. Raises UsageError and RecipeError."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(4 * MAX_SIZE).decode("utf-8-sig").replace("\r\n", "\n")
+        parse(text)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"{path} is no recipe file", "`rlhf-recipes recipes` lists some") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError([Problem(str(path), line, "", "is not UTF-8 text")]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError([_no_toml(str(error), text, path)]) from None
+    return text
+
+
+def _no_toml(said: str, text: str, path: Path) -> Problem:
+    message, _, place = said.partition(" (at ")
+    written = text.rstrip("\n").split("\n")
+    found = re.match(r"line (\d+)", place)
+    line = int(found[1]) if found else len(written)
+    hints = tomllib.loads(HINTS.read_text(encoding="utf-8")).items()
+    hint = next((hint for start, hint in hints if re.match(start, message)), "")
+    if place.startswith("end"):
+        hint = "something is not closed: quotes, a ] or a }"
+    shown = cut(written[line - 1].strip(), 60)
+    return Problem(str(path), line, "", f"not TOML: {message}: {shown}{hint and '; '}{hint}")
+
+
+def _place(key: Key, message: str, path: Path, lines: dict[Key, int], edited: Edited) -> Problem:
+    """A problem with the `--set` that made it, or the line of its key or of the table around it."""
+    around = [key[:length] for length in range(len(key), 0, -1)]
+    words = [edited.words[at] for at in around if at in edited.words]
+    if not words and key not in lines:
+        words = [word for at, word in edited.words.items() if at[: len(key)] == key]
+    if words:
+        return Problem(words[0], None, dotted(key), message)
+    line = next((lines[at] for at in around if at in lines), None)
+    return Problem(str(path), line, dotted(key), message)
+
+
+# ---- what determines a stage's result
+
+
+def identity_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The stage's own settings that determine its result. Of the batch only its size counts."""
+    table = recipe.table(stage)
+    batch = table.options["per_device_train_batch_size"]
+    batch *= table.options["gradient_accumulation_steps"]
+    neutral = {k for k, f in EXTRAS[table.kind].items() if getattr(f, "effect", "") == "neutral"}
+    extras = {key: value for key, value in table.extras.items() if key not in neutral}
+    return {**_of_effect(table, "identity"), **extras, "batch_size": batch}
+
+
+def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings that say where and how the stage computes, and move its result by rounding."""
+    return _of_effect(recipe.table(stage), "layout") if stage in recipe.tables else {}
+
+
+def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
+    """What to type where a stage of a run lacks memory: layout settings that ask for less."""
+    if stage == JUDGE:  # its settings are the last reward stage's
+        stage = next((s for s in recipe.stages[::-1] if recipe.table(s).kind == "reward"), "")
+    options = recipe.tables[stage].options if stage in recipe.tables else {}
+    rows, words = options.get("per_device_train_batch_size", 1), {}
+    if rows > 1:
+        part = next(n for n in range(2, rows + 1) if rows % n == 0)
+        words["per_device_train_batch_size"] = rows // part
+        words["gradient_accumulation_steps"] = options["gradient_accumulation_steps"] * part
+    if options.get("gradient_checkpointing") is False:
+        words["gradient_checkpointing"] = "true"
+    if (rollout := options.get("local_rollout_forward_batch_size", 1)) > 1:
+        words["local_rollout_forward_batch_size"] = rollout // 2
+    if not words:
+        return "end what else holds memory, and the same command goes on"
+    changes = " ".join(f"--set {stage}.{key}={value}" for key, value in words.items())
+    # With `--set` alone the run would have another name, and be another pass of `--fresh`.
+    words = f"{changes} --name {shlex.quote(run)}"
+    return f"the same command with {words} needs less, and goes on from the last checkpoint"
+
+
+def _of_effect(table: StageTable, effect: str) -> dict[str, Any]:
+    fields = trl_fields()[table.kind]
+    return {key: v for key, v in table.options.items() if fields[key].effect == effect}
+
+
+# ---- files
+
+
+def shipped_folder() -> Path:
+    """The recipes of this installation: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "shipped"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> list[Path]:
+    return sorted(shipped_folder().rglob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A file, or a shipped recipe by its stem. Raises UsageError."""
+    if os.path.isfile(name):
+        return Path(name)
+    shipped = {path.stem: path for path in shipped_recipes()}
+    if name not in shipped:
+        near = suggest(name, shipped)
+        raise UsageError(f"no recipe {name}{near}", f"shipped: {', '.join(shipped)}")
+    return shipped[name]
+
+
+def fork_recipe(
+    source: Path, new: Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()
+) -> Path:
+    """Write a copy to change: comments kept, relative paths re-based, what it came from on line 1.
+
+    Relative paths in `set` start from where the copy will lie.
+    Raises RecipeError if the copy would not be valid, UsageError if `new` is there already.
+    """
+    new = new if new.suffix == ".toml" else new.with_name(new.name + ".toml")
+    if new.exists():
+        raise UsageError(f"{new} is there already", "choose another name")
+    load_recipe(source)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    moved = rebase(_read(source), source.parent, new.parent)
+    recipe = _load(moved, new, set, unset)
+    changes = ", ".join(edit(moved, set, unset).changes) or "nothing changed yet"
+    new.write_text(f"# Forked from {source}: {changes}\n{recipe.text}", encoding="utf-8")
+    return new

@@ -1,0 +1,297 @@
+"""The recipe's own tables, and the map of every key that a recipe may hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_recipes.recipe.fields import Field, Keys, fields_of, trl_fields
+
+KINDS = ("sft", "reward", "ppo", "dpo")
+# Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
+JUDGE, EVALUATION, BEST_OF = IMPLIED = ("judge", "evaluation", "best_of")
+INDEPENDENT = "independent"  # the judge that the stage of that name trains
+RESERVED = ("kto", "rloo", "grpo")
+POLICY_KINDS = ("sft", "ppo", "dpo")
+# The kinds that can serve each role.
+ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# What data.py reads of a row.
+COLUMNS = "prompt chosen rejected completion messages conversations response_a response_b winner"
+
+
+def is_path(text: str) -> bool:
+    """Whether a name is a local path rather than a hub id."""
+    return text in (".", "..") or text.startswith(("./", "../", "/", "~"))
+
+
+def located(name: str, base: Path) -> Path:
+    """The file or folder that a local path names, where relative ones start from `base`."""
+    # Path's own raises for an unknown ~user, and for links that go in a circle.
+    return Path(os.path.realpath(base / os.path.expanduser(name)))
+
+
+def python_judge(text: str) -> tuple[str, str] | None:
+    """File and function of a judge "python:FILE.py:FUNCTION"."""
+    found = re.fullmatch(r"python:(.+\.py):([A-Za-z_]\w*)", text)
+    return found and (found[1], found[2])
+
+
+def move_judge(judge: str | list[str], moved: Callable[[str], str]) -> str | list[str]:
+    """A judge, or each of several, with the path that it holds moved."""
+    if not isinstance(judge, str):
+        return [move_judge(one, moved) for one in judge]
+    if named := python_judge(judge):
+        return f"python:{moved(named[0])}:{named[1]}"
+    return moved(judge) if is_path(judge) else judge
+
+
+def _base() -> Any:
+    """The recipe's folder, which relative paths start from; no key of the recipe."""
+    return field(default=Path("."), repr=False, compare=False, metadata={"key": False})
+
+
+def _ranged(default: Any, words: str) -> Any:
+    return field(default=default, metadata={"range": words})
+
+
+@dataclass(frozen=True)
+class MirrorTable:
+    """A model outside the hub: a file in GGUF, inside a wheel on PyPI."""
+
+    wheel: str  # with its version: "name==1.2"
+    file: str  # its place in the wheel
+    sha256: str  # the file's
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    name: str
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    # A base model may bring a template whose end of turn it was never trained to write.
+    chat_template: Literal["own", "plain"] = "own"
+    # Runs code that comes with the model; with a revision of 40 hex digits alone.
+    trust_remote_code: bool = False
+    mirror: MirrorTable | None = field(default=None, metadata={"key": False})
+    base: Path = _base()
+
+    @property
+    def is_local(self) -> bool:
+        return is_path(self.name)
+
+    @property
+    def folder(self) -> Path:
+        return located(self.name, self.base)
+
+    def resolved(self) -> dict[str, Any]:
+        name = str(self.folder) if self.is_local else self.name
+        return asdict(self) | {"name": name, "base": None}
+
+
+@dataclass(frozen=True)
+class DatasetTable:
+    """Lengths are in tokens, fractions of prompts (`judge_fraction`: of training pairs).
+
+    Of several [[dataset]] tables, the first holds the others, and the rows of all are put together.
+    `weight` is the share of its prompts, by digest, that a dataset gives of each side; None: all.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, Any] | None = field(default=None, hash=False)
+    split: str | None = None
+    revision: str | None = None
+    max_prompt_tokens: int = _ranged(512, "at least 1")
+    max_answer_tokens: int = _ranged(512, "at least 1")
+    max_rows: int | None = _ranged(None, "at least 1")
+    validation_fraction: float = _ranged(0.05, "at least 0 and below 1")
+    test_fraction: float = _ranged(0.1, "at least 0 and below 1")
+    test_split: str | None = None
+    judge_fraction: float = _ranged(0.25, "at least 0 and below 1")
+    system: str | None = None
+    weight: float | None = _ranged(None, "above 0, at most 1")
+    # What the file calls COLUMNS otherwise: ours = theirs.
+    columns: dict[str, str] | None = field(default=None, hash=False, metadata={"key": False})
+    more: tuple[DatasetTable, ...] = field(default=(), metadata={"key": False})
+    base: Path = _base()
+
+    @property
+    def is_local(self) -> bool:
+        return is_path(self.path) or self.path.endswith(DATA_SUFFIXES)
+
+    @property
+    def file(self) -> Path:
+        """The file, or the folder."""
+        return located(self.path, self.base)
+
+    def resolved(self, tested: bool) -> dict[str, Any]:
+        """Where a `test_split` says what is `tested`, it has no fraction."""
+        path = str(self.file) if self.is_local else self.path
+        fraction = None if tested else self.test_fraction
+        return asdict(self) | {"path": path, "test_fraction": fraction, "base": None, "more": None}
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """None: as the last PPO stage has it."""
+
+    prompts: int = _ranged(128, "at least 1")
+    response_length: int | None = _ranged(None, "at least 1")
+    temperature: float | None = _ranged(None, "above 0")
+    # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION"; or two of them
+    judge: str | list[str] = field(default="none", hash=False)
+    best_of: int | None = field(default=None, metadata={"choices": (2, 4, 8, 16, 32, 64)})
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """By role, "judge" and "judge2": what judges."""
+        listed = [self.judge] if isinstance(self.judge, str) else self.judge
+        return dict(zip((JUDGE, "judge2"), listed, strict=False)) if listed != ["none"] else {}
+
+    def resolved(self, base: Path) -> dict[str, Any]:
+        moved = move_judge(self.judge, lambda place: str(located(place, base)))
+        return asdict(self) | {"judge": moved}
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """One stage, resolved. `policy` and `reward_model` are what the stage takes, named or not."""
+
+    name: str
+    kind: str
+    policy: str | None  # a stage; None: the bare base
+    reward_model: str | None  # a stage, a folder or a hub id; PPO alone has one
+    reference: str | None  # a stage; None: the policy that the stage starts from
+    dataset: DatasetTable | None  # its own; None: the recipe's
+    extras: dict[str, Any]  # our own keys of the kind
+    options: dict[str, Any]  # every passed field of TRL's config
+    given: dict[str, Any]  # those that differ from TRL's defaults by our choice or the recipe's
+
+    def resolved(self, base: Path) -> dict[str, Any]:
+        roles = {role: getattr(self, role) for role in ROLES}
+        if is_path(self.reward_model or ""):
+            roles["reward_model"] = str(located(self.reward_model, base))
+        own = self.dataset.resolved(False) if self.dataset else {}
+        data = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
+        data = {"dataset": data} if data else {}
+        return {"kind": self.kind, **roles, **self.options, **self.extras, **data}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
+
+    max_kl: float = field(default=25.0, metadata={"range": "above 0"})  # nats an answer
+    # Of the first update's: entropy a token, and mean length.
+    min_entropy: float = field(default=0.1, metadata={"range": "from 0 to 1"})
+    min_length: float = field(default=0.2, metadata={"range": "from 0 to 1"})
+    max_score_drop: float = field(default=1.5, metadata={"range": "above 0"})  # units of the reward
+
+
+# What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
+SHARED_DATA_KEYS = ("validation_fraction", "test_fraction", "judge_fraction")
+INHERITED_DATA_KEYS = (*SHARED_DATA_KEYS, "max_prompt_tokens", "max_answer_tokens", "system")
+
+_RATE = Field(("float",), range="above 0")
+_SHARE = Field(("float",), range="from 0 to 1", effect="neutral")
+_TEXT = Field(("str",))
+EXTRAS: dict[str, Keys] = {
+    "sft": {},
+    "reward": {
+        "head_learning_rate": _RATE,
+        "minimum_accuracy": replace(_SHARE, default=0.55),  # on test pairs, for PPO to start
+    },
+    "ppo": {
+        "value_learning_rate": _RATE,
+        "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
+        "keep": Field(("str",), "best", choices=("best", "last")),
+        "minimum_accuracy": _SHARE,  # None: as the reward stage has it, 0.55 of a foreign model
+        "guard": fields_of(Limits),
+    },
+    "dpo": {},
+}
+
+
+def dataset_keys() -> Keys:
+    return {**fields_of(DatasetTable), "columns": dict.fromkeys(COLUMNS.split(), _TEXT)}
+
+
+def _own_dataset_keys() -> Keys:
+    keys = dataset_keys()
+    del keys["test_split"]
+    why = "a prompt is on the same side of the split in every stage"
+    for key in SHARED_DATA_KEYS:
+        keys[key] = Field(standing="owned", owner=f"dataset.{key}", reason=why)
+    return keys
+
+
+@cache
+def stage_keys(kind: str) -> Keys:
+    """Every key of a stage's table, TRL's fields first."""
+    roles = {"ppo": ("policy", "reward_model", "reference"), "dpo": ("policy", "reference")}
+    wiring = {"kind": Field(("str",), choices=KINDS)}
+    wiring |= dict.fromkeys(roles.get(kind, ("policy",)), _TEXT)
+    return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": _own_dataset_keys()}
+
+
+@cache
+def top_keys() -> Keys:
+    """Every key of a recipe but the stages' tables."""
+    return {
+        "title": _TEXT,
+        "stages": Field(("list[str]",)),
+        "seed": Field(("int",), 42, range="at least 0"),
+        "model": {
+            **fields_of(ModelTable),
+            "mirror": fields_of(MirrorTable),
+            **trl_fields()["bitsandbytes"],
+        },
+        "lora": trl_fields()["lora"],
+        "dataset": dataset_keys(),
+        "evaluation": fields_of(EvaluationTable),
+    }
+
+
+def kinds_of(data: dict[str, Any]) -> dict[str, str]:
+    """The kind of each stage that `stages` or a table names, where it can be told."""
+    stages = data.get("stages")
+    names = [*(stages if isinstance(stages, list) else []), *data]
+    kinds = {}
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        table = data.get(name)
+        kind = table.get("kind") if isinstance(table, dict) else None
+        if name in KINDS or (kind in KINDS and name not in top_keys()):
+            kinds[name] = name if name in KINDS else kind
+    return kinds
+
+
+def field_at(path: tuple[str, ...], kinds: dict[str, str]) -> Field | None:
+    """The field that a dotted key names, if there is one."""
+    keys: Any = top_keys() | {name: stage_keys(kind) for name, kind in kinds.items()}
+    for part in path:
+        keys = keys.get(part) if isinstance(keys, dict) else None
+    return keys if isinstance(keys, Field) else None
+
+
+BASE = "base"  # what the evaluation calls the model that nothing was trained on
+
+
+ABOVE_0, SHARE = {"range": "above 0"}, {"range": "from 0 to 1"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
+
+    max_kl: float = field(default=25.0, metadata=ABOVE_0)  # nats an answer
+    min_entropy: float = field(default=0.1, metadata=SHARE)  # of the first update's, a token
+    min_length: float = field(default=0.2, metadata=SHARE)  # of the first update's mean length
+    max_score_drop: float = field(default=1.5, metadata=ABOVE_0)  # units of the reward

@@ -1,0 +1,215 @@
+"""From a run's facts to its plots: what each shows, and what that means in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from rlhf_recipes.findings import percent
+from rlhf_recipes.report import svg
+from rlhf_recipes.report.facts import Facts, Stage, number
+from rlhf_recipes.report.svg import BASE, PPO, SFT, Plot
+from rlhf_recipes.stats import Share
+
+LEAST = 4  # points: a curve of fewer says nothing
+ROUGH = 0.2  # of the tokens clipped, in an update
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Where a curve begins and ends: the mean of a tenth."""
+    few = max(1, len(values) // 10)
+    return fmean(values[:few]), fmean(values[-few:])
+
+
+def _went(values: Sequence[float], form: str = ".2f") -> str:
+    """rose from 1.00 to 2.00"""
+    first, last = ends(values)
+    verb = "rose" if last > first else "fell"
+    return f"{verb} from {first:{form}} to {last:{form}}".replace("-", "−").replace("%", " %")
+
+
+def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f") -> str:
+    least, most = f"{min(ys):{form}}", f"{max(ys):{form}}"
+    over = f"from step {xs[0]:.0f} to {xs[-1]:.0f} {what} {_went(ys, form)}"
+    return f"A line: {over}; the least is {least}, the most {most}.".replace("-", "−")
+
+
+# ---- policies -----------------------------------------------------------------------------------
+
+
+def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
+    """Every way of counting that there is: by whom, among which answers."""
+    rows: list[tuple[str, Share, str]] = []
+    among = {"": "all", "_ended": "both ended", "_like_length": "like length"}
+    judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward", SFT)}
+    for by, (whose, colour) in judges.items():
+        for which, words in among.items():
+            count = f"{name}.{which[1:]}_pairs" if which else "evaluation.prompts"
+            if share := facts.share(f"{name}.{by}win_rate{which}", count):
+                rows.append((f"{whose}, {words} {share.count}", share, colour))
+    if not rows:
+        return None
+    who, other, share = facts.plain_title(name), facts.plain_title(start), rows[0][1]
+    told = f"{who}'s answers are preferred to {other}'s on {percent(share.value)} of the prompts"
+    said = "; ".join(f"by the {label}: {_between(share)}" for label, share, _ in rows)
+    alt = f"Shares of prompts on which {who} wins against {other}, ties one half, {said}."
+    note = "Ties count one half; bars hold the share in 95 of 100 repetitions. The dotted line is "
+    note += "a half: neither is preferred."
+    return svg.ranges(Plot(f"wins-{name}", told, alt, note), rows)
+
+
+def _between(share: Share) -> str:
+    return f"{percent(share.value)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
+
+
+def price(facts: Facts, name: str, by: str) -> Plot | None:
+    """Gain against KL, beside what taking the best of n answers gains."""
+    gain, kl = facts.number(f"{name}.{by}_gain"), facts.number(f"{name}.kl")
+    if gain is None or kl is None:
+        return None
+    around = [facts.number(f"{name}.{by}_gain_{end}") for end in ("low", "high")]
+    low, high = (gain if end is None else end for end in around)
+    whose, unit = "the judge", "gain, the judge's points"
+    if by == "score":
+        whose, unit = "the reward model", "gain, units of the reward"
+    who, best = facts.plain_title(name), []
+    told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
+    if facts.best_of.get("against") == name:
+        columns = [facts.best_of.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
+        best = [row for row in zip(*columns, strict=False) if None not in row]
+    if best and min(best[-1][1:]) > 0:
+        most, dear, much = best[-1]
+        told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
+        told += f"answers does, at {kl / dear:.1f} times the KL"
+    points = "; ".join(f"best of {n}: {g:+.2f} at {k:.2f}" for n, k, g in best)
+    alt = f"Gain by {whose} against KL. {who}: {gain:+.2f} at {kl:.2f} nats. {points}"
+    note = "Upper left is better: more gain for less distance."
+    told, alt = told.replace("-", "−"), alt.replace("-", "−").strip()
+    plot = Plot(f"price-{by}-{name}", told, alt, note)
+    return svg.price(plot, best, (who, kl, gain, low, high), unit)
+
+
+# ---- curves -------------------------------------------------------------------------------------
+
+
+# Of PPO: how it is called, its form, and the guard that watches it.
+CURVES = {
+    "score": ("the score", "+.2f", ""),
+    "KL": ("the KL", ".1f", "max_kl"),
+    "val/entropy_per_token": ("entropy", ".2f", "min_entropy"),
+    "length": ("length", ".0f", "min_length"),
+    "loss/value_avg": ("the value model's loss", ".2f", ""),
+    "policy/clipfrac_avg": ("the clipped share", ".1%", ""),
+}
+
+
+def ppo(facts: Facts, stage: Stage) -> list[Plot]:
+    """Score, KL, entropy, length, value loss and clip share, with the guards."""
+    made, guard = [], facts.of(stage.name, "guard") or {}
+    kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
+    mark = (kept, "kept") if kept and kept != last else None
+    for key, (what, form, watch) in CURVES.items():
+        xs, ys = stage.series(key)
+        if len(xs) < LEAST:
+            continue
+        limit = None
+        if bound := number(guard, watch):  # of all but the KL a share of what it was at first
+            first = ends(ys)[0]
+            limit = (bound, f"guard {bound:g}") if key == "KL" else (bound * first, "guard")
+        name = f"{stage.name}-{key.replace('/', '-')}"
+        plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
+        looks = stage.series(f"eval/{key}")  # at validation prompts
+        words = {"percent": form == ".1%", "from_0": key != "score"}
+        marks = {"limit": limit, "mark": mark, "points": looks}
+        made.append(svg.curve(plot, xs, ys, PPO, "update", **marks, **words))
+    return made
+
+
+def _meaning(key: str, values: Sequence[float], form: str) -> str:
+    """What a curve of PPO's says, in a line."""
+    (first, last), went = ends(values), _went(values, form)
+    change = last / first if first else 1.0
+    if key == "score":
+        return f"The score {went}"
+    if key == "KL":
+        return f"It moved {last:.1f} nats an answer away from its start"
+    if key == "val/entropy_per_token":
+        start = "Its choices stay open" if change > 0.5 else "Its choices narrow"
+        return f"{start}: entropy {went} nats a token"
+    if key == "length":
+        verb = "grow" if change > 4 / 3 else "shrink" if change < 3 / 4 else "keep their length"
+        return f"Answers {verb}: from {first:.0f} to {last:.0f} tokens"
+    if key == "loss/value_avg":
+        start = "learns to foresee the score" if change < 0.9 else "does not learn"
+        return f"The value model {start}: its loss {went}"
+    start = "Updates are gentle" if last < ROUGH else "Updates are rough"
+    return f"{start}: {100 * last:.1f} % of the tokens are clipped"
+
+
+def loss(facts: Facts, stage: Stage) -> Plot | None:
+    """Of SFT, DPO or a reward model: on the rows it trained on, and on those it did not."""
+    xs, ys = stage.series("loss")
+    if len(xs) < LEAST:
+        return None
+    before = facts.number(f"{stage.name}.validation_loss_before")
+    after = facts.number(f"{stage.name}.validation_loss")
+    plot = Plot(f"{stage.name}-loss", f"The training loss {_went(ys)}", _alt("the loss", xs, ys))
+    if before is None or after is None:
+        return svg.curve(plot, xs, ys, SFT, "step")
+    plot.title = f"On rows it did not see, the loss {_went([before, after])}"
+    plot.note = "Line: the rows it trains on. Dots: validation rows, before and after."
+    plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
+    return svg.curve(plot, xs, ys, SFT, "step", points=([0.0, xs[-1]], [before, after]))
+
+
+# ---- reward models ------------------------------------------------------------------------------
+
+
+def accuracy(facts: Facts, name: str) -> Plot | None:
+    whole = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
+    shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
+    alone = facts.share(f"{name}.length_accuracy", f"{name}.test_pairs")
+    if whole is None:
+        return None
+    told = f"It ranks {percent(whole.value)} of {whole.count} pairs right"
+    if alone:
+        told += f"; by length alone it would be {percent(alone.value)}"
+    shares = {"all": whole, "shorter preferred,": shorter, "length alone,": alone}
+    there = [(f"{label} {share.count}", share) for label, share in shares.items() if share]
+    rows = [(label, share, BASE if share is alone else PPO) for label, share in there]
+    said = "; ".join(f"{label}: {_between(share)}" for label, share, _ in rows)
+    note = "Pairs that nothing was trained on. Bars hold the share in 95 of 100 repetitions."
+    plot = Plot(f"{name}-accuracy", told, f"Shares ranked right, {said}.", note)
+    return svg.ranges(plot, rows)
+
+
+def margins(name: str, stage: Stage) -> Plot | None:
+    values = stage.evidence.get("margins") or []
+    if len(values) < LEAST:
+        return None
+    wrong, middle = sum(v < 0 for v in values), sorted(values)[len(values) // 2]
+    told = f"In the middle pair the better answer leads by {middle:.1f} units; {wrong} of "
+    told += f"{len(values)} are the wrong way round"
+    alt = f"A histogram of the margins of {len(values)} test pairs: the least is {min(values):.1f},"
+    alt += f" the middle {middle:.1f}, the most {max(values):.1f}; {wrong} are below 0."
+    x = "score of the chosen answer over the rejected, units"
+    plot = Plot(f"{name}-margins", told.replace("-", "−"), alt.replace("-", "−"))
+    return svg.histogram(plot, values, x)
+
+
+def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
+    full = [row for row in stage.evidence.get("calibration") or () if row["pairs"]]
+    bins = [(row["said"], row["right"], row["pairs"]) for row in full]
+    if len(bins) < 2:
+        return None
+    count = sum(pairs for *_, pairs in bins)
+    sure = sum(said * pairs for said, _, pairs in bins) / count
+    right = sum(right * pairs for _, right, pairs in bins) / count
+    off = facts.number(f"{name}.calibration_error")
+    told = "It is about as sure as it should be"
+    if abs(sure - right) > 0.05:
+        told = f"It is {'surer' if sure > right else 'less sure'} than it should be"
+    if off is not None:
+        told += f": off by {percent(off)} on average"
+    alt = "; ".join(f"{percent(s)} sure, {percent(r)} right, {n} pairs" for s, r, n in bins)
+    return svg.calibration(Plot(f"{name}-calibration", told, f"{alt}."), bins)

@@ -1,0 +1,185 @@
+"""What a run left on disk, as one object: all that the verdict, the report and the card look at.
+
+Any file may be missing or damaged: a run that failed, an older version's, a stage cleaned away.
+What cannot be read is empty, and nothing here raises for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.recipe.tables import POLICY_KINDS
+from rlhf_recipes.stats import Share, wilson
+from rlhf_recipes.store import files, layout
+
+Json = dict[str, Any]
+FEW = 30
+TYPES = {
+    **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst"), list),
+    **dict.fromkeys(("error", "versions", "hardware", "dropped"), dict),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    kind: str
+    did: str  # "ran", "cached" or "not run"
+    folder: Path
+    record: Json  # stage.json; empty where it is not complete
+    data: Json  # what became of its rows
+    curve: tuple[Json, ...]  # metrics.jsonl
+    evidence: Json  # of a reward model
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a number that it told of as it went."""
+        found = [(number(row, "step"), number(row, key)) for row in self.curve]
+        kept = [(x, y) for x, y in found if x is not None and y is not None]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+
+@dataclass(frozen=True)
+class Facts:
+    folder: Path
+    manifest: Json
+    recipe: Json  # every key with its value
+    results: Json
+    stages: tuple[Stage, ...]
+    answers: tuple[Json, ...]
+    best_of: Json
+
+    def number(self, key: str) -> float | None:
+        return number(self.results, key)
+
+    def share(self, key: str, count: str) -> Share | None:
+        """A share of the results with its interval: the one that was measured, or Wilson's."""
+        value, of = self.number(key), self.number(count)
+        if value is None or not of or not 0 <= value <= 1:
+            return None
+        low, high = self.number(f"{key}_low"), self.number(f"{key}_high")
+        least, most = wilson(value, int(of))
+        if low is None or high is None:
+            low, high = least, most
+        elif of < FEW or low == high:  # a bootstrap of so few, or so alike, is too sure of itself
+            low, high = min(low, least), max(high, most)
+        return Share(value, low, high, int(of))
+
+    def learned_from(self, stage: str) -> str:
+        """How much a stage learned from: pairs, rows or, in PPO, answers of its own."""
+        for key, what in {"pairs": "pairs", "rows": "rows", "episodes": "answers"}.items():
+            if (count := self.number(f"{stage}.{key}")) is not None:
+                return f"{count:,.0f} {what}"
+        return "—"
+
+    def of(self, stage: str, key: str) -> Any:
+        """A setting of a stage, as resolved."""
+        table = self.recipe.get(stage)
+        return table.get(key) if isinstance(table, dict) else None
+
+    def stage(self, name: str) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def of_kind(self, *kinds: str) -> list[Stage]:
+        return [stage for stage in self.stages if stage.kind in kinds]
+
+    def starts(self) -> dict[str, str]:
+        """Each policy that was trained, and the one it started from."""
+        names = [stage.name for stage in self.of_kind(*POLICY_KINDS)]
+        before = dict(zip(names, ["base", *names], strict=False))
+        return {name: self.of(name, "policy") or before[name] for name in names}
+
+    # ---- how sentences name what stands here; words in `…` are keys
+
+    def title(self, name: str) -> str:
+        """A stage: by its kind, where that is its name."""
+        if name == "base":
+            return "the base model"
+        stage = self.stage(name)
+        return name.upper() if stage and name == stage.kind and len(name) < 4 else f"`{name}`"
+
+    def plain_title(self, name: str) -> str:
+        return self.title(name).strip("`")
+
+    def setting(self, stage: str, key: str) -> str:
+        value = self.of(stage, key)
+        return f"`{stage}.{key}`" + (f" ({value:g} now)" if isinstance(value, int | float) else "")
+
+    def steps(self, stage: str) -> str:
+        limited = (self.of(stage, "max_steps") or -1) > 0
+        return self.setting(stage, "max_steps" if limited else "num_train_epochs")
+
+    def leash(self, stage: str) -> str:
+        """The setting that holds a policy near its start."""
+        return self.setting(stage, "beta" if self.of(stage, "kl_coef") is None else "kl_coef")
+
+    def slower(self, stage: str) -> str:
+        """What keeps a policy nearer to its start."""
+        return f"Raise {self.leash(stage)} or lower {self.setting(stage, 'learning_rate')}"
+
+
+def number(values: Json, key: str) -> float | None:
+    value = values.get(key)
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if ok else None
+
+
+def read(folder: Path) -> Facts:
+    """What is to be had of a run; its manifest is there."""
+    manifest = _json(folder / layout.MANIFEST)
+    stages = []
+    for entry in manifest.get("stages", []):
+        with contextlib.suppress(KeyError, TypeError):
+            stages.append(_stage(entry, folder.parent))
+    outputs = {stage.kind: stage.folder / "output" for stage in stages if stage.record}
+    recipe: Json = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+    return Facts(
+        folder=folder,
+        manifest=manifest,
+        recipe=recipe,
+        results=_json(folder / "results.json"),
+        stages=tuple(stages),
+        answers=lines(outputs.get("evaluation", folder) / "answers.jsonl"),
+        best_of=_json(outputs.get("best_of", folder) / "best_of.json"),
+    )
+
+
+def _stage(entry: Json, runs: Path) -> Stage:
+    folder = layout.entry_folder(runs, entry)
+    record = layout.read_record(folder) or {}
+    return Stage(
+        name=str(entry["name"]),
+        kind=str(entry["kind"]),
+        did=str(entry.get("outcome", "")),
+        folder=folder,
+        record=record if record.get("key") == entry.get("key") else {},
+        data=_json(folder / "data.json"),
+        curve=lines(folder / "metrics.jsonl"),
+        evidence=_json(folder / "output" / "evidence.json"),
+    )
+
+
+def _json(file: Path) -> Json:
+    """A file of ours, less what has another type there than we give it."""
+    found: Json = {}
+    with contextlib.suppress(OSError):
+        found = files.read_json(file) or {}
+    return {key: value for key, value in found.items() if isinstance(value, TYPES.get(key, object))}
+
+
+def lines(file: Path) -> tuple[Json, ...]:
+    """The objects of a file of a JSON object a line; a line that a kill cut is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(value := json.loads(line), dict):
+                    found.append(value)
+    return tuple(found)

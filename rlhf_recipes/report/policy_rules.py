@@ -1,0 +1,261 @@
+"""The verdict's rules about policies: did each become better, at what price, or what went wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from rlhf_recipes.findings import Finding, Found, interval, percent, said
+from rlhf_recipes.recipe.tables import INDEPENDENT
+from rlhf_recipes.report.facts import Facts, number
+from rlhf_recipes.stats import Share
+
+# A win rate whose interval holds a half is open where it is that wide, or itself from there on.
+WIDE, PERHAPS = 0.2, 0.55
+HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
+OVER = 1.5  # times what its guard allows, on prompts that the guard does not see
+STILL = 0.5  # nats an answer: a policy that has hardly moved
+LITTLE = 0.5  # of what the best of most answers gains
+SAME = 0.5  # of the answers
+FEWEST, SOME = 8, 30  # answers to say that of; and of a part of them
+SHRUNK = 0.2  # of the length of the policy before's answers
+WORDLESS = 2.0  # tokens, the end's included
+ALIKE = 0.5  # of the distinct 2-grams that the policy before had
+REPEATING = 0.3  # of an answer's 3-grams
+ENDING = 0.5  # of the answers; under it most are cut off
+CUT_MORE = 0.15  # more of the answers cut off than before
+MORE_PROMPTS = "100 prompts tell 60 % from chance, 400 tell 55 %."
+
+
+def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
+    """Each policy after SFT: its name, its start's, and what a sentence calls them."""
+    starts = facts.starts()
+    for stage in facts.of_kind("ppo", "dpo"):
+        start = starts[stage.name]
+        yield stage.name, start, facts.title(stage.name), facts.title(start)
+
+
+def went_far(facts: Facts) -> Found:
+    """Farther than its scores mean anything, or as far as a guard let it."""
+    for name, _, who, start in _trained(facts):
+        kl, why = facts.number(f"{name}.kl"), str(facts.results.get(f"{name}.stopped") or "")
+        guard = facts.of(name, "guard") or {}
+        limit = min(OVER * (number(guard, "max_kl") or HIGH_KL), HIGH_KL)
+        if kl is not None and kl > limit:
+            text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
+            text += "from what the reward model has seen, its scores mean little."
+            yield Finding("fault", name, text, f"{facts.slower(name)}.")
+            if why.startswith("KL"):
+                continue
+        if why:
+            updates, kept = facts.number(f"{name}.updates"), facts.number(f"{name}.kept_update")
+            text = f"{who}'s guard stopped it after update {updates or 0:.0f}: {why}."
+            if kept is not None and kept != updates:
+                text += f" The policy of update {kept:.0f} was kept."
+            level = "doubt" if why.startswith("KL") else "fault"
+            yield Finding(level, name, text, f"{facts.slower(name)}.")
+
+
+def collapsed(facts: Facts) -> Found:
+    """One answer to all, alike answers, the same words again and again, or hardly any."""
+    for name, before, who, start in _trained(facts):
+        keys = ("distinct_2", "repetition", "length")
+        now, again, length = (facts.number(f"{name}.{key}") for key in keys)
+        then, once, long = (facts.number(f"{before}.{key}") or 0.0 for key in keys)
+        (same, text), (was, _) = _commonest(facts, name), _commonest(facts, before)
+        if same > max(SAME, 2 * was):
+            what = f"{who} gives {percent(same)} of the prompts one answer: “{text}”"
+        elif length is not None and (length < SHRUNK * long or length < WORDLESS <= long):
+            what = f"{who}'s answers shrank to {length:.1f} tokens, from {start}'s {long:.1f}"
+        elif now is not None and now < ALIKE * then:
+            what = f"{who}'s answers became alike: of their word pairs {percent(now)} are said for "
+            what += f"the first time, of {start}'s {percent(then)}"
+        elif again is not None and again > max(REPEATING, 2 * once):
+            what = f"{who}'s answers repeat themselves: {percent(again)} of an answer's 3-grams "
+            what += f"were said in it before, {percent(once)} of {start}'s"
+        else:
+            continue
+        stage = facts.stage(name)
+        if stage and (entropy := stage.series("val/entropy_per_token")[1]):
+            what += f"; entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats a token"
+        change = f"{facts.slower(name)}; and see what the reward model likes so much."
+        yield Finding("fault", name, f"{what}.", change)
+
+
+def _commonest(facts: Facts, name: str) -> tuple[float, str]:
+    """The share of the prompts that get a policy's commonest answer, and its beginning."""
+    given = [str((row.get("answers") or {}).get(name)) for row in facts.answers]
+    if len(given) < FEWEST:
+        return 0.0, ""
+    [(text, count)] = Counter(given).most_common(1)
+    return count / len(given), text[:60]
+
+
+def never_ends(facts: Facts) -> Found:
+    """The first policy most of whose answers are cut off; later ones that end fewer than before."""
+    for name, before in facts.starts().items():
+        now, then = (facts.number(f"{p}.ended") for p in (name, before))
+        if now is None:
+            continue
+        kinds = [stage.name for stage in facts.of_kind("ppo")]
+        ppo = name if name in kinds else next(iter(kinds), "")
+        text = f"{percent(now)} of {facts.title(name)}'s answers end within their tokens"
+        own = not ppo or facts.of("evaluation", "response_length")
+        room = facts.setting("evaluation" if own else ppo, "response_length")
+        if before != "base" and then is not None:
+            text += f", {percent(then)} of {facts.title(before)}'s"
+        cure = f"Raise {facts.setting(name, 'missing_eos_penalty')}, or {room}."
+        if name != ppo:
+            cure = f"Raise {facts.steps(name)}; or {room}, where good answers are longer."
+        if now < ENDING:
+            yield Finding("fault", name, f"Only {text}: most are cut off.", cure)
+            return
+        if before != "base" and then is not None and now < then - CUT_MORE:
+            yield Finding("doubt", name, f"{text}: more are cut off.", cure)
+
+
+# ---- who wins -----------------------------------------------------------------------------------
+
+
+def _wins(facts: Facts, name: str, by: str = "", over: str = "") -> Share | None:
+    return facts.share(f"{name}.{by}win_rate{over}", "evaluation.prompts")
+
+
+def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str]]:
+    """The win rates by judges that a policy was not trained against, and what each is called.
+
+    But those of a judge that ranks test pairs no better than chance, or than length does.
+    """
+    trained = facts.share("judge.accuracy", "judge.test_pairs")
+    alone = facts.number("judge.length_accuracy") or 0.0
+    blind = trained and (trained.low <= 0.5 or trained.value <= alone)
+    specs = (facts.recipe.get("evaluation") or {}).get("judge")
+    specs = [specs] if isinstance(specs, str) else list(specs or ())
+    for by, spec in zip(("judge_", "judge2_"), [*specs, "", ""], strict=False):
+        share = _wins(facts, name, by, over)
+        rule = str(spec).startswith("python:")
+        called = f"the rule `{spec.rpartition('/')[2].removeprefix('python:')}`" if rule else ""
+        if share and not (blind and spec == INDEPENDENT):
+            yield share, called or "a judge it was not trained against"
+
+
+def _open(share: Share) -> bool:
+    """Whether more prompts might show a gain."""
+    wide = share.high - share.low > WIDE or share.value >= PERHAPS
+    return share.low <= 0.5 <= share.high and wide
+
+
+def winning(facts: Facts) -> Found:
+    """By the reward model, and by the judges that it was not trained against."""
+    for name, _, who, start in _trained(facts):
+        wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
+        own, judged = facts.of(name, "reward_model"), list(_judges(facts, name))
+        price = f", at {kl:.1f} nats" if kl is not None else ""
+        if gained := wins is not None and wins.low > 0.5:
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
+            text += f"{' that it was trained against' if own else ''}{price}."
+            other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
+            other += ", with `dataset.judge_fraction` over 0."
+            level, change = ("good", "") if judged else ("doubt", other)
+            yield Finding(level, name, text, change)
+        elif wins and not _open(wins):
+            yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
+        for share, called in judged:
+            if share.low > 0.5:
+                text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
+                yield Finding("success", name, text)
+            elif own and gained:
+                if share.high < wins.low and not _open(share):
+                    text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
+                    text += f"by its reward model, and on {percent(share.value)} "
+                    text += f"({interval(share)}) by {called}: it learned to please its reward "
+                    text += "model, not to answer better."
+                    change = f"{facts.slower(name)}; or give the reward model more pairs, of such "
+                    yield Finding("fault", own, text, f"{change}answers.")
+            elif share.high < 0.5:
+                text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
+                yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
+        yield from _only_by_length(facts, name, f"{who} wins against {start}")
+        shares = [(wins, "the reward model"), *judged] if wins else judged
+        yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
+
+
+def _no_gain(facts: Facts, name: str, versus: str, wins: Share, kl: float | None) -> Finding:
+    """None that even the reward model sees."""
+    text, change = f"{versus} on {said(wins, 'prompts')} by the reward model", facts.slower(name)
+    if facts.number(f"{name}.kept_update") == 0:
+        text += ": no update beat its start on the validation prompts, so its start was kept."
+    elif kl is not None and kl < STILL:
+        text += f", at {kl:.2f} nats: it has hardly moved."
+        change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps"
+    elif wins.high < 0.5:
+        text += ": training made it worse."
+    else:
+        text += ": it gained nothing that can be told."
+        change = f"Give it more steps, or lower {facts.leash(name)}"
+    return Finding("fault", name, text, f"{change}.")
+
+
+def _only_by_length(facts: Facts, name: str, versus: str) -> Found:
+    """A gain that is gone among answers of like length, or among those that ended."""
+    parts = {
+        "like_length": ("of like length", "its gain is in their length"),
+        "ended": ("that both ended", "no gain"),
+    }
+    for by, called in (("judge_", "the judge"), ("judge2_", "the second judge")):
+        share = _wins(facts, name, by)
+        for part, (words, so) in parts.items() if share and share.low > 0.5 else ():
+            few = facts.share(f"{name}.{by}win_rate_{part}", f"{name}.{part}_pairs")
+            if few and few.count >= SOME and few.value < 0.5:
+                text = f"Among answers {words}, {versus} on {said(few, 'prompts')} by {called}: "
+                yield Finding("doubt", name, f"{text}{so}.", "Read some of them side by side.")
+
+
+def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]]) -> Found:
+    asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
+    key = ("evaluation", "prompts")
+    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
+        key = ("dataset", "test_fraction")
+    for share, called in shares:
+        if _open(share):
+            text = f"{versus} on {said(share, 'prompts')} by {called}: too few prompts to tell."
+            more = f"Raise {facts.setting(*key)}: {MORE_PROMPTS}"
+            yield Finding("doubt", "evaluation", text, more)
+
+
+def over_base(facts: Facts) -> Found:
+    """The last policy against the model that all began with."""
+    starts = facts.starts()
+    for name in [*starts][-1:]:
+        over = "_over_base" if starts[name] != "base" else ""
+        own = [(share, "the reward model")] if (share := _wins(facts, name, "", over)) else []
+        for share, called in [*_judges(facts, name, over)] or own:
+            text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
+            if share.low > 0.5:
+                yield Finding("good", name, f"{text}by {called}.")
+            elif share.high < 0.5:
+                change = "Its demonstrations or its reward do not ask for what is judged here."
+                yield Finding("doubt", name, f"{text}by {called}: it became worse.", change)
+            else:
+                yield Finding("note", name, f"{text}by {called}: no difference to tell.")
+
+
+def against_best_of(facts: Facts) -> Found:
+    """The last policy's gain and price as shares of those of the best of most answers."""
+    policy = str(facts.best_of.get("against", ""))
+    counts = [key.split(".")[1] for key in facts.results if key.startswith("best_of.")]
+    most = max((int(count) for count in counts if count.isdecimal()), default=0)
+    kl, least = facts.number(f"{policy}.kl"), facts.number(f"best_of.{most}.kl")
+    for by, called in (("judge", "the judge"), ("score", "the reward model")):
+        gain = facts.number(f"{policy}.{by}_gain")
+        best = facts.number(f"best_of.{most}.{by}_gain")
+        if gain is not None and best and best > 0 and kl is not None and least:
+            who, start = (facts.title(str(name)) for name in (policy, facts.best_of.get("policy")))
+            share = percent(gain / best) if gain > 0 else "nothing"
+            text = f"By {called}, {who} gained {share} of what taking the best of "
+            text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
+            yield Finding("doubt" if gain < LITTLE * best else "note", policy, text)
+            return
+
+
+RULES = (went_far, collapsed, never_ends, winning, over_base, against_best_of)

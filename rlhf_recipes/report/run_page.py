@@ -1,0 +1,145 @@
+"""The report of a run: one HTML file that needs and loads nothing else, made from files alone.
+
+What prompts, answers, titles and paths hold comes out as text: the templates escape all they are
+given, and the page's own policy lets it run and load nothing.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes.findings import Finding, interval
+from rlhf_recipes.report import card, charts
+from rlhf_recipes.report.facts import Facts, Json, Stage, number, read
+from rlhf_recipes.report.html import TEMPLATES, page, style
+from rlhf_recipes.report.verdict import verdict
+from rlhf_recipes.store.files import to_json, write_text
+from rlhf_recipes.store.fingerprint import digest
+from rlhf_recipes.store.layout import REPORT
+from rlhf_recipes.store.provenance import versions
+
+REWARDS = ("reward", "judge")
+SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
+
+
+def write(folder: Path, *, again: bool = True) -> list[Finding]:
+    """Write a run's report.html, and its model's card; return its verdict.
+
+    Without `again`, a report that was made from the same stays: a run that finds all done is quick.
+    """
+    facts = read(folder)
+    found, source = verdict(facts), _made_from(facts)
+    if again or source not in _text(folder / REPORT):
+        write_text(folder / REPORT, page("report.html", _report(facts, found), source))
+    card.write(facts, found, policies(facts))
+    return found
+
+
+def _made_from(facts: Facts) -> str:
+    """A digest of what a report shows; a complete stage's files follow from its record."""
+    outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
+    stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
+    shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
+    return digest(to_json([versions(), style()[1], outcome, *shown]))
+
+
+# ---- a run --------------------------------------------------------------------------------------
+
+
+def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
+    name, starts = facts.folder.resolve().name, facts.starts()
+    trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
+    last = trained[-1] if trained else None
+    ways = [charts.who_wins(facts, *last)] if last else []
+    ways += [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
+    losses = [charts.loss(facts, stage) for stage in facts.of_kind("sft", "dpo")]
+    return {
+        **vars(facts),
+        "name": name,
+        "learned_from": facts.learned_from,
+        "found": found,
+        "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
+        "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
+        "last": last,
+        "titles": [facts.plain_title(policy) for policy in last or ()],
+        "cases": _cases(facts, *last) if last else [],
+        "ways": [plot for plot in ways if plot],
+        "policies": policies(facts),
+        "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
+        "rewards": [_reward(facts, s) for s in facts.stages if s.kind in REWARDS or s.evidence],
+        "losses": [plot for plot in losses if plot],
+        "text": _text(facts.folder / "recipe.toml"),
+        "resolved": _text(facts.folder / "resolved.toml"),
+    }
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")[:60_000]
+    except OSError:
+        return ""
+
+
+def _cases(facts: Facts, name: str, start: str) -> list[Json]:
+    """Two each of the best, the worst and the middle by gain, and two drawn by their digest."""
+
+    def gain(row: Json) -> float:
+        scores = row.get("scores") or row.get("judged") or {}
+        return (number(scores, name) or 0.0) - (number(scores, start) or 0.0)
+
+    rows = [row for row in facts.answers if isinstance(row.get("answers"), dict)]
+    rows.sort(key=gain)
+    half = len(rows) // 2
+    picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
+    drawn = sorted(rows, key=lambda row: digest(str(row.get("prompt"))))
+    shown: list[Json] = []
+    for label, chosen in {**picks, "drawn by lot": drawn}.items():
+        fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]
+        shown += [{"label": label, "row": row, "gain": gain(row)} for row in fresh[:2]]
+    return shown
+
+
+def policies(facts: Facts) -> list[list[str]]:
+    """A row a number and a column a policy; the base has none of what is against a start."""
+    starts = {"base": "", **facts.starts()}
+    names = [name for name in starts if f"{name}.length" in facts.results]
+    if not names:
+        return []
+    heads = [f"{name}, against {starts[name]}" if starts[name] else name for name in names]
+    rows = [["", *heads]]
+    said = tomllib.loads((TEMPLATES / "policies.toml").read_text(encoding="utf-8"))
+    for key, words in said.items():
+        cells = [_cell(facts, f"{name}.{key}") for name in names]
+        if any(cells):
+            rows.append([words, *(cell or "—" for cell in cells)])
+    return rows
+
+
+def _cell(facts: Facts, key: str) -> str:
+    value, low, high = (facts.number(key + end) for end in ("", "_low", "_high"))
+    share = facts.share(key, "evaluation.prompts") if "win_rate" in key else None
+    if share:
+        return f"{100 * share.value:.0f}\u00a0% ({interval(share)})"
+    if value is None:
+        return ""
+    kind = key.rpartition(".")[2]
+    form = ".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f"
+    form = f"+{form}" if kind.endswith("gain") else form
+    text = f"{value:{form}}"
+    if low is not None and high is not None:
+        text += f" ({low:{form}} to {high:{form}})"
+    return text.replace("-", "−").replace("%", "\u00a0%")
+
+
+def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
+    """What is known of a reward model; PPO's folder holds the evidence of one from elsewhere."""
+    name = stage.name
+    if stage.kind not in REWARDS:
+        name = "foreign" if "foreign.accuracy" in facts.results else "reward"
+    plots = [charts.accuracy(facts, name), charts.margins(name, stage)]
+    plots.append(charts.calibration(facts, name, stage))
+    plots += [charts.loss(facts, stage)] if stage.kind in REWARDS else []
+    worst = stage.evidence.get("worst")
+    return {"name": name, "plots": [plot for plot in plots if plot], "worst": worst}

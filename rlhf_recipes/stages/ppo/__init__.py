@@ -1,0 +1,1 @@
+"""PPO: the stage, its trainer, losses and guards."""

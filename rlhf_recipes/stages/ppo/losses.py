@@ -1,0 +1,117 @@
+"""PPO's arithmetic on one rollout: advantages and returns, and the two clipped losses.
+
+As in TRL (arXiv 1707.06347, 2403.17031), but that a loss is a sum over tokens divided by those of
+the whole mini-batch, so that how it is cut into micro-batches changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from trl.experimental.ppo import PPOConfig
+from trl.experimental.ppo.ppo_trainer import masked_whiten
+
+from rlhf_recipes.models.sampling import Sequences
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one update's policy did. [batch, R] but for those said to be [batch]."""
+
+    sequences: Sequences
+    mask: torch.Tensor  # tokens of the answers
+    value_mask: torch.Tensor  # and the state after an early EOS, where the score lands
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor  # [batch], in units of the reward, less `missing_eos_penalty`
+    ended: torch.Tensor  # [batch], whether the answer ends in EOS
+    entropy: torch.Tensor
+
+
+def advantages(
+    rollout: Rollout, args: PPOConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whitened advantages, returns and KL, each [batch, R] (GAE, arXiv 1506.02438)."""
+    log_ratio = (rollout.ref_logprobs - rollout.logprobs) * rollout.mask
+    kl = -log_ratio if args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+    rewards = -args.kl_coef * kl
+    value = rollout.values * rollout.value_mask
+    rows = torch.arange(len(rewards), device=rewards.device)
+    end = rollout.sequences.lengths.clamp(max=rewards.shape[1] - 1)
+    rewards[rows, end] += rollout.scores
+    if args.whiten_rewards:
+        rewards = masked_whiten(rewards, rollout.value_mask, shift_mean=False)
+        rewards = rewards * rollout.value_mask
+    advantage = torch.zeros_like(rewards)
+    last = torch.zeros_like(rollout.scores)
+    for t in reversed(range(rewards.shape[1])):
+        following = value[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + args.gamma * following - value[:, t]
+        last = delta + args.gamma * args.lam * last
+        advantage[:, t] = last
+    returns = advantage + value
+    whitened = masked_whiten(advantage, rollout.mask) * rollout.mask
+    return whitened, returns, kl
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch of a mini-batch, both as row numbers, and what it learns from."""
+
+    rollout: Rollout
+    advantage: torch.Tensor  # [batch, R]
+    returns: torch.Tensor  # [batch, R]
+    mini: torch.Tensor
+    micro: torch.Tensor
+
+    @cached_property
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Ids, mask and number of answer columns, without the columns that are all padding."""
+        part = self.rollout.sequences[self.micro].trimmed()
+        return part.ids, part.mask, part.answer
+
+    def columns(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The answer columns of the micro-batch in each of `tensors` [batch, R]."""
+        return tuple(tensor[self.micro, : self.tokens[2]] for tensor in tensors)
+
+
+Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]  # and TRL's metrics, each the same share
+
+
+def policy_loss(new: torch.Tensor, entropy: torch.Tensor, rows: Rows, args: PPOConfig) -> Loss:
+    """The clipped objective, as the micro-batch's share of the mini-batch's.
+
+    `new` and `entropy` are the policy's log-probabilities and entropies now.
+    """
+    rollout = rows.rollout
+    mask, gain, old = rows.columns(rollout.mask, rows.advantage, rollout.logprobs)
+    share = 1.0 / rollout.mask[rows.mini].sum()
+    difference = (new - old) * mask
+    ratio = difference.exp()
+    plain = -gain * ratio
+    clipped = -gain * ratio.clamp(1 - args.cliprange, 1 + args.cliprange)
+    loss = (torch.max(plain, clipped) * mask).sum() * share
+    return loss, {
+        "loss/policy_avg": loss.detach(),
+        "policy/approxkl_avg": 0.5 * difference.detach().square().sum() * share,
+        "policy/clipfrac_avg": ((clipped > plain) & mask).sum() * share,
+        "policy/entropy_avg": (entropy * mask).sum() * share,
+        "val/ratio": (ratio.detach() * mask).sum() * share,
+    }
+
+
+def value_loss(new: torch.Tensor, rows: Rows, args: PPOConfig) -> Loss:
+    """The clipped value loss, as the micro-batch's share; `new` are the values now."""
+    rollout = rows.rollout
+    mask, goal, old = rows.columns(rollout.value_mask, rows.returns, rollout.values)
+    share, old, new = 1.0 / rollout.value_mask[rows.mini].sum(), old * mask, new * mask
+    near = new.clamp(old - args.cliprange_value, old + args.cliprange_value)
+    plain, clipped = (new - goal).square(), (near - goal).square()
+    loss = 0.5 * (torch.max(plain, clipped) * mask).sum() * share
+    return loss, {
+        "loss/value_avg": loss.detach(),
+        "val/clipfrac_avg": ((clipped > plain) & mask).sum() * share,
+    }

@@ -1,0 +1,163 @@
+"""PPO: the policy and its value model learn against the reward model, held near the reference.
+
+Four roles on one base. The reference is the policy that the stage starts from (the bare base only
+where nothing was trained before), the value starts from the reward model, and the reward is read in
+units of its own spread over the training chosen answers. Default λ is 1: over answers of tens of
+tokens with one score at the end, bootstrapping from a young value model costs more in bias than it
+saves in variance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+from trl.experimental.ppo import PPOConfig
+
+from rlhf_recipes import signals, stats
+from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.models.reward_model import load_head, open_foreign, open_reward, zero_head
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import EXTRAS, Limits, StageTable
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.ppo.losses import Rollout
+from rlhf_recipes.stages.ppo.trainer import PPOTrainer
+from rlhf_recipes.stages.reward import measure
+from rlhf_recipes.stages.training import float32, load_rows, need, trainer_config
+from rlhf_recipes.store.fingerprint import derive_seed
+
+ROLLOUT = "local_rollout_forward_batch_size"
+VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
+
+
+def run(context: StageContext) -> StageResult:
+    recipe, shared = context.recipe, context.shared
+    table = recipe.table(context.name)
+    data = load_rows(context)
+    prompts = unique_prompts(need(data.train, "prompts on the train side", context))
+    validation = [example.prompt_ids for example in unique_prompts(data.validation)]
+
+    # ---- a reward model that is worth it
+    base, scorer = shared.base, context.inputs.get("reward_model")
+    minimum, key = minimum_accuracy(recipe, table)
+    if scorer is not None:
+        found, told = json.loads((scorer / stats.FILE).read_text())["metrics"], {}
+    else:
+        folder = sources.model_folder(table.reward_model, recipe)
+        reward = open_foreign(folder, base, shared.tokens)
+        found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
+        name = "reward" if "reward" not in recipe.stages else "foreign"
+        told = {f"{name}.{metric}": number for metric, number in found.items()}
+    if doubt := stats.gate(found, minimum, key):
+        context.progress.note(doubt)
+
+    # ---- four roles on one base
+    start = context.inputs.get("policy")
+    seed = derive_seed(recipe.seed, context.name, "lora")
+    policy = base.open("policy", start, seed=seed, trainable=True)
+    # An adapter even where nothing was trained before: that of DoRA rounds the bare base.
+    start_of_reference = context.inputs.get("reference", start)
+    reference = base.open("reference", start_of_reference, seed=seed, adapter=True)
+    value = base.open("value", scorer or start, seed=seed, trainable=True)
+    if scorer is not None:
+        reward = open_reward(base, scorer)
+        value.add_head(load_head(value.lm, scorer))
+    else:
+        value.add_head(zero_head(value.lm))
+    float32(*policy.trainable(), *value.trainable())
+
+    # ---- training
+    report = Report(context, prompts)
+    if table.extras["keep"] == "best" and not validation:
+        context.progress.note("no validation prompts to find the best on: the last policy is kept")
+    trainer = PPOTrainer(
+        args=trainer_config(PPOConfig, context, stop_token="eos"),
+        processing_class=shared.tokens.tokenizer,
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=[{"input_ids": example.prompt_ids} for example in prompts],
+        value_learning_rate=table.extras["value_learning_rate"],
+        other_reference="reference" in context.inputs,
+        value_warmup_epochs=table.extras["value_warmup_epochs"],
+        limits=Limits(**table.extras["guard"]),
+        keep=table.extras["keep"],
+        validation_prompts=validation[:VALIDATION_PROMPTS],
+        on_update=report,
+        key=context.key,
+        progress=context.progress,
+    )
+    with signals.deferred():
+        trainer.train()
+    if trainer.stopped:
+        context.progress.note(f"stopped: {trainer.stopped}")
+
+    # ---- output
+    output = context.folder / "output"
+    base.save(policy, output)
+    (output / "value").mkdir()
+    base.save(value, output / "value")
+    base.close(policy, reference, reward, value)
+    first, last = trainer.guard.first, trainer.metrics
+    metrics = {
+        "updates": trainer.state.global_step,
+        "episodes": trainer.state.episode,
+        "train_score_first": first["objective/scores"],
+        "train_score": last["objective/scores"],
+        "train_kl": last["objective/kl"],
+        "train_length": last["val/length"],
+        "stopped": trainer.stopped,
+        "minimum_accuracy": minimum,
+        **told,
+    }
+    if table.extras["keep"] == "best" and trainer.best is not None:
+        metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
+    before, now = metrics["train_score_first"], metrics["train_score"]
+    summary = f"score {before:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
+    if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:
+        summary += f"; kept the policy of update {metrics['kept_update']}"
+    return StageResult(metrics, summary + (f"; stopped: {trainer.stopped}" * bool(trainer.stopped)))
+
+
+def minimum_accuracy(recipe: Recipe, table: StageTable) -> tuple[float, str]:
+    """The accuracy below which the recipe does not want PPO to start, and the key that says so."""
+    for name in (table.name, table.reward_model):
+        own = recipe.tables[name].extras if name in recipe.tables else {}
+        if own.get("minimum_accuracy") is not None:
+            return own["minimum_accuracy"], f"{name}.minimum_accuracy"
+    return EXTRAS["reward"]["minimum_accuracy"].default, f"{table.name}.minimum_accuracy"
+
+
+class Report:
+    """Hands each update's numbers, and two completions every few updates, to the progress."""
+
+    def __init__(self, context: StageContext, prompts: list[Example]):
+        self.context = context
+        self.shown = {tuple(example.prompt_ids): example.prompt for example in prompts}
+
+    def __call__(self, trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float]) -> None:
+        state = trainer.state
+        shown = {
+            "score": metrics["objective/scores"],
+            "KL": metrics["objective/kl"],
+            "length": metrics["val/length"],
+        }
+        self.context.progress.update(state.global_step, state.max_steps, **shown, **metrics)
+        count = trainer.args.num_sample_generations
+        every = math.ceil(state.max_steps / count) if count else 0
+        if every and (state.global_step - 1) % every == 0:
+            for row in range(min(2, len(rollout.scores))):
+                self._sample(trainer, rollout, row)
+
+    def _sample(self, trainer: PPOTrainer, rollout: Rollout, row: int) -> None:
+        tokens, sequences = self.context.shared.tokens, rollout.sequences
+        prompt = trainer.prompts(trainer.state.global_step)[row]
+        answer = sequences.ids[row, -sequences.answer :][: int(sequences.lengths[row])]
+        self.context.progress.sample(
+            self.shown[tuple(prompt)],
+            tokens.decode(answer.tolist()),
+            update=trainer.state.global_step,
+            score=float(rollout.scores[row]),
+        )

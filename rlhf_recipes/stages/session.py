@@ -1,0 +1,114 @@
+"""What the stages of one run share, each loaded on first use: tokenizer, rows, base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.sources import trust
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf_recipes.data.dataset import Data
+    from rlhf_recipes.data.tokens import Tokens
+    from rlhf_recipes.models.base import Base
+    from rlhf_recipes.recipe.load import Recipe
+
+
+class Shared:
+    """Holds nothing that a stage's result depends on beyond the recipe itself."""
+
+    def __init__(self, recipe: Recipe, model: Mapping[str, str]):
+        self.recipe = recipe
+        self.model = model  # the base model's identity, which says where it is loaded from
+        self._data: dict[str, Data] = {}
+
+    @cached_property
+    def model_folder(self) -> Path:
+        return sources.base_folder(self.recipe, self.model)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        from rlhf_recipes.data.tokens import settle
+        from rlhf_recipes.models.load import load_config, load_tokenizer
+
+        trusted = self.recipe.model.trust_remote_code
+        config = load_config(self.model_folder, trusted).get_text_config()
+        tokenizer = load_tokenizer(self.model_folder, trusted)
+        return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
+
+    def data(self, table: Any) -> Data:
+        """The rows of a [dataset] table, encoded and split."""
+        from rlhf_recipes.data.dataset import load_data
+
+        key = repr(table)
+        if key not in self._data:
+            whole = self.recipe.dataset
+            tested = () if table == whole else self.data(whole).tested
+            self._data[key] = load_data(table, self.tokens, tested)
+        return self._data[key]
+
+    @cached_property
+    def base(self) -> Base:
+        return self.load_base(self.recipe.model.quantization)
+
+    def release(self) -> None:
+        """Let go of the base model: who needs it next reads it anew."""
+        from rlhf_recipes.models.load import empty
+
+        base = vars(self).pop("base", None)
+        if base is not None and base.lm is not None:
+            empty(base.lm)
+
+    def exported(self, output: Path | None) -> PreTrainedModel:
+        """The causal model of a stage's output (None: of nothing trained), merged, unquantized."""
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        from rlhf_recipes.models.base import ADAPTER
+        from rlhf_recipes.models.load import compute_dtype, load_causal_lm
+
+        words = {"dtype": compute_dtype(self.recipe.model.dtype)}
+        words["trusted"] = self.recipe.model.trust_remote_code
+        if self.recipe.lora is None or output is None:
+            return load_causal_lm(self._whole(output), **words)
+        lm = load_causal_lm(self.model_folder, **words)
+        # The recipe says what the adapter is: a folder's own word may name files and modules.
+        lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **self.recipe.lora))
+        set_peft_model_state_dict(lm, load_file(output / ADAPTER))
+        return lm.merge_and_unload()
+
+    def _whole(self, output: Path | None) -> Path:
+        """A folder of whole weights: a stage's, which may have come from elsewhere, or the base."""
+        if output is not None:
+            trust.check_model(output, trusted=self.recipe.model.trust_remote_code)
+        return output or self.model_folder
+
+    def load_base(self, quantization: str) -> Base:
+        """The base model with room for adapters, beside the one that is kept, if it is."""
+        import torch
+
+        from rlhf_recipes.models.base import Base
+        from rlhf_recipes.models.load import compute_dtype, load_causal_lm
+
+        dtype = compute_dtype(self.recipe.model.dtype)
+        whole = self.recipe.lora is None
+
+        def load(source: Path | None) -> Any:
+            lm = load_causal_lm(
+                self._whole(source),
+                # Weights that are trained whole are float32 under autocast: a step of 1e-6
+                # vanishes in bfloat16's 8 bits.
+                dtype=torch.float32 if whole else dtype,
+                quantization=quantization,
+                trusted=self.recipe.model.trust_remote_code,
+            )
+            lm.generation_config.eos_token_id = self.tokens.eos_id
+            lm.generation_config.pad_token_id = self.tokens.pad_id
+            return lm
+
+        return Base(load, self.recipe.lora, dtype)

@@ -1,0 +1,67 @@
+"""Text for people: one line of it, cut to a width, without secrets; times, sizes and tables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+# The password of a URL; tokens of Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, AWS.
+SECRET = re.compile(
+    r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)|\b(?:hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[opsu]_\w{20,}"
+    r"|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[abp]-[\w-]{20,}|AKIA[A-Z0-9]{16})"
+)
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")
+SECRET_LENGTH = 12  # a shorter value is a word of some other meaning
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords and tokens in it: those known by shape, and this process's."""
+    text = SECRET.sub("***", text)
+    for name, value in os.environ.items():
+        if len(value) >= SECRET_LENGTH and SECRET_NAME.search(name) and not value.startswith("/"):
+            text = text.replace(value, "***")
+    return text
+
+
+def cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|.)", re.DOTALL)
+
+
+def plain(text: str) -> str:
+    """Hostile text as one printable line: no control sequence, no line break, no bidi trick."""
+    text = " ".join(ESCAPES.sub("", text).split())
+    return "".join(c for c in text if c.isprintable())
+
+
+def duration(seconds: float) -> str:
+    """3 s · 2 min 05 s · 1 h 02 min"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def size(count: float) -> str:
+    """999 B · 17.6 MB"""
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.{max(3, len(str(int(count))))}g} {units[0]}"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Aligned columns, those of `right` to the right; nothing in them can move the cursor."""
+    rows = [[plain(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        sides = [">" if place in right else "<" for place in range(len(row))]
+        cells = [f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
