@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import common
 from rlhf_recipes.pipeline import fit
-from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.pipeline.rehearsal import Ahead, rehearse
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from tests.conftest import RECIPE, WORDS, word_tokenizer
 
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
@@ -86,9 +86,9 @@ def measure(
     folder: Path, kind: str, shape: dict, names: list[str], changes: list[str]
 ) -> dict[str, dict[str, float]]:
     plan = planned(folder, kind, shape, names, changes)
-    shared = Shared(plan.recipe, plan.model)
-    ahead = Ahead(plan, plan.stages, shared, lambda *_: contextlib.nullcontext())
-    room = fit.Room(plan.recipe, fit.architecture(shared.model_folder), shared)
+    session = Session(plan.recipe, plan.model)
+    ahead = Ahead(plan, plan.stages, session, lambda *_: contextlib.nullcontext())
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), session)
     held = {stage.name: room.need(stage) for stage in plan.stages}
     gc.collect()
     found: dict[str, dict[str, float]] = {}
@@ -114,7 +114,7 @@ def planned(folder: Path, kind: str, shape: dict, names: list[str], changes: lis
     words += [] if "evaluation" in names else ["evaluation=false"]
     words += [word for word in changes if word.split(".")[0] in (*names, "model", "lora=false")]
     (folder / "runs").mkdir()
-    return make_plan(load_recipe(file, set=words), folder / "runs")
+    return plan_run(load_recipe(file, set=words), folder / "runs")
 
 
 def allocated(ahead: Ahead) -> dict[str, int]:

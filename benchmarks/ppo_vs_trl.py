@@ -244,38 +244,38 @@ def prepare_untrained(recipe_file: str, work: str) -> None:
 
     from rlhf_recipes.models.base import UNIT
     from rlhf_recipes.models.load import new_head
-    from rlhf_recipes.stages.session import Shared
+    from rlhf_recipes.stages.session import Session
 
-    shared = Shared(load_recipe(recipe_file), {})
+    session = Session(load_recipe(recipe_file), {})
     for name in ("sft", "reward"):
-        role, folder = shared.base.open(name, None, seed=0, trainable=True), Path(work, name)
+        role, folder = session.base.open(name, None, seed=0, trainable=True), Path(work, name)
         folder.mkdir()
         if name == "reward":
             torch.manual_seed(0)
             role.add_head(new_head(role.lm))
             (folder / UNIT).write_text(json.dumps({"format": 1, "mean": 0.0, "std": 1.0}))
-        shared.base.save(role, folder)
-        shared.base.close(role)
-    _write_for_trl(shared, Path(work))
+        session.base.save(role, folder)
+        session.base.close(role)
+    _write_for_trl(session, Path(work))
 
 
 def prepare_trained(run_folder: str, work: str) -> None:
     """The outputs of a run's SFT and reward stages, and the same as TRL's models."""
     from rlhf_recipes.pipeline.export import finished_stage
-    from rlhf_recipes.stages.session import Shared
+    from rlhf_recipes.stages.session import Session
 
     for name in ("sft", "reward"):
         shutil.copytree(finished_stage(Path(run_folder), name)[2], Path(work, name))
-    _write_for_trl(Shared(load_recipe(Path(run_folder, "resolved.toml")), {}), Path(work))
+    _write_for_trl(Session(load_recipe(Path(run_folder, "resolved.toml")), {}), Path(work))
 
 
-def _write_for_trl(shared: Any, work: Path) -> None:
+def _write_for_trl(session: Any, work: Path) -> None:
     from rlhf_recipes.data.rows import unique_prompts
     from rlhf_recipes.pipeline.export import write_model, write_reward_model
 
-    write_model(shared, work / "sft", work / "policy")
-    write_reward_model(shared, work / "reward", work / "classifier", form="merged")
-    rows = unique_prompts(shared.data(shared.recipe.dataset).train)
+    write_model(session, work / "sft", work / "policy")
+    write_reward_model(session, work / "reward", work / "classifier", form="merged")
+    rows = unique_prompts(session.data(session.recipe.dataset).train)
     text = "".join(json.dumps({"prompt": example.prompt}) + "\n" for example in rows)
     (work / "prompts.jsonl").write_text(text)
 
@@ -283,9 +283,9 @@ def _write_for_trl(shared: Any, work: Path) -> None:
 def run_ours(recipe_file: str, work: str, found: str, *words: str) -> None:
     """The PPO stage itself, with a meter as its progress display."""
     from rlhf_recipes.stages import contract
-    from rlhf_recipes.stages.session import Shared
+    from rlhf_recipes.stages.session import Session
 
-    run = contract.load("ppo")
+    run = contract.module_of("ppo").run
     from benchmarks.meter import Meter
 
     class Progress:
@@ -305,7 +305,9 @@ def run_ours(recipe_file: str, work: str, found: str, *words: str) -> None:
     for part in ("work", "output"):
         (folder / part).mkdir(parents=True)
     inputs = {"policy": Path(work, "sft"), "reward_model": Path(work, "reward")}
-    run(contract.StageContext("ppo", "ppo", recipe, folder, inputs, Progress(), Shared(recipe, {})))
+    run(
+        contract.StageContext("ppo", "ppo", recipe, folder, inputs, Progress(), Session(recipe, {}))
+    )
 
 
 WORKERS = {"untrained": prepare_untrained, "trained": prepare_trained, "ours": run_ours}

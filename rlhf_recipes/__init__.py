@@ -9,8 +9,8 @@ Loaded on first use, so that importing a light module of this package loads no o
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"load_recipe": "recipe.load", "make_plan": "pipeline.plan", "run": "pipeline.runner"}
-__all__ = ["load_recipe", "make_plan", "run"]
+_HOMES = {"load_recipe": "recipe.load", "plan_run": "pipeline.plan", "run": "pipeline.runner"}
+__all__ = ["load_recipe", "plan_run", "run"]
 
 
 def __getattr__(name: str) -> Any:

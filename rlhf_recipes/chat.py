@@ -24,9 +24,10 @@ from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sampling, score_ids
 from rlhf_recipes.pipeline.export import finished_stage, shared_of
-from rlhf_recipes.recipe.tables import BASE, POLICY_KINDS
+from rlhf_recipes.recipe.kinds import makes
+from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.screen import Screen
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.store.digests import derive_seed
 from rlhf_recipes.text import plain
 
 HELP = "an empty line forgets the conversation · Ctrl-C stops an answer · Ctrl-D ends"
@@ -79,33 +80,31 @@ class _Speaker(BaseStreamer):
 
 class _Talk:
     def __init__(self, run_folder: Path, stage: str | None, everyone: bool, screen: Screen):
-        shared = shared_of(run_folder)
-        recipe = shared.recipe
-        tables = [recipe.table(name) for name in recipe.stages]
-        names = [table.name for table in tables if table.kind in POLICY_KINDS]
-        ppo = [table for table in tables if table.kind == "ppo"]
+        session = shared_of(run_folder)
+        recipe = session.recipe
+        names = [name for name in recipe.stages if recipe.kind(name).makes == "policy"]
         last, kind, output = finished_stage(run_folder, stage)
-        if kind not in POLICY_KINDS:
+        if not makes(kind, "policy"):
             raise UsageError(f"{last} is no policy to talk to", f"policies: {', '.join(names)}")
         outputs = {last: output}
         if everyone:
             names = names[: names.index(last) + 1]
             outputs = {BASE: None} | {name: finished_stage(run_folder, name)[2] for name in names}
 
-        self.tokens = tokens = shared.tokens
-        roles = {n: shared.base.open(f"policy-{n}", out, seed=0) for n, out in outputs.items()}
+        self.tokens = tokens = session.tokens
+        roles = {n: session.base.open(f"policy-{n}", out, seed=0) for n, out in outputs.items()}
         self.speakers = [_Speaker(name, role, tokens) for name, role in roles.items()]
         self.reward = None
-        if everyone and ppo:
+        if everyone and recipe.explorer:
             with contextlib.suppress(UsageError):  # it is from elsewhere: no scores
-                scorer = finished_stage(run_folder, ppo[-1].reward_model)[2]
-                self.reward = open_reward(shared.base, scorer)
+                scorer = finished_stage(run_folder, recipe.explorer.reward_model)[2]
+                self.reward = open_reward(session.base, scorer)
 
         config = self.speakers[0].role.lm.config.get_text_config()
         context = getattr(config, "max_position_embeddings", sys.maxsize)
         length = min(recipe.dataset.max_answer_tokens, context // 2)
         self.room = context - length  # for a conversation, in tokens
-        temperature = ppo[-1].options["temperature"] if ppo else 0.7
+        temperature = recipe.explorer.options["temperature"] if recipe.explorer else 0.7
         self.settings = sampling(length, temperature, eos=tokens.eos_id, pad=tokens.pad_id)
         system = recipe.dataset.system
         self.start = [] if system is None else [{"role": "system", "content": system}]

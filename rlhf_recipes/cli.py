@@ -145,12 +145,12 @@ def plan(
 
     from rlhf_recipes import cli_tables
     from rlhf_recipes.pipeline.data_lint import data_lint
-    from rlhf_recipes.pipeline.plan import make_plan
+    from rlhf_recipes.pipeline.plan import plan_run
     from rlhf_recipes.screen import quietly
-    from rlhf_recipes.stages.session import Shared
+    from rlhf_recipes.stages.session import Session
     from rlhf_recipes.store.layout import runs_folder
 
-    made = make_plan(_load(recipe, set_, unset), runs_folder(runs), name=name)
+    made = plan_run(_load(recipe, set_, unset), runs_folder(runs), name=name)
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
         return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
@@ -158,13 +158,13 @@ def plan(
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
     with quietly():
-        shared = Shared(made.recipe, made.model)
-        found = data_lint(made, shared)
+        session = Session(made.recipe, made.model)
+        found = data_lint(made, session)
     _print("\n".join(["", *map(str, found)]))
     if pending := [stage for stage in made.stages if not stage.done]:
         from rlhf_recipes.pipeline.estimate import reckoning
 
-        _print(f"\n{reckoning(made, pending, shared, device, measure)}")
+        _print(f"\n{reckoning(made, pending, session, device, measure)}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from rlhf_recipes.pipeline.later import best_of
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import answers
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.store.digests import derive_seed
 from tests.counting import Counting, toy
 from tests.test_stages import Chain
 
@@ -66,17 +66,17 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
     assert not all(whole)  # the penalty has a say
 
     # Whose answers they are, and who says what of them.
-    tested = answers.unique_prompts(chain.shared.data(chain.recipe.dataset).test)[:12]
+    tested = answers.unique_prompts(chain.session.data(chain.recipe.dataset).test)[:12]
     setting = answers.Setting(6, 1.0, 0)
     seeds = [derive_seed(derive_seed(7, "best_of"), "draw", draw) for draw in range(4)]
-    draws = answers.ask(chain.shared, chain.outputs["sft"], tested, setting, seeds)
+    draws = answers.ask(chain.session, chain.outputs["sft"], tested, setting, seeds)
     reward = None
     for place, ids in enumerate(list(draws)):
-        texts = [chain.shared.tokens.decode(answer) for answer in ids]
+        texts = [chain.session.tokens.decode(answer) for answer in ids]
         assert texts == [row["answers"][place] for row in rows]
-        eos = chain.shared.tokens.eos_id
+        eos = chain.session.tokens.eos_id
         assert [answer[-1] == eos for answer in ids] == [row["ended"][place] for row in rows]
-        reward = reward or open_reward(chain.shared.base, chain.outputs["reward"])
+        reward = reward or open_reward(chain.session.base, chain.outputs["reward"])
         said = [(e.prompt_ids, a) for e, a in zip(tested, ids, strict=True)]
         scores = score_ids(reward, said, 0, 5).tolist()
         assert [row["scores"][place] for row in rows] == pytest.approx(scores, abs=1e-4)

@@ -24,7 +24,7 @@ from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.pipeline.export import finished_stage
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from tests.conftest import RECIPE
 
 LINE = re.compile(r"(\w+): (.*?)(?:  \(score ([+-]\d+\.\d\d)\))?")
@@ -121,7 +121,7 @@ def test_all_answer_the_same_question_in_order_and_each_keeps_its_own_turns(
     assert [name for name, _, _ in given] == ["base", "sft", "ppo"] * 3
     answers = {name: [a for who, a, _ in given if who == name] for name in ("base", "sft", "ppo")}
     assert answers["base"] != answers["sft"] != answers["ppo"] != answers["base"]
-    decode = Shared(load_recipe(folder / "resolved.toml"), {}).tokens.tokenizer.decode
+    decode = Session(load_recipe(folder / "resolved.toml"), {}).tokens.tokenizer.decode
     first, second, fresh = (list(map(decode, talk.asked[i : i + 3])) for i in (0, 3, 6))
     assert first == fresh == ["<|im_start|> user red cat <|im_end|> <|im_start|> assistant"] * 3
     assert second == [
@@ -142,9 +142,9 @@ def test_an_answer_is_the_same_when_its_policy_is_alone(folder: Path, talk: Talk
 def test_the_scores_are_the_reward_model_s(folder: Path, talk: Talk) -> None:
     out, _ = talk(folder, "--all", said=["red cat", "blue"])
     rows = list(zip(talk.asked, talk.given, strict=True))
-    shared = Shared(load_recipe(folder / "resolved.toml"), {})
-    reward = open_reward(shared.base, finished_stage(folder, "reward")[2])
-    scores = score_ids(reward, rows, shared.tokens.pad_id, 1).tolist()
+    session = Session(load_recipe(folder / "resolved.toml"), {})
+    reward = open_reward(session.base, finished_stage(folder, "reward")[2])
+    scores = score_ids(reward, rows, session.tokens.pad_id, 1).tolist()
     assert [float(score) for *_, score in parsed(out)] == pytest.approx(scores, abs=0.00501)
 
 
@@ -214,7 +214,7 @@ def test_a_long_talk_forgets_its_oldest_turns_for_everyone_alike(folder: Path, t
     assert set(err.splitlines()) == {"the oldest turn is forgotten: at most 120 tokens are read"}
     lengths = [len(prompt) for prompt in talk.asked]
     assert 80 < max(lengths) <= 120
-    decode = Shared(load_recipe(folder / "resolved.toml"), {}).tokens.tokenizer.decode
+    decode = Session(load_recipe(folder / "resolved.toml"), {}).tokens.tokenizer.decode
     last = [decode(prompt) for prompt in talk.asked[-3:]]
     known = {tuple(q.strip() in text for q in questions) for text in last}
     assert len(known) == 1 and known.pop()[-2:] == (True, True)

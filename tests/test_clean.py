@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.store import clean, locks
 from tests.counting import Counting
@@ -70,7 +70,7 @@ def test_stages_that_no_run_refers_to_go_once_that_is_agreed_to(
     assert out[5] == f"removed {ppo}"
     assert everything(runs) == kept
     assert cleaned(runs, monkeypatch, capfd, "--yes")[0] == [f"nothing to remove in {runs}"]
-    plan = make_plan(load_recipe(runs.parent / "toy.toml"), runs)
+    plan = plan_run(load_recipe(runs.parent / "toy.toml"), runs)
     assert all(stage.done for stage in plan.stages)
 
 
@@ -169,7 +169,7 @@ def test_a_removal_that_is_cut_off_leaves_nothing_that_looks_whole(
         patch.setattr(shutil, "rmtree", cut_off)
         clean.remove(spare, runs)
     recipe = load_recipe(tmp_path / "toy.toml", set=["ppo.total_episodes=128"])
-    assert [stage.name for stage in make_plan(recipe, runs).stages if not stage.done] == ["ppo"]
+    assert [stage.name for stage in plan_run(recipe, runs).stages if not stage.done] == ["ppo"]
     assert f".stages/.{spare[0].name}.gone" in spares(runs)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.pipeline import runner
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from tests.test_stages import Chain, adapter, base_weights, differs
 
@@ -74,17 +74,17 @@ def test_in_bfloat16_every_step_sees_the_step_before(dpo_recipe: Path, tmp_path:
 
 
 def test_only_its_own_adapter_moves_and_none_is_left(chain: Chain) -> None:
-    base = base_weights(chain.shared.base)
+    base = base_weights(chain.session.base)
     chain.run("sft", {})
     sft = (chain.outputs["sft"] / "adapter_model.safetensors").read_bytes()
     result = chain.run("dpo", {"policy": "sft"})
-    assert not differs(base, base_weights(chain.shared.base))
+    assert not differs(base, base_weights(chain.session.base))
     assert (chain.outputs["sft"] / "adapter_model.safetensors").read_bytes() == sft
     assert len(differs(adapter(chain.outputs["sft"]), adapter(chain.outputs["dpo"]))) == 28
-    lm = chain.shared.base.lm
+    lm = chain.session.base.lm
     assert [name for name, _ in lm.named_parameters() if "lora_" in name] == []
     assert not lm.get_input_embeddings()._forward_hooks
-    data = chain.shared.data(chain.recipe.dataset)
+    data = chain.session.data(chain.recipe.dataset)
     assert result.metrics["pairs"] == len(data.reward_train) < len(data.train)
 
 
@@ -95,10 +95,10 @@ def test_its_numbers_are_those_of_the_saved_policy_against_the_one_it_started_fr
     chain.run("sft", {})
     metrics = chain.run("dpo", {"policy": "sft"}).metrics
     policy, start = (
-        chain.shared.base.open(stage, chain.outputs[stage], seed=0) for stage in ("dpo", "sft")
+        chain.session.base.open(stage, chain.outputs[stage], seed=0) for stage in ("dpo", "sft")
     )
     margins = []
-    for e in chain.shared.data(chain.recipe.dataset).validation:
+    for e in chain.session.data(chain.recipe.dataset).validation:
         ratio = {
             name: logp(policy, e.prompt_ids, ids) - logp(start, e.prompt_ids, ids)
             for name, ids in {"chosen": e.chosen_ids, "rejected": e.rejected_ids}.items()
@@ -134,6 +134,6 @@ def test_the_chain_runs_and_is_evaluated(dpo_recipe: Path, tmp_path: Path, chang
 
 
 def test_the_judges_share_is_part_of_its_key(dpo_recipe: Path, tmp_path: Path) -> None:
-    sft, dpo, _ = make_plan(load_recipe(dpo_recipe), tmp_path).stages
+    sft, dpo, _ = plan_run(load_recipe(dpo_recipe), tmp_path).stages
     assert "judge_fraction" not in sft.payload["dataset"]
     assert dpo.payload["dataset"]["judge_fraction"] == 0.2

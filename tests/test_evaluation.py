@@ -19,8 +19,8 @@ from rlhf_recipes.models.sampling import sample, score_ids
 from rlhf_recipes.pipeline.export import write_model, write_reward_model
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import answers, evaluate
-from rlhf_recipes.stages.session import Shared
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.stages.session import Session
+from rlhf_recipes.store.digests import derive_seed
 from tests.test_stages import Chain
 
 POLICIES = ("base", "sft", "ppo")
@@ -65,8 +65,8 @@ def test_what_is_sampled_and_measured_is_what_a_user_is_given(
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     metrics = chain.evaluate({"sft": "sft"}).metrics
-    rows, tokens = rows_of(chain), chain.shared.tokens
-    tested = answers.unique_prompts(chain.shared.data(chain.recipe.dataset).test)[:12]
+    rows, tokens = rows_of(chain), chain.session.tokens
+    tested = answers.unique_prompts(chain.session.data(chain.recipe.dataset).test)[:12]
     prompts = [example.prompt_ids for example in tested]
     seed = derive_seed(7, "evaluation")
     words = {"length": 6, "temperature": 1.0, "eos": 2, "pad": tokens.pad_id, "batch": 64}
@@ -74,17 +74,17 @@ def test_what_is_sampled_and_measured_is_what_a_user_is_given(
     models, ids = {}, {}
     for name, output in {"base": None, "sft": chain.outputs["sft"]}.items():
         if output is None:
-            models[name] = AutoModelForCausalLM.from_pretrained(chain.shared.model_folder)
+            models[name] = AutoModelForCausalLM.from_pretrained(chain.session.model_folder)
             models[name].to(getattr(torch, chain.recipe.model.dtype))
         else:
-            write_model(chain.shared, output, tmp_path / name)
+            write_model(chain.session, output, tmp_path / name)
             models[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         role = Role(models[name], None, torch.float32)
         ids[name] = sample(role, prompts, seed=seed, **words)
         assert [row["answers"][name] for row in rows] == [tokens.decode(a) for a in ids[name]]
         assert [row["tokens"][name] for row in rows] == [len(a) for a in ids[name]]
         assert [row["ended"][name] for row in rows] == [a[-1] == 2 for a in ids[name]]
-    trained = chain.shared.base.open("policy", chain.outputs["sft"], seed=0)
+    trained = chain.session.base.open("policy", chain.outputs["sft"], seed=0)
     others = sample(trained, prompts, seed=seed, **words)
     assert (others == ids["sft"]) == change.startswith("lora")
 
@@ -108,7 +108,7 @@ def test_one_model_is_in_memory_at_a_time(
     chain = chain_of(tiny_recipe, tmp_path, f"model.quantization={bits}")
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
-    embedding = chain.shared.base.lm.get_input_embeddings().weight.detach().clone()
+    embedding = chain.session.base.lm.get_input_embeddings().weight.detach().clone()
     copies: list[tuple[str, int]] = []
 
     def counted(module: Any, name: str) -> None:
@@ -124,15 +124,15 @@ def test_one_model_is_in_memory_at_a_time(
         monkeypatch.setattr(module, name, count)
 
     def circular(name: str) -> None:
-        real = getattr(Shared, name)
+        real = getattr(Session, name)
 
-        def hang(self: Shared, *args: Any) -> Any:
+        def hang(self: Session, *args: Any) -> Any:
             made = real(self, *args)
             lm = getattr(made, "lm", made)
             lm.circle = [lm]
             return made
 
-        monkeypatch.setattr(Shared, name, hang)
+        monkeypatch.setattr(Session, name, hang)
 
     circular("exported")
     circular("load_base")
@@ -229,24 +229,24 @@ def test_every_comparison_is_that_of_the_answers_on_disk(judged: Chain) -> None:
 
 def test_each_score_is_of_the_model_that_it_is_said_to_be(judged: Chain, tmp_path: Path) -> None:
     """The reward model's in its units, an independent judge's in its own, a rule's as it is."""
-    rows, shared = rows_of(judged), judged.shared
-    tested = answers.unique_prompts(shared.data(judged.recipe.dataset).test)[:12]
+    rows, session = rows_of(judged), judged.session
+    tested = answers.unique_prompts(session.data(judged.recipe.dataset).test)[:12]
     setting = evaluate.Setting(6, 1.0, derive_seed(7, "evaluation"))
-    [start] = answers.ask(shared, judged.outputs["sft"], tested, setting, [setting.seed])
-    [ids] = answers.ask(shared, judged.outputs["ppo"], tested, setting, [setting.seed])
+    [start] = answers.ask(session, judged.outputs["sft"], tested, setting, [setting.seed])
+    [ids] = answers.ask(session, judged.outputs["ppo"], tested, setting, [setting.seed])
     same = fmean(a == b for a, b in zip(start, ids, strict=True))
     assert 0 < judged.metrics["ppo.unchanged"] == same < 1
     said = [(e.prompt_ids, a) for e, a in zip(tested, ids, strict=True)]
     for key, stage in (("scores", "reward"), ("judged", "judge")):
-        model = open_reward(shared.base, judged.outputs[stage])
+        model = open_reward(session.base, judged.outputs[stage])
         by_hand = score_ids(model, said, 0, 5).tolist()
         assert [row[key]["ppo"] for row in rows] == pytest.approx(by_hand, abs=1e-4)
-        shared.base.close(model)
+        session.base.close(model)
     for row in rows:
         assert row["judged2"] == {n: -len(set(a.split())) for n, a in row["answers"].items()}
 
     folder = tmp_path / "elsewhere"
-    write_reward_model(shared, judged.outputs["judge"], folder, form="merged")
+    write_reward_model(session, judged.outputs["judge"], folder, form="merged")
     (mean, std), recipe = read_unit(judged.outputs["judge"]), judged.recipe.path
     other = chain_of(recipe, tmp_path, f"evaluation.judge={folder}")
     other.outputs |= judged.outputs

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rlhf_recipes.pipeline.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
 from safetensors.torch import load_file
 
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
 from rlhf_recipes.pipeline import fit, memory, rehearsal, runner
 from rlhf_recipes.pipeline.estimate import reckoning
-from rlhf_recipes.pipeline.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
-from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 
 
-def planned(file: Path, *changes: str) -> tuple[Plan, Shared]:
-    plan = make_plan(load_recipe(file, set=changes), file.parent / "runs")
-    return plan, Shared(plan.recipe, plan.model)
+def planned(file: Path, *changes: str) -> tuple[Plan, Session]:
+    plan = plan_run(load_recipe(file, set=changes), file.parent / "runs")
+    return plan, Session(plan.recipe, plan.model)
 
 
 def held(file: Path, *changes: str, stage: str = "ppo") -> Counter[str]:
-    plan, shared = planned(file, *changes)
-    room = fit.Room(plan.recipe, fit.architecture(shared.model_folder), shared)
+    plan, session = planned(file, *changes)
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), session)
     room.card = False
     return next(room.need(asked) for asked in plan.stages if asked.name == stage)
 
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rehearsal, "SHORT", 0.0)
-    monkeypatch.setattr(Shared, "load_base", stop)
+    monkeypatch.setattr(Session, "load_base", stop)
     monkeypatch.setattr(fit, "LIBRARIES", 0.0)
     recipe = load_recipe(tiny_recipe)
     need = held(tiny_recipe, stage="sft").total()
@@ -101,15 +101,15 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(
 
 
 def test_plan_says_what_it_takes_of_a_card_or_what_was_measured(tiny_recipe: Path) -> None:
-    plan, shared = planned(tiny_recipe, 'stages=["sft"]', "evaluation=false")
-    first, *more = reckoning(plan, plan.stages, shared, "24GB", False).splitlines()
+    plan, session = planned(tiny_recipe, 'stages=["sft"]', "evaluation=false")
+    first, *more = reckoning(plan, plan.stages, session, "24GB", False).splitlines()
     assert first.split() == ["stage", "memory", "time", "of", "which"]
     assert more[0].startswith("sft") and "activations" in more[0]
     assert more[-1] == "by rule; a card with 24 GB has 23.3 GB"
-    small = reckoning(plan, plan.stages, shared, "0.7005GB", False).splitlines()[-1]
+    small = reckoning(plan, plan.stages, session, "0.7005GB", False).splitlines()[-1]
     assert "; sft does not fit: --set sft.per_device_train_batch_size=" in small
-    took, last = reckoning(plan, plan.stages, shared, "", True).splitlines()
+    took, last = reckoning(plan, plan.stages, session, "", True).splitlines()
     assert took.startswith("sft") and "s a step, about" in took
     assert last == "measured, by a rehearsal"
     with pytest.raises(UsageError):
-        reckoning(plan, plan.stages, shared, "much", False)
+        reckoning(plan, plan.stages, session, "much", False)

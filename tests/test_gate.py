@@ -35,7 +35,7 @@ def chain(tiny_recipe: Path, tmp_path: Path) -> Chain:
 
 
 def rows_of(chain: Chain) -> Data:
-    return chain.shared.data(chain.recipe.dataset)
+    return chain.session.data(chain.recipe.dataset)
 
 
 def found(chain: Chain, stage: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_the_evidence_is_of_the_test_pairs_alone(chain: Chain) -> None:
     """Recomputed by the role that later stages open, in units."""
     metrics = chain.run("reward", {}).metrics
     told, rows = found(chain, "reward"), pairs(rows_of(chain).test)
-    reward = open_reward(chain.shared.base, chain.outputs["reward"])
+    reward = open_reward(chain.session.base, chain.outputs["reward"])
     chosen, rejected = (
         score_ids(reward, [(e.prompt_ids, getattr(e, answer)) for e in rows], 0, 4)
         for answer in ("chosen_ids", "rejected_ids")
@@ -98,7 +98,7 @@ def test_its_worst_pairs_are_those_that_people_saw_otherwise(
     assert [p["margin"] for p in worst] == sorted(p["margin"] for p in worst)
     assert worst[0]["margin"] == min(found(other, "reward")["margins"]) < 0
     given = {e.prompt: e for e in rows_of(other).test}[worst[0]["prompt"]]
-    decode = other.shared.tokens.decode
+    decode = other.session.tokens.decode
     assert worst[0]["chosen"] == decode(given.chosen_ids) != decode(given.rejected_ids)
 
 
@@ -223,7 +223,7 @@ def test_a_foreign_reward_model_is_measured_before_ppo(
     chain: Chain, tiny_pairs: Path, tmp_path: Path
 ) -> None:
     own = chain.run("reward", {}).metrics
-    write_reward_model(chain.shared, chain.outputs["reward"], tmp_path / "scorer", form="merged")
+    write_reward_model(chain.session, chain.outputs["reward"], tmp_path / "scorer", form="merged")
     words = [f"ppo.reward_model={tmp_path / 'scorer'}", 'stages=["sft", "ppo"]']
     words += ["ppo.total_episodes=16"]
     other = Chain(load_recipe(chain.recipe.path, set=words), tmp_path / "other")
@@ -237,7 +237,7 @@ def test_a_foreign_reward_model_is_measured_before_ppo(
     tested = {e.prompt for e in rows_of(chain).test}
     file = backwards(tiny_pairs, tmp_path, lambda prompt: prompt in tested)
     other.recipe = load_recipe(chain.recipe.path, set=[*words, f"dataset.path={file}"])
-    other.shared.recipe = other.recipe
+    other.session.recipe = other.recipe
     with pytest.raises(GateError, match=r"worse than chance .*--set ppo\.minimum_accuracy=0"):
         other.run("ppo", POLICY)
 

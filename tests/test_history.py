@@ -15,7 +15,7 @@ import pytest
 
 from rlhf_recipes.cli import main
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.report import compare
@@ -242,7 +242,7 @@ def test_the_run_s_folder_is_enough_to_do_it_again_elsewhere(runs: Path, tmp_pat
     manifest = json.loads((elsewhere / "kept" / "manifest.json").read_text())
     for name in ("recipe.toml", "resolved.toml"):
         again = load_recipe(elsewhere / "kept" / name, set=places)
-        planned = make_plan(again, elsewhere / "runs").stages
+        planned = plan_run(again, elsewhere / "runs").stages
         assert [stage.key for stage in planned] == [one["key"] for one in manifest["stages"]]
         assert json.loads(json.dumps([stage.payload for stage in planned])) == [
             one["payload"] for one in manifest["stages"]

@@ -12,11 +12,11 @@ import pytest
 
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.pipeline.estimate import reckoning
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import Recipe, load_recipe
 from rlhf_recipes.sources import fetch, hub, mirror
 from rlhf_recipes.sources import resolve as sources
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from tests.conftest import RECIPE as TINY
 from tests.counting import RECIPE, toy
 from tests.fake_hub import FakeHub
@@ -85,15 +85,15 @@ import sys
 from pathlib import Path
 import torch
 from rlhf_recipes.models import load_causal_lm
-from rlhf_recipes.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.shared import Shared
+from rlhf_recipes.session import Session
 recipe = load_recipe(sys.argv[1])
-plan = make_plan(recipe, Path("runs"))
-shared = Shared(recipe, plan.model)
-lm = load_causal_lm(shared.model_folder, dtype=torch.float32)
-data = shared.data(recipe.dataset)
-print(plan.model["revision"], data.rows, shared.tokens.eos_id, lm.num_parameters())
+plan = plan_run(recipe, Path("runs"))
+session = Session(recipe, plan.model)
+lm = load_causal_lm(session.model_folder, dtype=torch.float32)
+data = session.data(recipe.dataset)
+print(plan.model["revision"], data.rows, session.tokens.eos_id, lm.num_parameters())
 """
 
 
@@ -165,8 +165,8 @@ def test_what_it_needs_of_memory_is_known_before_the_weights_are_here(
 ) -> None:
     """Of the model its config.json is brought, no more, and of the rows nothing."""
     fake.publish("model", "owner/model", tiny_model)
-    made = make_plan(recipe_of(tmp_path), tmp_path / "runs")
-    said = reckoning(made, made.stages, Shared(made.recipe, made.model), "24GB", False)
+    made = plan_run(recipe_of(tmp_path), tmp_path / "runs")
+    said = reckoning(made, made.stages, Session(made.recipe, made.model), "24GB", False)
     assert [line.split()[0] for line in said.splitlines()[1:5]] == [s.name for s in made.stages]
     assert "at the longest rows that the recipe lets in; a card with 24 GB" in said
     brought = [line for line in fake.asked if "/resolve/" in line]

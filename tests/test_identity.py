@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.store.fingerprint import canonical, derive_seed, difference, digest
+from rlhf_recipes.store.digests import canonical, derive_seed, digest
+from rlhf_recipes.store.fingerprint import difference
 
 
 def test_the_encoding_is_the_same_for_ever() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomlkit
 
-from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import Recipe, load_recipe, smaller_layout
 from rlhf_recipes.sources.fetch import _models
 from rlhf_recipes.store import history
@@ -28,7 +28,7 @@ def finish(made: Plan) -> Plan:
 
 
 def plan(recipe: Path, *changes: str) -> Plan:
-    return make_plan(load_recipe(recipe, set=changes), recipe.parent / "runs", name="run")
+    return plan_run(load_recipe(recipe, set=changes), recipe.parent / "runs", name="run")
 
 
 def again(made: Plan) -> dict[str, str]:
@@ -47,7 +47,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_they_come_in_order_and_only_where_asked(recipe: Path) -> None:
     def names(*changes: str) -> list[str]:
         loaded = load_recipe(recipe, set=changes)
-        assert [s.name for s in make_plan(loaded, recipe.parent / "runs").stages] == (
+        assert [s.name for s in plan_run(loaded, recipe.parent / "runs").stages] == (
             loaded.all_stages
         )
         return loaded.all_stages[3:]

@@ -12,9 +12,9 @@ import pytest
 from rlhf_recipes import cli
 from rlhf_recipes.pipeline import data_lint
 from rlhf_recipes.pipeline.doctor import Line
-from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from tests.conftest import RECIPE, WORDS
 from tests.counting import toy
 
@@ -26,7 +26,7 @@ PAIRS = [
 
 
 def linted(plan: Plan) -> list[Line]:
-    return data_lint.data_lint(plan, Shared(plan.recipe, plan.model))
+    return data_lint.data_lint(plan, Session(plan.recipe, plan.model))
 
 
 class Lint:
@@ -37,7 +37,7 @@ class Lint:
         data, file = self.folder / "rows.jsonl", self.folder / "tiny.toml"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         file.write_text(RECIPE.format(model=self.model, data=data))
-        return linted(make_plan(load_recipe(file, set=words), self.folder / "runs"))
+        return linted(plan_run(load_recipe(file, set=words), self.folder / "runs"))
 
     def about(self, about: str, rows: list[dict[str, Any]], *words: str) -> list[tuple[str, str]]:
         return [(line.level, line.text) for line in self(rows, *words) if line.about == about]
@@ -129,7 +129,7 @@ def test_a_stage_s_own_rows_and_what_is_not_here(look: Lint, tmp_path: Path) -> 
         ("dataset.path=owner/a", "owner/a"),
     ):
         recipe = load_recipe(tmp_path / "tiny.toml", set=[word])
-        plan = make_plan(load_recipe(tmp_path / "tiny.toml"), tmp_path / "runs")
+        plan = plan_run(load_recipe(tmp_path / "tiny.toml"), tmp_path / "runs")
         object.__setattr__(plan, "recipe", recipe)
         (line,) = linted(plan)
         assert line.text == f"not looked at: {what} is not on this machine"
@@ -161,5 +161,5 @@ def test_stages_that_find_no_rows(look: Lint) -> None:
 
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
-    (line,) = linted(make_plan(load_recipe(toy(tmp_path)), tmp_path / "runs"))
+    (line,) = linted(plan_run(load_recipe(toy(tmp_path)), tmp_path / "runs"))
     assert line.text == "not looked at: the model's folder has no tokenizer"

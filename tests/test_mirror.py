@@ -19,7 +19,7 @@ import pytest
 
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.pipeline import runner
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.tables import MirrorTable
 from rlhf_recipes.sources import mirror
@@ -289,6 +289,6 @@ def test_a_run_from_a_mirror_says_so_and_stays_with_it(
     shared = shared_of(outcome.run_folder)
     assert shared.model_folder == mirror.folder_of(table)
     assert shared.tokens.tokenizer.chat_template == TEMPLATE
-    plan = make_plan(recipe, runs)
+    plan = plan_run(recipe, runs)
     assert plan.mirrored is None  # a new run takes the hub's
     assert plan.stages[0].key != outcome.stages[0].stage.key

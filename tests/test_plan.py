@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.files import write_json
@@ -16,7 +16,7 @@ STAGES = ["sft", "reward", "ppo", "evaluation"]
 
 
 def plan(recipe: Path, *changes: str, **options: object) -> Plan:
-    return make_plan(load_recipe(recipe, set=changes), recipe.parent / "runs", **options)
+    return plan_run(load_recipe(recipe, set=changes), recipe.parent / "runs", **options)
 
 
 def finish(planned: Plan) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rlhf_recipes.pipeline.flops import work
 
 from rlhf_recipes.errors import Interrupted, MachineError, ModelError
 from rlhf_recipes.pipeline import fit, rehearsal, runner
-from rlhf_recipes.pipeline.flops import work
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import contract, reward
 from rlhf_recipes.stages.ppo import stage as ppo
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store.files import read_json
 
 WHOLE = (
@@ -172,7 +172,7 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
     assert names == ["sft", "reward", "ppo", "evaluation"]
     assert begin(*long, name="tiny", until="reward") == [["sft", "reward"]]
     assert begin(*long, name="tiny", rehearse=False) == []
-    plan = make_plan(load_recipe(tiny_recipe, set=long), tiny_recipe.parent / "runs", name="tiny")
+    plan = plan_run(load_recipe(tiny_recipe, set=long), tiny_recipe.parent / "runs", name="tiny")
     (plan.stages[0].folder / "work" / "checkpoint-000001").mkdir(parents=True)
     assert begin(*long, name="tiny") == []
 
@@ -180,9 +180,9 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
 def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -> None:
     long = ["sft.max_steps=-1", "sft.gradient_accumulation_steps=4", "ppo.total_episodes=9000"]
     recipe = load_recipe(tiny_recipe, set=long)
-    plan = make_plan(recipe, tiny_recipe.parent / "runs")
-    shared = Shared(recipe, plan.model)
-    data = shared.data(recipe.dataset)
+    plan = plan_run(recipe, tiny_recipe.parent / "runs")
+    session = Session(recipe, plan.model)
+    data = session.data(recipe.dataset)
     sft, rewards, policy, evaluation = plan.stages
 
     less = rehearsal.cut(recipe, sft)

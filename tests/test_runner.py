@@ -15,7 +15,7 @@ import pytest
 from rlhf_recipes import screen
 from rlhf_recipes.errors import BusyError, DataError, MachineError, StageError, UsageError
 from rlhf_recipes.pipeline import runner
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.pipeline.runner import RunOutcome, run
 from rlhf_recipes.recipe.load import fork_recipe, load_recipe, smaller_layout
 from rlhf_recipes.store import files, layout, locks, provenance
@@ -367,14 +367,14 @@ def test_the_lock_is_asked_for_before_anything_slow(
 ) -> None:
     """And that of a stage before anything is brought from a hub."""
     recipe, slow = toy(tmp_path), []
-    monkeypatch.setattr(runner, "make_plan", lambda *_, **__: slow.append("plan"))
+    monkeypatch.setattr(runner, "plan_run", lambda *_, **__: slow.append("plan"))
     with locks.lock(tmp_path / "runs" / "toy", "run toy"):
         with pytest.raises(BusyError):
             go(recipe)
     monkeypatch.undo()
     count = Counting(monkeypatch)
     monkeypatch.setattr(runner, "bring", lambda *_: slow.append("bring"))
-    sft = make_plan(load_recipe(recipe), tmp_path / "runs").stages[0]
+    sft = plan_run(load_recipe(recipe), tmp_path / "runs").stages[0]
     with locks.lock(sft.folder, "stage sft"):
         with pytest.raises(BusyError):
             go(recipe)
@@ -405,7 +405,7 @@ def test_a_stage_that_another_run_finished_meanwhile_is_taken(
     tmp_path: Path, count: Counting
 ) -> None:
     recipe = toy(tmp_path)
-    reward = make_plan(load_recipe(recipe), tmp_path / "runs").stages[1]
+    reward = plan_run(load_recipe(recipe), tmp_path / "runs").stages[1]
 
     def other(_: Any) -> None:  # while this run is at SFT, another one does the reward stage
         (reward.folder / "output").mkdir(parents=True)

@@ -21,7 +21,7 @@ from rlhf_recipes.data import tokens
 from rlhf_recipes.errors import DataError, ModelError, RecipeError, RlhfRecipesError
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import locks
 from tests.canary import Canary
 from tests.conftest import RECIPE
@@ -49,7 +49,7 @@ def rows(model: Path, data: Path, *words: str) -> list[str]:
     """The prompts that a recipe on this data would learn from."""
     file = data.parent / "recipe.toml"
     file.write_text(RECIPE.format(model=model, data=data))
-    data = Shared(load_recipe(file, set=words), {}).data(load_recipe(file, set=words).dataset)
+    data = Session(load_recipe(file, set=words), {}).data(load_recipe(file, set=words).dataset)
     return [example.prompt for example in (*data.train, *data.validation, *data.test)]
 
 
@@ -277,7 +277,7 @@ def test_hostile_templates(
     assert "\n" not in str(caught.value)
     (tmp_path / "plain.toml").write_text(RECIPE.format(model=model, data=tiny_pairs))
     words = ['model.chat_template="plain"', "model.quantization=none"]
-    assert Shared(load_recipe(tmp_path / "plain.toml", set=words), {}).tokens.eos_id == 2
+    assert Session(load_recipe(tmp_path / "plain.toml", set=words), {}).tokens.eos_id == 2
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil"])

@@ -17,7 +17,7 @@ from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import Recipe, load_recipe
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources import trust
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from tests.canary import Canary
 from tests.conftest import RECIPE
 
@@ -177,26 +177,26 @@ def test_the_weights_of_a_run_from_elsewhere_are_looked_at(
     model: Path, tiny_model: Path, tiny_pairs: Path, canary: Canary, spoil: Spoil
 ) -> None:
     spoil(model, canary)
-    shared = Shared(recipe_on(model, tiny_pairs, f"model.name={tiny_model}", "lora=false"), {})
+    session = Session(recipe_on(model, tiny_pairs, f"model.name={tiny_model}", "lora=false"), {})
     with pytest.raises(ModelError, match=HOSTILE[spoil]):
-        shared.exported(model)
+        session.exported(model)
     with pytest.raises(ModelError, match=HOSTILE[spoil]):
-        shared.base.open("policy", model, seed=0)
+        session.base.open("policy", model, seed=0)
 
 
 def test_an_adapter_of_a_run_from_elsewhere_is_what_the_recipe_says(
     model: Path, tiny_pairs: Path, tmp_path: Path, canary: Canary
 ) -> None:
-    shared = Shared(recipe_on(model, tiny_pairs), {})
-    role = shared.base.open("policy", None, seed=0, trainable=True)
-    shared.base.save(role, tmp_path)
+    session = Session(recipe_on(model, tiny_pairs), {})
+    role = session.base.open("policy", None, seed=0, trainable=True)
+    session.base.save(role, tmp_path)
     evil = {"peft_type": "XLORA", "adapters": {"0": "evil/repo"}, "hidden_size": 32}
     change(tmp_path / "adapter_config.json", **evil, megatron_config={"a": 1}, megatron_core="this")
     (tmp_path / "adapter_model.bin").write_bytes(canary.torch())
-    assert shared.exported(tmp_path).config.model_type == "llama"
+    assert session.exported(tmp_path).config.model_type == "llama"
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
-        shared.exported(tmp_path)
+        session.exported(tmp_path)
 
 
 # ---- passed over --------------------------------------------------------------------------------
@@ -214,13 +214,13 @@ def test_what_no_load_asks_for_is_left_alone(model: Path, tiny_pairs: Path, cana
     change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]})
     change(model / "generation_config.json", custom_generate=str(model), trust_remote_code=True)
     recipe = recipe_on(model, tiny_pairs)
-    shared = Shared(recipe, {})
-    lm = shared.base.lm
+    session = Session(recipe, {})
+    lm = session.base.lm
     ids = torch.tensor([[1, 4, 7, 2]])
     lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
     lm.generation_config = lm.shipped_generation_config
     lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
-    assert shared.tokens.eos_id == 2
+    assert session.tokens.eos_id == 2
 
 
 def test_a_tokenizer_of_its_own_is_refused(model: Path, tiny_pairs: Path, canary: Canary) -> None:
@@ -274,5 +274,5 @@ def test_code_that_a_person_agreed_to_is_run(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     on = ["model.name=owner/model", "model.trust_remote_code=true", f"model.revision={COMMIT}"]
     recipe = recipe_on(model, tiny_pairs, *on)
-    shared = Shared(recipe, sources.identify_base(recipe, tmp_path))
-    assert type(shared.base.lm).__name__ == "M" and ran.exists()
+    session = Session(recipe, sources.identify_base(recipe, tmp_path))
+    assert type(session.base.lm).__name__ == "M" and ran.exists()

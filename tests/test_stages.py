@@ -23,7 +23,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import contract, evaluate
 from rlhf_recipes.stages.contract import StageContext, StageResult
 from rlhf_recipes.stages.ppo import stage as ppo_stage
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Chain:
     progress: Silent = field(default_factory=Silent)
 
     def __post_init__(self) -> None:
-        self.shared = Shared(self.recipe, {})
+        self.session = Session(self.recipe, {})
 
     def run(self, name: str, inputs: Mapping[str, str], kind: str | None = None) -> StageResult:
         folder = self.folder / name
@@ -66,7 +66,7 @@ class Chain:
             (folder / part).mkdir(parents=True, exist_ok=True)
         kind = kind or name
         given = {role: self.outputs[stage] for role, stage in inputs.items()}
-        context = StageContext(name, kind, self.recipe, folder, given, self.progress, self.shared)
+        context = StageContext(name, kind, self.recipe, folder, given, self.progress, self.session)
         result = contract.load(kind)(context)
         self.outputs[name] = folder / "output"
         return result
@@ -104,9 +104,9 @@ def base_weights(base: Base) -> dict[str, torch.Tensor]:
 
 
 def test_each_stage_moves_its_own_weights_and_no_other(chain: Chain) -> None:
-    base = base_weights(chain.shared.base)
+    base = base_weights(chain.session.base)
     results = chain.all()
-    assert not differs(base, base_weights(chain.shared.base))
+    assert not differs(base, base_weights(chain.session.base))
     sft, reward = adapter(chain.outputs["sft"]), adapter(chain.outputs["reward"])
     policy = adapter(chain.outputs["ppo"])
     value = adapter(chain.outputs["ppo"] / "value")
@@ -178,7 +178,7 @@ def test_a_stage_that_is_left_with_none_says_of_what(
 def test_the_base_is_in_memory_once_after_every_stage(chain: Chain) -> None:
     """No stage keeps a second copy, and no adapter outlives its stage."""
     chain.all()
-    lm = chain.shared.base.lm
+    lm = chain.session.base.lm
     embedding = lm.get_input_embeddings().weight
     live = [t for t in _live_tensors() if t.shape == embedding.shape]
     copies = {t.data_ptr() for t in live if torch.equal(t, embedding)}
@@ -219,7 +219,7 @@ def test_the_ids_of_equal_text_are_equal_in_every_stage(
 
     monkeypatch.setattr(ppo_stage, "PPOTrainer", PPOSpy)
     chain.all()
-    data = chain.shared.data(chain.recipe.dataset)
+    data = chain.session.data(chain.recipe.dataset)
     examples = {tuple(e.prompt_ids + e.chosen_ids): e for e in data.train}
     sft = {tuple(row["input_ids"]) for row in seen["SFT rows"]}
     reward = {tuple(row["chosen_ids"]) for row in seen["Reward rows"]}
@@ -309,11 +309,11 @@ def test_kl_is_0_at_first_without_sft_under_any_adapter(tiny_recipe, tmp_path, w
 
 
 def test_a_reward_model_with_another_tokenizer_is_refused(chain: Chain, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(chain.shared.model_folder)
+    tokenizer = load_tokenizer(chain.session.model_folder)
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError, match="has another tokenizer than the policy.*same base"):
-        open_foreign(tmp_path / "other", chain.shared.base, chain.shared.tokens)
+        open_foreign(tmp_path / "other", chain.session.base, chain.session.tokens)
 
 
 def test_ppo_taken_as_sft_is_unchanged_at_half_the_wins(chain: Chain) -> None:
@@ -344,8 +344,8 @@ def test_evaluating_or_not_changes_no_weight(chain: Chain, tiny_recipe: Path) ->
 def test_the_unit_is_mean_0_and_deviation_1_over_the_training_chosen(chain: Chain) -> None:
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
-    reward = open_reward(chain.shared.base, chain.outputs["reward"])
-    pairs = chain.shared.data(chain.recipe.dataset).reward_train
+    reward = open_reward(chain.session.base, chain.outputs["reward"])
+    pairs = chain.session.data(chain.recipe.dataset).reward_train
     scores = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in pairs], 0, 7)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1.0, abs=1e-5)
@@ -358,11 +358,11 @@ def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     folder = tmp_path / "exported"
-    write_reward_model(chain.shared, chain.outputs["reward"], folder, form="merged")
+    write_reward_model(chain.session, chain.outputs["reward"], folder, form="merged")
     mean, std = read_unit(chain.outputs["reward"])
-    rows = [(e.prompt_ids, e.chosen_ids) for e in chain.shared.data(chain.recipe.dataset).test]
-    ours = score_ids(open_reward(chain.shared.base, chain.outputs["reward"]), rows, 0, 8)
-    foreign = open_foreign(folder, chain.shared.base, chain.shared.tokens)
+    rows = [(e.prompt_ids, e.chosen_ids) for e in chain.session.data(chain.recipe.dataset).test]
+    ours = score_ids(open_reward(chain.session.base, chain.outputs["reward"]), rows, 0, 8)
+    foreign = open_foreign(folder, chain.session.base, chain.session.tokens)
     assert torch.allclose(score_ids(foreign, rows, 0, 8), ours * std + mean, atol=1e-4)
 
     changes = [f"ppo.reward_model={folder}", 'stages=["sft", "ppo"]']
@@ -386,7 +386,7 @@ def test_the_evaluations_numbers_are_what_they_say(chain: Chain) -> None:
     wins = sum((g > 0) + 0.5 * (g == 0) for g in gains) / 12
     assert metrics["ppo.win_rate"] == pytest.approx(wins)
     assert metrics["ppo.score_gain"] == pytest.approx(sum(gains) / 12, abs=1e-3)
-    tested = {e.prompt for e in chain.shared.data(chain.recipe.dataset).test}
+    tested = {e.prompt for e in chain.session.data(chain.recipe.dataset).test}
     assert {row["prompt"] for row in rows} <= tested
     said = [row["answers"]["ppo"].split() for row in rows]
     pairs = [pair for words in said for pair in zip(words, words[1:], strict=False)]
@@ -417,8 +417,8 @@ def test_a_written_rule_judges_beside_the_reward_model(tiny_recipe: Path, tmp_pa
 
 
 def test_nats_under_the_base_are_the_mean_over_tokens(chain: Chain) -> None:
-    base = chain.shared.base.open("bare", None, seed=0)
-    examples = chain.shared.data(chain.recipe.dataset).test[:3]
+    base = chain.session.base.open("bare", None, seed=0)
+    examples = chain.session.data(chain.recipe.dataset).test[:3]
     answers = [e.chosen_ids for e in examples]
     total = 0.0
     for example, answer in zip(examples, answers, strict=True):
@@ -434,10 +434,10 @@ def test_nats_under_the_base_are_the_mean_over_tokens(chain: Chain) -> None:
 def test_exact_kl_is_the_vocabularys(chain: Chain) -> None:
     """Against a sum over the vocabulary by hand, one unpadded answer at a time."""
     chain.run("sft", {})
-    base = chain.shared.base
+    base = chain.session.base
     policy = base.open("policy", chain.outputs["sft"], seed=0)
     start = base.open("start", None, seed=0)
-    examples = chain.shared.data(chain.recipe.dataset).test[:3]
+    examples = chain.session.data(chain.recipe.dataset).test[:3]
     answers = [e.chosen_ids for e in examples]
     setting = evaluate.Setting(length=8, temperature=0.9, seed=0)
     by_hand = 0.0
@@ -485,7 +485,7 @@ def test_the_chain_runs_otherwise_too(tiny_recipe: Path, tmp_path: Path, change:
 def test_checkpointing_in_stock_trainers_changes_no_weight(
     chain: Chain, tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    """And neither leaves its hooks or its switch on the shared base."""
+    """And neither leaves its hooks or its switch on the session base."""
     changes = ["sft.gradient_checkpointing=true", "reward.gradient_checkpointing=true"]
     other = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "checkpointed")
     for one in (chain, other):
@@ -494,7 +494,7 @@ def test_checkpointing_in_stock_trainers_changes_no_weight(
     for stage in ("sft", "reward"):
         plain, checkpointed = adapter(chain.outputs[stage]), adapter(other.outputs[stage])
         assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-5) for k in plain)
-    lm = other.shared.base.lm
+    lm = other.session.base.lm
     assert not any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
     assert not lm.get_input_embeddings()._forward_hooks
 

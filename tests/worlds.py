@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.fields import Field, fields_of, trl_fields
 from rlhf_recipes.recipe.load import Recipe, load_recipe
 from rlhf_recipes.recipe.tables import EXTRAS, EvaluationTable, ModelTable, dataset_keys
@@ -237,7 +237,7 @@ class World:
         return load_recipe(self.recipe)
 
     def plan(self) -> Plan:
-        return make_plan(self.load(), self.runs, name="run")
+        return plan_run(self.load(), self.runs, name="run")
 
 
 def finish(made: Plan) -> None:

@@ -20,8 +20,9 @@ from random import Random
 from rlhf_recipes.errors import RecipeError, UsageError
 from rlhf_recipes.recipe.aliases import names
 from rlhf_recipes.recipe.edit import rebase
+from rlhf_recipes.recipe.kinds import listed
 from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
-from rlhf_recipes.recipe.tables import KINDS, stage_keys, top_keys
+from rlhf_recipes.recipe.tables import stage_keys, top_keys
 from rlhf_recipes.recipe.toml import WORD
 
 SECONDS, MEGABYTES = 1.0, 200
@@ -34,9 +35,9 @@ TABLES = [
     "evaluation",
     "sft.dataset",
     "ppo.guard",
-    *KINDS,
+    *listed(),
 ]
-KEYS = sorted({*top_keys(), *(key for kind in KINDS for key in stage_keys(kind))})
+KEYS = sorted({*top_keys(), *(key for kind in listed() for key in stage_keys(kind))})
 KEYS += [
     n.replace("*", "x") for said in names().values() for theirs in said.values() for n in theirs
 ]

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 
 from rlhf_recipes.recipe.aliases import names
-from rlhf_recipes.recipe.fields import TYPE_NAMES, Field, Keys, show, trl_fields
-from rlhf_recipes.recipe.tables import EXTRAS, KINDS, top_keys
+from rlhf_recipes.recipe.fields import TYPE_NAMES, Field, Keys, show
+from rlhf_recipes.recipe.kinds import KINDS, field_tables, listed
+from rlhf_recipes.recipe.tables import top_keys
 
 OPENING = """\
 # Every key
@@ -13,7 +14,8 @@ Made by `python -m tools.make_fields` from `tools/fields.toml`, as is what check
 own keys do stands in `recipes/annotated.toml`; what the others do, in TRL's and PEFT's
 documentation. A default in **bold** is ours, in place of upstream's; `·` is no key of that stage,
 `–` no default. *Layout* settings say where and how a stage computes, *neutral* ones change nothing
-of its result: a stage runs again when any other changes.
+of its result, and of a *source* the content counts. A stage runs again when any other setting
+changes, or the content of a source.
 """
 
 
@@ -43,13 +45,13 @@ def passed(tables: Mapping[str, Keys]) -> Iterator[str]:
         if open_:
             may = max(map(allowed, open_), key=len)
             defaults = " | ".join(map(default, fields))
-            effects = sorted({f.effect for f in open_} - {"identity"})
+            effects = sorted({f.effect for f in open_} - {"result"})
             yield f"| `{name}` | {may} | {defaults} | {', '.join(effects)} |"
 
 
 def closed(standing: str) -> Iterator[str]:
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for table, fields in trl_fields().items():
+    for table, fields in field_tables().items():
         for name, field in fields.items():
             if field.standing == standing:
                 names = rows.setdefault((field.owner, field.reason), {})
@@ -61,10 +63,10 @@ def closed(standing: str) -> Iterator[str]:
 
 
 def keys_md() -> str:
-    stages = {kind: {**EXTRAS[kind], **trl_fields()[kind]} for kind in KINDS}
+    stages = {kind: {**KINDS[kind].extras, **field_tables()[kind]} for kind in listed()}
     own = {name: keys for name, keys in top_keys().items() if not isinstance(keys, Field)}
     parts = [OPENING, "## Stages\n", *passed(stages), ""]
-    parts += ["`[ppo.guard]`:\n", *passed({"guard": EXTRAS["ppo"]["guard"]}), ""]
+    parts += ["`[ppo.guard]`:\n", *passed({"guard": KINDS["ppo"].extras["guard"]}), ""]
     for name, keys in own.items():
         parts += [f"## `[{name}]`\n", *passed({name: keys}), ""]
     parts += ["## Set by another key, or by the program\n", "| keys | in | belongs to |"]

@@ -7,6 +7,7 @@
 
 import dataclasses
 import fnmatch
+import importlib
 import inspect
 import json
 import tomllib
@@ -14,28 +15,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import DPOConfig, RewardConfig, SFTConfig
-from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes.recipe.fields import Field, fields_of
-from rlhf_recipes.recipe.tables import KINDS
+from rlhf_recipes.recipe.kinds import BITSANDBYTES, KINDS, LORA, listed
 from tools.make_docs import keys_md
 from tools.make_schema import schema_json
 
 ROOT = Path(__file__).parents[1]
+
+
+def load(place: str) -> type:
+    """The class that "package.module:Name" names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 TABLE = tomllib.loads((ROOT / "tools" / "fields.toml").read_text(encoding="utf-8"))
-# fields.json's tables.
-CONFIGS = {
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "ppo": PPOConfig,
-    "dpo": DPOConfig,
-    "lora": LoraConfig,
-    "bitsandbytes": BitsAndBytesConfig,
+# What fields.toml calls each config, and where it is.
+PLACES = {name: KINDS[name].config for name in listed()} | {
+    "lora": LORA,
+    "bitsandbytes": BITSANDBYTES,
 }
+CONFIGS = {name: load(place) for name, place in PLACES.items()}
 
 
 def matches(names: str, field: str) -> bool:
@@ -110,15 +112,21 @@ def fields_json() -> str:
     """One line a field; what equals Field's own default is left out, but a passed field's type."""
     check_rows()
     defaults = dataclasses.asdict(Field())
-    tables = []
-    for table in CONFIGS:
+    tables, reasons = [], []
+    for place in dict.fromkeys(PLACES.values()):
         lines = []
+        table = next(name for name in PLACES if PLACES[name] == place)
         for name, field in describe(table).items():
             entry = {k: v for k, v in dataclasses.asdict(field).items() if v != defaults[k]}
+            if field.reason:
+                if field.reason not in reasons:
+                    reasons.append(field.reason)
+                entry["reason"] = reasons.index(field.reason)
             lines.append(f"    {json.dumps(name)}: {json.dumps(entry, ensure_ascii=False)}")
-        tables.append(f'  "{table}": {{\n' + ",\n".join(lines) + "\n  }")
+        tables.append(f'  "{place}": {{\n' + ",\n".join(lines) + "\n  }")
     pins = {name: version(name) for name in ("trl", "transformers", "peft")}
-    head = f'"format": 1,\n"versions": {json.dumps(pins)},\n'
+    said = ",\n".join(f"  {json.dumps(reason, ensure_ascii=False)}" for reason in reasons)
+    head = f'"format": 1,\n"versions": {json.dumps(pins)},\n"reasons": [\n{said}\n],\n'
     return "{\n" + head + '"tables": {\n' + ",\n".join(tables) + "\n}\n}\n"
 
 
@@ -130,12 +138,12 @@ def helps() -> dict[str, dict[str, str]]:
             for field in dataclasses.fields(CONFIGS[table])
             if field.metadata.get("help")
         }
-        for table in (*KINDS, "lora")
+        for table in (*listed(), "lora")
     }
 
 
 if __name__ == "__main__":  # in this order: the others read what the first writes
-    package = ROOT / "rlhf_recipes"
+    package = ROOT / "rlhf_recipes" / "recipe"
     (package / "fields.json").write_text(fields_json(), encoding="utf-8")
     (package / "recipe.schema.json").write_text(schema_json(helps()), encoding="utf-8")
     (ROOT / "docs" / "keys.md").write_text(keys_md(), encoding="utf-8")

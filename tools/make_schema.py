@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.fields import Field, Keys
-from rlhf_recipes.recipe.tables import KINDS, stage_keys, top_keys
+from rlhf_recipes.recipe.kinds import listed
+from rlhf_recipes.recipe.tables import stage_keys, top_keys
 
 ANNOTATED = Path(__file__).parents[1] / "recipes" / "annotated.toml"
 TYPES = {
@@ -91,9 +92,9 @@ def schema_json(helps: dict[str, dict[str, str]]) -> str:
     places["dataset"] = {
         "anyOf": [places["dataset"], {"type": "array", "items": places["dataset"]}]
     }
-    stages = {kind: table(stage_keys(kind), said[kind]) for kind in KINDS}
+    stages = {kind: table(stage_keys(kind), said[kind]) for kind in listed()}
     stages["ppo"]["properties"]["guard"] = table(stage_keys("ppo")["guard"], said["ppo.guard"])
-    for kind in KINDS:
+    for kind in listed():
         stages[kind]["properties"]["kind"] = {"const": kind, "type": "string"}
         places[kind] = {"$ref": f"#/$defs/{kind}"}
     of_kind = [
@@ -101,7 +102,7 @@ def schema_json(helps: dict[str, dict[str, str]]) -> str:
             "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
             "then": {"$ref": f"#/$defs/{kind}"},
         }
-        for kind in KINDS
+        for kind in listed()
     ]
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -112,7 +113,7 @@ def schema_json(helps: dict[str, dict[str, str]]) -> str:
         # Not anyOf: Taplo would complete the stages' keys in every other table, too.
         "additionalProperties": {
             "type": "object",
-            "properties": {"kind": {"enum": list(KINDS)}},
+            "properties": {"kind": {"enum": listed()}},
             "required": ["kind"],
             "allOf": of_kind,
         },

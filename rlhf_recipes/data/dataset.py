@@ -13,12 +13,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes.data.rows import SHAPES, Example, Unusable, _example
+from rlhf_recipes.data.rows import (
+    SHAPES,
+    Example,
+    Unusable,
+    answered,
+    encoded,
+    pairs,
+    unique_prompts,
+)
 from rlhf_recipes.data.tokens import Tokens
 from rlhf_recipes.errors import DataError, ModelError, machine_error
 from rlhf_recipes.sources import trust
 from rlhf_recipes.sources.resolve import dataset_place
-from rlhf_recipes.store.fingerprint import digest
+from rlhf_recipes.store.digests import digest
 
 
 @dataclass
@@ -38,6 +46,21 @@ class Data:
         """The training pairs that the reward model learns from: all but the judge's."""
         kept = {id(example) for example in self.judge}
         return [example for example in self.train if id(example) not in kept]
+
+    def learned(self, learns_from: str) -> list[Example]:
+        """The rows that a kind learns from, by its `learns_from`; or that it asks about."""
+        match learns_from:
+            case "answers":
+                return answered(self.train)
+            case "pairs":
+                return pairs(self.reward_train)
+            case "judge_pairs":
+                return pairs(self.judge)
+            case "prompts":
+                return unique_prompts(self.train)
+            case "test_prompts":
+                return unique_prompts(self.test)
+        raise ValueError(f"no rows are called {learns_from!r}")
 
 
 def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
@@ -82,7 +105,7 @@ def _read(table: Any, tokens: Tokens) -> tuple[list[tuple[str | None, str, Examp
             data.rows += 1
             try:
                 named = {ours: row.get(theirs) for ours, theirs in names.items()}
-                prompt, example = _example(row | named, table, tokens)
+                prompt, example = encoded(row | named, table, tokens)
             except Unusable as reason:
                 data.dropped[str(reason)] += 1
                 continue

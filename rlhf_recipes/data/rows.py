@@ -20,7 +20,7 @@ SHAPES = """\
   prompt + response_a + response_b + winner   a, b or tie
   prompt + completion, or messages  demonstrations: answers for SFT, prompts for PPO
   prompt                            for PPO and the evaluation"""
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's and HH-RLHF's, in lower case
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's and HH-RLHF's, in lower case
 TRANSCRIPT = re.compile(r"\s*Human:.*\n\nAssistant:", re.DOTALL)
 
 
@@ -46,12 +46,21 @@ def pairs(examples: Iterable[Example]) -> list[Example]:
     return [example for example in examples if example.rejected_ids is not None]
 
 
+def sequences(example: Example, learns_from: str) -> list[int]:
+    """The lengths of what a row gives to read: a prompt, with an answer, or with either of two."""
+    prompt, chosen, rejected = example.prompt_ids, example.chosen_ids, example.rejected_ids
+    if learns_from in ("prompts", "test_prompts"):
+        return [len(prompt)]
+    answers = [chosen] if learns_from == "answers" else [chosen, rejected]
+    return [] if None in answers else [len(prompt) + len(ids) for ids in answers]
+
+
 def unique_prompts(examples: Iterable[Example]) -> list[Example]:
     """The first example of each prompt, in order."""
     return list({tuple(e.prompt_ids): e for e in reversed(list(examples))}.values())[::-1]
 
 
-def _example(row: Mapping[str, Any], table: Any, tokens: Tokens) -> tuple[str, Example]:
+def encoded(row: Mapping[str, Any], table: Any, tokens: Tokens) -> tuple[str, Example]:
     """The canonical text of the row's prompt, and the row encoded. Raises Unusable."""
     prompt, chosen, rejected = understand(row)
     answers = [answer for answer in (chosen, rejected) if answer is not None]
@@ -146,7 +155,8 @@ def _messages(value: Any) -> Messages:
     turns = []
     for turn in [value] if isinstance(value, Mapping) else value:
         if "from" in turn:
-            turns.append({"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]})
+            who = SPEAKERS.get(turn["from"], turn["from"])
+            turns.append({"role": who, "content": turn["value"]})
         else:
             turns.append({"role": turn["role"], "content": turn["content"]})
         if not isinstance(turns[-1]["content"], str):

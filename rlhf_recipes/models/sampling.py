@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from rlhf_recipes.models.role import Role, score
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.store.digests import derive_seed
 
 Ids = Sequence[int]
 

@@ -16,7 +16,7 @@ from rlhf_recipes.pipeline.doctor import Line
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import datasets
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 
 if TYPE_CHECKING:
     from rlhf_recipes.data.dataset import Data
@@ -34,24 +34,24 @@ WAY_OUT = "see max_prompt_tokens and max_answer_tokens, or README.md for the sha
 SHOWN = 320  # characters of an example
 
 
-def data_lint(plan: Plan, shared: Shared) -> list[Line]:
+def data_lint(plan: Plan, session: Session) -> list[Line]:
     """What a person should know of the rows. Reads what is on this machine, and brings nothing."""
     recipe = plan.recipe
     if gone := away(plan):
         change = f"rlhf-recipes fetch {recipe.path}"
         return [Line("note", "rows", f"not looked at: {gone} is not on this machine", change)]
     try:
-        if not any((shared.model_folder / name).is_file() for name in TOKENIZER):
+        if not any((session.model_folder / name).is_file() for name in TOKENIZER):
             return [Line("note", "rows", "not looked at: the model's folder has no tokenizer")]
         tables = {"": recipe.dataset}
         tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
         found = []
         for place, table in tables.items():
-            data = shared.data(table)
+            data = session.data(table)
             found += [*_counts(place, data), *_lengths(place, data, recipe), *_pairs(place, data)]
             if not place:
-                found += [*_leaks(data, shared.tokens), *_shown(data, shared.tokens)]
-        return [*found, *_lacks(plan, shared)]
+                found += [*_leaks(data, session.tokens), *_shown(data, session.tokens)]
+        return [*found, *_lacks(plan, session)]
     except RlhfRecipesError as error:
         return [Line("fault", "rows", error.message, WAY_OUT if "\n" in error.hint else error.hint)]
 
@@ -80,11 +80,15 @@ def _counts(place: str, data: Data) -> Iterator[Line]:
         yield _noted(many, f"{place}dropped", "; ".join(reasons), WAY_OUT)
 
 
-def _lacks(plan: Plan, shared: Shared) -> Iterator[Line]:
+def _lacks(plan: Plan, session: Session) -> Iterator[Line]:
     """Stages that would end, some hours in, because they find no rows of their kind."""
-    from rlhf_recipes.pipeline.flops import own_data, rows  # it loads trl
-
-    held = {s.name: rows(shared.data(own_data(plan.recipe, s)), s.kind) for s in plan.stages}
+    recipe = plan.recipe
+    held = {
+        stage.name: session.data(recipe.dataset_of(stage.name)).learned(
+            recipe.kind(stage.name).learns_from
+        )
+        for stage in plan.stages
+    }
     if none := [s.name for s in plan.stages if not (held[s.name] or s.done)]:
         change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
         text = f"none for {', '.join(none)}"

@@ -17,13 +17,13 @@ from rlhf_recipes.pipeline.plan import Plan, PlannedStage
 from rlhf_recipes.screen import Screen
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import bring
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import locks
 from rlhf_recipes.text import duration, plain, size, table
 
 
 def reckoning(
-    plan: Plan, stages: Sequence[PlannedStage], shared: Shared, device: str, measured: bool
+    plan: Plan, stages: Sequence[PlannedStage], session: Session, device: str, measured: bool
 ) -> str:
     """Of these stages; `device` is the size of a card, or "" for this machine."""
     given = read_size(device) if device else None
@@ -32,31 +32,30 @@ def reckoning(
             return _measured(plan, stages, screen)
         with screen.quiet():
             try:
-                return _by_rule(plan, stages, None if away(plan) else shared, given)
+                return _by_rule(plan, stages, None if away(plan) else session, given)
             except Exception as error:
                 said = str(error).partition("\n")[0]
                 return f"no memory by rule: {type(error).__name__}: {plain(said)}"
 
 
 def _by_rule(
-    plan: Plan, stages: Sequence[PlannedStage], shared: Shared | None, given: float | None
+    plan: Plan, stages: Sequence[PlannedStage], session: Session | None, given: float | None
 ) -> str:
-    """Where nothing is `shared`, the recipe's limits stand for its rows."""
+    """Without a session, the recipe's limits stand for its rows."""
     from rlhf_recipes.pipeline import fit
-    from rlhf_recipes.pipeline.flops import own_data, work
-    from rlhf_recipes.pipeline.rehearsal import weights
+    from rlhf_recipes.pipeline.rehearsal import weights, work_of
 
     recipe, took = plan.recipe, {}
     config = fit.architecture(sources.config_folder(recipe, plan.model))
-    room = fit.Room(recipe, config, shared, given)
+    room = fit.Room(recipe, config, session, given)
     held = {stage.name: room.need(stage) for stage in stages}
-    if shared and (speed := room.speed()):
-        count = weights(shared.model_folder)
+    if session and (speed := room.speed()):
+        count = weights(session.model_folder)
         with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
             for stage in stages:
-                amount = work(recipe, stage, shared.data(own_data(recipe, stage)))
+                amount = work_of(recipe, stage, session.data(recipe.dataset_of(stage.name)))
                 took[stage.name] = amount.total * count / speed
-    there = f"by rule{'' if shared else ', at the longest rows that the recipe lets in'}"
+    there = f"by rule{'' if session else ', at the longest rows that the recipe lets in'}"
     there += f"; {room.name} has {size(room.bytes)}"
     shown = f"{needs(held, room.beside, took)}\n\n{there}"
     if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:

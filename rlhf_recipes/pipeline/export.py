@@ -19,9 +19,9 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models.base import ADAPTER, HEAD, UNIT
 from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype
 from rlhf_recipes.models.reward_model import read_unit
+from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.tables import BEST_OF, EVALUATION, JUDGE, POLICY_KINDS
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store.history import manifest_of
 from rlhf_recipes.store.layout import entry_folder
 
@@ -33,28 +33,28 @@ def export(*, run_folder: Path, folder: Path, stage: str | None, form: str) -> s
     """
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty", "name a new folder")
-    shared = shared_of(run_folder)
-    if form == "adapter" and shared.recipe.lora is None:
+    session = shared_of(run_folder)
+    if form == "adapter" and session.recipe.lora is None:
         raise UsageError("with lora = false there is no adapter", "leave out --form adapter")
     name, kind, output = finished_stage(run_folder, stage)
-    write = write_reward_model if kind in ("reward", JUDGE) else write_model
-    write(shared, output, folder, form=form)
+    write = write_reward_model if makes(kind, "reward_model") else write_model
+    write(session, output, folder, form=form)
     share = f"to share it: hf upload YOUR-NAME/{run_folder.name}-{name} {folder}"
     return f"{folder} holds {name} ({form}), ready for from_pretrained\n{share}"
 
 
-def shared_of(run_folder: Path) -> Shared:
-    """What the stages of a run shared: its recipe, and the base model that it started from."""
+def shared_of(run_folder: Path) -> Session:
+    """What the stages of a run share: its recipe, and the base model that it started from."""
     identity = manifest_of(run_folder)["model"]
-    return Shared(load_recipe(run_folder / "resolved.toml"), identity)
+    return Session(load_recipe(run_folder / "resolved.toml"), identity)
 
 
 def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
     entries = [e for e in manifest_of(run_folder)["stages"] if e["outcome"] != "not run"]
-    models = [e for e in entries if e["kind"] not in (EVALUATION, BEST_OF)]
-    wanted = POLICY_KINDS if stage is None else (stage,)
-    fitting = [e for e in models if e["kind" if stage is None else "name"] in wanted]
+    models = [e for e in entries if not makes(e["kind"], "numbers")]
+    policies = [e for e in models if makes(e["kind"], "policy")]
+    fitting = policies if stage is None else [e for e in models if e["name"] == stage]
     if not fitting:
         names = ", ".join(e["name"] for e in models) or "none"
         raise UsageError(f"{run_folder} has no finished stage {stage or 'with a policy'}", names)
@@ -62,33 +62,33 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
     return entry["name"], entry["kind"], entry_folder(run_folder.parent, entry) / "output"
 
 
-def write_model(shared: Shared, output: Path, folder: Path, *, form: str = "merged") -> None:
+def write_model(session: Session, output: Path, folder: Path, *, form: str = "merged") -> None:
     """A stage's `output` as a causal model's folder: weights, tokenizer, generation settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    shared.tokens.tokenizer.save_pretrained(folder)
+    session.tokens.tokenizer.save_pretrained(folder)
     if form == "adapter":
-        model = shared.recipe.model
+        model = session.recipe.model
         config: dict[str, Any] = json.loads((output / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = str(model.folder) if model.is_local else model.name
-        config["revision"] = shared.model.get("revision")
+        config["revision"] = session.model.get("revision")
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
         shutil.copy(output / ADAPTER, folder / ADAPTER)
         return
-    lm = shared.exported(output)
+    lm = session.exported(output)
     lm.generation_config = lm.shipped_generation_config
-    lm.generation_config.eos_token_id = lm.config.eos_token_id = shared.tokens.eos_id
-    lm.generation_config.pad_token_id = lm.config.pad_token_id = shared.tokens.pad_id
+    lm.generation_config.eos_token_id = lm.config.eos_token_id = session.tokens.eos_id
+    lm.generation_config.pad_token_id = lm.config.pad_token_id = session.tokens.pad_id
     lm.save_pretrained(folder)
 
 
-def write_reward_model(shared: Shared, output: Path, folder: Path, *, form: str) -> None:
+def write_reward_model(session: Session, output: Path, folder: Path, *, form: str) -> None:
     """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
-    write_model(shared, output, folder, form=form)
+    write_model(session, output, folder, form=form)
     if form == "adapter":
         for name in (HEAD, UNIT):
             shutil.copy(output / name, folder / name)
         return
-    dtype = compute_dtype(shared.recipe.model.dtype)
+    dtype = compute_dtype(session.recipe.model.dtype)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=dtype, **WEIGHTS, **SAFELY
     )

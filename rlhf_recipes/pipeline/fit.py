@@ -13,16 +13,15 @@ import torch
 
 from rlhf_recipes.errors import MachineError, ModelError, RecipeError
 from rlhf_recipes.models import load as models
+from rlhf_recipes.models.fake_model import Sim
 from rlhf_recipes.pipeline import memory, rehearsal
-from rlhf_recipes.pipeline.fake_model import Sim
-from rlhf_recipes.pipeline.flops import own_data
 from rlhf_recipes.pipeline.memory_estimate import footprint, lengths_of
 from rlhf_recipes.pipeline.plan import PlannedStage
 from rlhf_recipes.pipeline.rehearsal import Ahead
+from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.load import Recipe, changed
-from rlhf_recipes.recipe.tables import EVALUATION, JUDGE
 from rlhf_recipes.screen import Screen
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from rlhf_recipes.text import duration, size
 
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
@@ -39,21 +38,18 @@ CORE, CORE_32, TICK, SHARE = 1.7e11, 6e10, {7: 1024, 8: 1024, 9: 4096}, 0.3
 class Room:
     """The memory that there is, of this machine's device or of one that is named; what needs it.
 
-    Where there are no rows yet, or nothing is `shared`, the recipe's limits stand for them.
+    Where there are no rows yet, or no session, the recipe's limits stand for them.
     """
 
     def __init__(
-        self, recipe: Recipe, config: Any, shared: Shared | None, given: float | None = None
+        self, recipe: Recipe, config: Any, session: Session | None, given: float | None = None
     ) -> None:
-        self.recipe, self.config, self.shared = recipe, config, shared
+        self.recipe, self.config, self.session = recipe, config, session
         self.card = given is not None or torch.cuda.is_available()
         self.here = given is None
         self.wide = models.compute_dtype(recipe.model.dtype) == torch.float32
         if given is not None:
-            self.bytes, self.name = (
-                max(0.0, given - CONTEXT),
-                f"a card with {size(given)}",
-            )
+            self.bytes, self.name = max(0.0, given - CONTEXT), f"a card with {size(given)}"
         elif self.card:
             self.bytes, self.name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
         else:
@@ -64,9 +60,12 @@ class Room:
         """The bytes that a stage's tensors take when they are most, by role."""
         recipe, data = recipe or self.recipe, None
         with contextlib.suppress(Exception):  # whatever it is, the stage says it better
-            data = self.shared and self.shared.data(own_data(recipe, stage))
+            data = self.session and self.session.data(recipe.dataset_of(stage.name))
         most = lengths_of(recipe, stage, data)
-        return footprint(Sim(recipe, stage, most, self.card, self.config))
+        foreign = "reward_model" in recipe.kind(stage.name).roles and (
+            "reward_model" not in stage.inputs
+        )
+        return footprint(Sim(recipe, stage.name, foreign, most, self.card, self.config))
 
     def holds(self, need: Counter[str]) -> bool:
         return self.beside(need) <= self.bytes
@@ -139,7 +138,7 @@ def check(ahead: Ahead, screen: Screen) -> None:
 
 def _positions(ahead: Ahead) -> None:
     """Raise ModelError where a stage's longest sequence is longer than the model was made for."""
-    recipe, folder = ahead.plan.recipe, ahead.shared.model_folder
+    recipe, folder = ahead.plan.recipe, ahead.session.model_folder
     config = models.load_config(folder, recipe.model.trust_remote_code).get_text_config()
     there = getattr(config, "max_position_embeddings", None)
     for stage in ahead.stages:
@@ -154,7 +153,7 @@ def _positions(ahead: Ahead) -> None:
 def refuse(ahead: Ahead, screen: Screen) -> None:
     """What does not fit by the rule is not begun; a model that the rule cannot read is."""
     try:
-        room = Room(ahead.plan.recipe, architecture(ahead.shared.model_folder), ahead.shared)
+        room = Room(ahead.plan.recipe, architecture(ahead.session.model_folder), ahead.session)
         ahead.needs.update({stage.name: room.need(stage) for stage in ahead.stages})
     except Exception:
         return screen.log_traceback()
@@ -162,10 +161,7 @@ def refuse(ahead: Ahead, screen: Screen) -> None:
     if wrong:
         need, first = ahead.needs[wrong[0].name], wrong[0]
         [(role, most)] = need.most_common(1)
-        whole, there = (
-            size(room.beside(need)),
-            f"{room.name} has {size(room.bytes)}",
-        )
+        whole, there = size(room.beside(need)), f"{room.name} has {size(room.bytes)}"
         message = f"stage {first.name} needs {whole}, most of it for {role} ({size(most)})"
         hint = f"add {room.words(wrong)}; --no-rehearsal tries it all the same"
         with ahead.failing(first):
@@ -174,10 +170,8 @@ def refuse(ahead: Ahead, screen: Screen) -> None:
 
 def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[dict[str, Any]]:
     """What may help, the least harmful first: the same result, then slower, then another result."""
-    name = stage.name
-    if name == JUDGE:  # its settings are the last reward stage's
-        name = [s for s in recipe.stages if recipe.table(s).kind == "reward"][-1]
-    if name in recipe.tables:
+    name = recipe.written_as(stage.name)
+    if name:
         options = recipe.tables[name].options
         size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
         rows, micros = options[size], options[micro]

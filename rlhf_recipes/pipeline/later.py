@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.pipeline.plan import make_plan
+from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.pipeline.runner import RunOutcome, run
+from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.tables import BEST_OF, EVALUATION
 from rlhf_recipes.store.history import manifest_of
 
 KEY = f"{EVALUATION}.{BEST_OF}="
@@ -24,7 +24,7 @@ def best_of(*, run_folder: Path, count: int) -> RunOutcome:
     folder = run_folder.resolve()
     manifest = manifest_of(folder)
     recipe = load_recipe(folder / "resolved.toml", set=[f"{KEY}{count}"])
-    for stage in make_plan(recipe, folder.parent, name=folder.name).stages:
+    for stage in plan_run(recipe, folder.parent, name=folder.name).stages:
         if not stage.done and stage.kind != BEST_OF:
             hint = shlex.join(["rlhf-recipes", "run", manifest["recipe"], "--name", folder.name])
             what = f"{stage.name} of {run_folder} would have to run first"

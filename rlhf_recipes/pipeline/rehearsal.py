@@ -16,25 +16,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import Example
+from rlhf_recipes.data.rows import Example, sequences
 from rlhf_recipes.pipeline import memory
-from rlhf_recipes.pipeline.flops import ASKED, batch, own_data, rows, sequences, work
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.tables import JUDGE
-from rlhf_recipes.stages.answers import SAMPLED
-from rlhf_recipes.stages.ppo.stage import ROLLOUT, VALIDATION_PROMPTS
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.contract import Trial, Work, module_of
+from rlhf_recipes.stages.session import Session
+from rlhf_recipes.stages.training import STEPS
 from rlhf_recipes.store import files, layout
 from rlhf_recipes.text import duration, size
 
-STEPS = 2
 SHORT = 5e13  # operations: a run of fewer takes minutes at most, and is its own rehearsal
 SHARE = 0.25  # of a run's operations, that a rehearsal may cost
 
@@ -63,13 +59,13 @@ class Ahead:
 
     plan: Plan
     stages: Sequence[PlannedStage]
-    shared: Shared
+    session: Session
     # of a stage, and of what was done for it: names both in what fails in it
     failing: Callable[..., contextlib.AbstractContextManager[None]]
     needs: dict[str, Counter[str]] = field(default_factory=dict)  # by stage: bytes by role
 
     def data(self, stage: PlannedStage) -> Data:
-        return self.shared.data(own_data(self.plan.recipe, stage))
+        return self.session.data(self.plan.recipe.dataset_of(stage.name))
 
 
 def cost(ahead: Ahead) -> tuple[float, float]:
@@ -78,10 +74,10 @@ def cost(ahead: Ahead) -> tuple[float, float]:
     for stage in ahead.stages:
         with ahead.failing(stage):
             data = ahead.data(stage)
-        less = cut(recipe, stage)
-        whole += work(recipe, stage, data).total
-        part += work(less, stage, longest(data, less, stage)).total
-    count = weights(ahead.shared.model_folder)
+        trial = trial_of(recipe, stage)
+        whole += work_of(recipe, stage, data).total
+        part += work_of(trial.recipe, stage, longest(data, stage, trial)).total
+    count = weights(ahead.session.model_folder)
     return whole * count, part * count
 
 
@@ -94,9 +90,9 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
     """Rehearse these stages; what fails does so in `ahead.failing(stage)`."""
     plan, outputs = ahead.plan, ahead.plan.outputs
     place = layout.beside(plan.run_folder, "rehearsal")
-    own = Shared(plan.recipe, plan.model)
+    own = Session(plan.recipe, plan.model)
     files.remove(place)  # what a kill left
-    own.tokens = ahead.shared.tokens
+    own.tokens = ahead.session.tokens
     try:
         for stage in ahead.stages:
             folder = place / stage.name
@@ -113,18 +109,20 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
 
 
 def _stage(
-    ahead: Ahead, stage: PlannedStage, own: Shared, folder: Path, outputs: Mapping[str, Path]
+    ahead: Ahead, stage: PlannedStage, own: Session, folder: Path, outputs: Mapping[str, Path]
 ) -> Rehearsed:
     whole = ahead.plan.recipe
-    recipe = own.recipe = cut(whole, stage)
-    for table in (whole.dataset, own_data(whole, stage)):
-        few = own._data[repr(table)] = longest(ahead.shared.data(table), recipe, stage)
+    trial = trial_of(whole, stage)
+    recipe = own.recipe = trial.recipe
+    for table in (whole.dataset, whole.dataset_of(stage.name)):
+        few = longest(ahead.session.data(table), stage, trial)
+        own.put_data(table, few)
     layout.clear_stage(folder)
     clock = Clock()
     memory.begin()
     stage.run(own, folder, outputs, clock)
     seconds, peak = time.monotonic() - clock.began, memory.peak()
-    real, part = work(whole, stage, ahead.data(stage)), work(recipe, stage, few)
+    real, part = work_of(whole, stage, ahead.data(stage)), work_of(recipe, stage, few)
     if clock.step is None:
         total = seconds * real.total / part.total
         return Rehearsed(stage.name, peak, total / real.steps, real.steps, total)
@@ -146,7 +144,7 @@ def _same_draws() -> Iterator[None]:
 
 
 class Clock:
-    """`stages.Progress` that tells nobody: how long the last step took."""
+    """`contract.Progress` that tells nobody: how long the last step took."""
 
     def __init__(self) -> None:
         self.began = self.at = time.monotonic()
@@ -169,69 +167,35 @@ class Clock:
     def note(self, text: str) -> None: ...
 
 
-# ---- a step of a stage --------------------------------------------------------------------------
+# ---- a step of a stage
 
 
-def cut(recipe: Recipe, stage: PlannedStage) -> Recipe:
-    """The recipe with as little of one stage as still takes the memory of all of it."""
-    if stage.kind in ASKED:
-        asked = recipe.evaluation
-        prompts = min(asked.prompts, SAMPLED)
-        less = replace(asked, prompts=prompts, best_of=asked.best_of and 2)
-        return replace(recipe, evaluation=less)
-    table = recipe.table(stage.name)
-    given, extras = table.options, table.extras
-    options = {"report_to": "none", "save_steps": STEPS}
-    options["save_strategy"] = "no" if given["save_strategy"] == "no" else "steps"
-    if stage.kind == "ppo":
-        options |= _update(given)
-        extras = extras | {"minimum_accuracy": 0.0}
-    else:
-        options |= {"max_steps": STEPS, "eval_strategy": "no", "eval_on_start": False}
-        options["gradient_accumulation_steps"] = min(STEPS, given["gradient_accumulation_steps"])
-    known = {key: value for key, value in options.items() if key in given}
-    less = replace(table, options=given | known, given=table.given | known, extras=extras)
-    return replace(recipe, tables=recipe.tables | {stage.name: less})
+def trial_of(recipe: Recipe, stage: PlannedStage) -> Trial:
+    """As little of one stage as still takes the memory of all of it."""
+    return module_of(stage.kind).trial(recipe, stage.name)
 
 
-def _update(given: Mapping[str, Any]) -> dict[str, Any]:
-    """An update of PPO on no more answers than it samples at a time, in two steps or more."""
-    rows, micros = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
-    minis = given["num_mini_batches"]
-    if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
-        sampled = min(given[ROLLOUT], rows * micros)
-        each, minis = micros // minis, min(minis, STEPS)
-        each = min(each, max(min(each, STEPS), -(-sampled // (rows * minis))))
-        micros = each * minis
-    updates = 1 if minis * given["num_ppo_epochs"] > 1 else STEPS
-    return {
-        "gradient_accumulation_steps": micros,
-        "num_mini_batches": minis,
-        "total_episodes": rows * micros * updates,
-        "eval_steps": updates,
-        "save_steps": updates,
-    }
-
-
-def longest(data: Data, recipe: Recipe, stage: PlannedStage) -> Data:
-    """As many of the longest rows as a cut recipe takes; every other is the longest of all."""
-    kind, table, train = stage.kind, recipe.tables.get(stage.name), 0
-    if kind in ASKED:
-        rest = recipe.evaluation.prompts
-    elif kind == "ppo":
-        train = table.options["total_episodes"]
-        rest = min(table.options[ROLLOUT], VALIDATION_PROMPTS)
-    else:
-        rest = table.options["per_device_eval_batch_size"]
-        train = max(rest, STEPS * batch(table.options))
+def longest(data: Data, stage: PlannedStage, trial: Trial) -> Data:
+    """As many of the longest rows as a trial takes; every other is the longest of all."""
+    kind = trial.recipe.kind(stage.name)
+    learns_from = kind.learns_from
 
     def first(found: Sequence[Example]) -> list[Example]:
-        usable = [example for example in found if sequences(example, kind)]
-        return sorted(usable, key=lambda e: max(sequences(e, kind)), reverse=True)
+        usable = [example for example in found if sequences(example, learns_from)]
+        return sorted(usable, key=lambda e: max(sequences(e, learns_from)), reverse=True)
 
-    few = first(rows(data, kind))
-    if kind != "ppo" and few:  # the longest in every batch, and others: a unit is of what differs
-        few = [few[0] if place % 2 else few[place // 2 % len(few)] for place in range(train)]
-    sides = {"train": few[:train], "judge": few[:train] if kind == JUDGE else []}
-    validation, test = first(data.validation)[:rest], first(data.test)[:rest]
-    return replace(data, **sides, validation=validation, test=test)
+    few = first(data.learned(learns_from))
+    # The longest in every batch, and others: the unit of a reward is the spread of what differs.
+    if not kind.samples and few:
+        few = [few[0] if place % 2 else few[place // 2 % len(few)] for place in range(trial.train)]
+    train = few[: trial.train]
+    judge = train if learns_from == "judge_pairs" else []
+    validation, test = first(data.validation)[: trial.rest], first(data.test)[: trial.rest]
+    return replace(data, train=train, judge=judge, validation=validation, test=test)
+
+
+def work_of(recipe: Recipe, stage: PlannedStage, data: Data) -> Work:
+    """What the stage computes on these rows; next to nothing where there are none."""
+    if not data.learned(recipe.kind(stage.name).learns_from):
+        return Work(1, 1.0)
+    return module_of(stage.kind).work(recipe, stage, data)

@@ -28,13 +28,13 @@ import tomlkit
 from rlhf_recipes import errors, signals, text
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline import doctor, memory
-from rlhf_recipes.pipeline.plan import Plan, PlannedStage, make_plan, run_name
+from rlhf_recipes.pipeline.plan import Plan, PlannedStage, plan_run, run_name
+from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import Recipe, layout_settings, smaller_layout
-from rlhf_recipes.recipe.tables import POLICY_KINDS
 from rlhf_recipes.screen import Screen, StageProgress
 from rlhf_recipes.sources.fetch import bring
 from rlhf_recipes.stages import contract
-from rlhf_recipes.stages.session import Shared
+from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import files, layout, locks, provenance
 from rlhf_recipes.store.fingerprint import difference
 from rlhf_recipes.text import duration, plain
@@ -91,7 +91,7 @@ def run(
             folder.mkdir(exist_ok=True)
             with Screen(folder / "log.txt") as screen:
                 screen.line(f"{plain(recipe.title)} · {plain(str(folder))}", "bold")
-                plan = make_plan(recipe, runs, name=name, fresh=fresh)
+                plan = plan_run(recipe, runs, name=name, fresh=fresh)
                 files.write_text(folder / "recipe.toml", recipe.text)
                 files.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
                 if plan.mirrored:
@@ -117,7 +117,7 @@ class _Run:
         self.screen = screen
         self.waiting = screen.line if wait else None
         self.since = layout.begun(plan.run_folder) if fresh else ""
-        self.shared = Shared(plan.recipe, plan.model)
+        self.session = Session(plan.recipe, plan.model)
         self.done: dict[str, StageOutcome] = {}
         self.started = provenance.now()
         self.needs: dict[str, Counter[str]] = {}  # by stage: bytes by role, by the rule
@@ -202,7 +202,7 @@ class _Run:
     def ahead(self, stages: Sequence[PlannedStage]) -> Ahead:
         from rlhf_recipes.pipeline.rehearsal import Ahead
 
-        return Ahead(self.plan, stages, self.shared, self._failing, self.needs)
+        return Ahead(self.plan, stages, self.session, self._failing, self.needs)
 
     def _failing(self, stage: PlannedStage, during: str = "") -> AbstractContextManager[None]:
         self.at = stage.name
@@ -220,7 +220,7 @@ class _Run:
         with self._failing(stage), self.screen.quiet():
             with StageProgress(self.screen, folder) as progress:
                 signals.tell = progress.note
-                result = stage.run(self.shared, folder, self.plan.outputs, progress)
+                result = stage.run(self.session, folder, self.plan.outputs, progress)
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -274,7 +274,7 @@ class _Run:
 
     def _write_model(self) -> Path | None:
         """model/, of the last policy: built aside, and left alone where it is that already."""
-        policies = [done for done in self.done.values() if done.stage.kind in POLICY_KINDS]
+        policies = [done for done in self.done.values() if makes(done.stage.kind, "policy")]
         if not policies:
             return None
         last = policies[-1]
@@ -288,11 +288,11 @@ class _Run:
         aside = layout.beside(folder, "fresh")
         files.remove(aside)
         # Lets go of the base: merging loads it whole.
-        self.shared = Shared(self.plan.recipe, self.plan.model)
+        self.session = Session(self.plan.recipe, self.plan.model)
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.pipeline.export import write_model
 
-            write_model(self.shared, last.stage.folder / "output", aside, form="merged")
+            write_model(self.session, last.stage.folder / "output", aside, form="merged")
         files.sync_all(aside)
         files.write_json(aside / MODEL_SOURCE, source)
         layout.swap(aside, folder)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.aliases import elsewhere
-from rlhf_recipes.recipe.fields import Field, Keys, resolve, show, suggest, trl_fields
+from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve, show, suggest
+from rlhf_recipes.recipe.kinds import LORA
 from rlhf_recipes.recipe.tables import (
     DATA_SUFFIXES,
     INDEPENDENT,
@@ -20,7 +21,7 @@ from rlhf_recipes.recipe.tables import (
     SHARED_DATA_KEYS,
     DatasetTable,
     is_path,
-    kinds_of,
+    kinds_in,
     located,
     python_judge,
     stage_keys,
@@ -48,7 +49,7 @@ class Checker:
     def __init__(self, data: dict[str, Any], base: Path) -> None:
         self.data = data
         self.base = base
-        self.kinds = kinds_of(data)
+        self.kinds = kinds_in(data)
         self.problems: list[tuple[Key, str]] = []
         self.notes: list[str] = []
 
@@ -238,8 +239,9 @@ class Checker:
             if quantization != "none":
                 self.problem(at, f"weights in {quantization} cannot train; adapters on them can")
             return None
-        given = self.table(written, trl_fields()["lora"], at)
-        lora, _ = resolve(trl_fields()["lora"], given, lora=True)
+        fields = fields_for(LORA)
+        given = self.table(written, fields, at)
+        lora, _ = resolve(fields, given, lora=True)
         for key in ("layers_to_transform", "layers_pattern"):
             if key in given and isinstance(lora["target_modules"], str):
                 self.problem((*at, key), "needs target_modules to be a list of names")

@@ -10,17 +10,21 @@ from typing import Any
 
 from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
-from rlhf_recipes.recipe.fields import Field, Values, resolve, suggest, trl_fields
-from rlhf_recipes.recipe.tables import (
-    BASE,
-    EXTRAS,
-    IMPLIED,
-    INDEPENDENT,
-    INHERITED_DATA_KEYS,
+from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
+from rlhf_recipes.recipe.kinds import (
     JUDGE,
-    KINDS,
     RESERVED,
     ROLES,
+    extras_of,
+    implied,
+    kind_of,
+    listed,
+    makes,
+)
+from rlhf_recipes.recipe.tables import (
+    BASE,
+    INDEPENDENT,
+    INHERITED_DATA_KEYS,
     DatasetTable,
     EvaluationTable,
     MirrorTable,
@@ -51,16 +55,16 @@ class StageChecker(Checker):
             if name in valid:
                 self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
             elif name in RESERVED:
-                self.problem(key, f'"{name}" is reserved: this version knows {", ".join(KINDS)}')
-            elif name in (*top_keys(), *IMPLIED, BASE) or not STAGE_NAME.fullmatch(name):
+                self.problem(key, f'"{name}" is reserved: this version knows {", ".join(listed())}')
+            elif name in (*top_keys(), *implied(), BASE) or not STAGE_NAME.fullmatch(name):
                 self.problem(key, f'"{name}" cannot be the name of a stage')
             elif name in self.kinds:
                 valid.append(name)
             elif isinstance(table, dict):
                 key = (name, "kind") if "kind" in table else (name,)
-                self.problem(key, f"needs kind = one of {', '.join(KINDS)}")
+                self.problem(key, f"needs kind = one of {', '.join(listed())}")
             else:
-                near = self.near(name, (*KINDS, *self.kinds))
+                near = self.near(name, (*listed(), *self.kinds))
                 self.problem(key, f'"{name}" is no kind of stage, and has no table{near}')
         return valid
 
@@ -75,9 +79,9 @@ class StageChecker(Checker):
             elif not isinstance(table, dict):
                 continue  # among the top keys, and noted there
             elif name in RESERVED:
-                self.problem((name,), f"is reserved: this version knows {', '.join(KINDS)}")
+                self.problem((name,), f"is reserved: this version knows {', '.join(listed())}")
             else:
-                near = self.near(name, (*KINDS, *stages, *top_keys()))
+                near = self.near(name, (*listed(), *stages, *top_keys()))
                 self.problem((name,), f"unknown table: stages does not name it{near}")
 
     def near(self, name: str, known: tuple[str, ...]) -> str:
@@ -90,11 +94,12 @@ class StageChecker(Checker):
         """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
         kind, at = self.kinds[name], (name,)
         values = self.table(self.data.get(name, {}), stage_keys(kind), at)
-        if name in KINDS and values.get("kind", kind) != kind:
+        if name in listed() and values.get("kind", kind) != kind:
             self.problem((*at, "kind"), f'must be "{name}", or left out')
-        options, given = resolve(trl_fields()[kind], values, lora)
-        extras = _extras(kind, values, options)
-        for key, what in _clashes(kind, options, extras):
+        of = kind_of(kind)
+        options, given = resolve(fields_for(of.config), values, lora)
+        extras = extras_of(of, values, options["learning_rate"])
+        for key, what in _clashes(options, extras):
             self.problem((*at, key), what)
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
         return StageTable(
@@ -112,14 +117,14 @@ class StageChecker(Checker):
         if role not in stage_keys(self.kinds[name]):
             return None
         before = stages[: stages.index(name)]
-        able = [s for s in before if self.kinds[s] in ROLES[role]]
+        able = [s for s in before if makes(self.kinds[s], ROLES[role])]
         named, key = values.get(role), (name, role)
         if named is None:
             return able[-1] if able and role != "reference" else None
         if role == "reward_model" and (is_path(named) or "/" in named):
             self.model_name(named, key)
         elif named in before and named not in able:
-            wanted = " or ".join(ROLES[role])
+            wanted = " or ".join(name for name in listed() if makes(name, ROLES[role]))
             self.problem(key, f'"{named}" is of kind {self.kinds[named]}, not {wanted}')
         elif named in stages and named not in able:
             self.problem(key, f'"{named}" does not come before "{name}" in stages')
@@ -138,19 +143,20 @@ class StageChecker(Checker):
         self, evaluation: EvaluationTable, tables: list[StageTable], lora: bool, share: float
     ) -> list[StageTable]:
         """The independent judge's table, where there is to be one: a reward model from the base."""
-        if evaluation.best_of and not any(table.kind == "ppo" for table in tables):
+        if evaluation.best_of and not any(table.of.explores for table in tables):
             self.problem(("evaluation", "best_of"), "is PPO's yardstick, and no stage is of PPO")
         if INDEPENDENT not in evaluation.judges.values():
             return []
         if not share:
             what = "judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"
             self.problem(("evaluation", "judge"), f"has no pairs to learn from: {what}")
-        rewards = [table for table in tables if table.kind == "reward"]
+        rewards = [table for table in tables if table.of.makes == "reward_model"]
         if rewards:
-            return [replace(rewards[-1], name=JUDGE, policy=None)]
-        options, given = resolve(trl_fields()["reward"], {}, lora)
-        extras, none = _extras("reward", {}, options), dict.fromkeys([*ROLES, "dataset"])
-        return [StageTable(JUDGE, "reward", **none, extras=extras, options=options, given=given)]
+            return [replace(rewards[-1], name=JUDGE, kind=JUDGE, policy=None)]
+        kind, none = kind_of(JUDGE), dict.fromkeys([*ROLES, "dataset"])
+        options, given = resolve(fields_for(kind.config), {}, lora)
+        extras = extras_of(kind, {}, options["learning_rate"])
+        return [StageTable(JUDGE, JUDGE, **none, extras=extras, options=options, given=given)]
 
 
 def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecker]:
@@ -169,7 +175,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     asked = None if evaluation is None else EvaluationTable(**evaluation)
     if names == written:
         for table in tables:
-            if table.kind == "ppo" and table.reward_model is None:
+            if "reward_model" in table.of.needs and table.reward_model is None:
                 key: Key = (table.name,) if table.name in data else ("stages",)
                 what = 'put a "reward" stage before it, or say reward_model = "…"'
                 checker.problem(key, f"{table.name} has nothing to score with: {what}")
@@ -194,7 +200,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     }, checker
 
 
-def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, str]]:
+def _clashes(options: Values, extras: Values) -> Iterator[tuple[str, str]]:
     """What TRL's trainers and transformers refuse, or would trip over, hours later."""
     if not options.get("dataloader_num_workers"):
         for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
@@ -210,7 +216,7 @@ def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, 
         yield "gradient_checkpointing_kwargs", what
     if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
         yield "optim_args", 'must be "name=value", with commas between several'
-    if kind == "dpo":
+    if "f_divergence_type" in options:  # DPO
         losses, weights = options["loss_type"], options["loss_weights"]
         if not losses:
             yield "loss_type", "names no loss"
@@ -224,7 +230,7 @@ def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, 
         if options["f_divergence_type"] != "reverse_kl":
             for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
                 yield "f_divergence_type", f'loss_type "{loss}" goes with "reverse_kl" alone'
-    elif kind == "ppo":
+    if "num_mini_batches" in options:  # PPO
         batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
         parts = options["num_mini_batches"]
         if batch % parts:
@@ -235,15 +241,3 @@ def _clashes(kind: str, options: Values, extras: Values) -> Iterator[tuple[str, 
             yield "whiten_rewards", f"needs {what}"
         if options["eval_strategy"] == "no" and extras["keep"] == "best":
             yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'
-
-
-def _extras(kind: str, values: Values, options: Values) -> Values:
-    """Our own keys of the kind; a learning rate that is left out is the stage's."""
-    extras: Values = {}
-    for key, field in EXTRAS[kind].items():
-        if isinstance(field, Field):
-            rate = options["learning_rate"] if key.endswith("learning_rate") else field.default
-            extras[key] = values.get(key, rate)
-        else:
-            extras[key] = {inner: f.default for inner, f in field.items()} | values.get(key, {})
-    return extras

@@ -15,7 +15,7 @@ from rlhf_recipes.recipe.tables import (
     DatasetTable,
     field_at,
     is_path,
-    kinds_of,
+    kinds_in,
     move_judge,
     top_keys,
 )
@@ -79,7 +79,7 @@ def _remove(document: Any, path: tuple[str, ...], edited: Edited) -> str:
 def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
     import tomlkit
 
-    kinds = kinds_of(document.unwrap())
+    kinds = kinds_in(document.unwrap())
     stages = document.get("stages")
     named = [s for s in stages if isinstance(s, str)] if isinstance(stages, list) else []
     tables = {*top_keys(), *document, *named}
@@ -115,7 +115,7 @@ def rebase(text: str, source: Path, target: Path) -> str:
         return path if path.startswith(".") else f"./{path}"
 
     document = tomlkit.parse(text)
-    tables = [document[name] for name in kinds_of(document.unwrap()) if name in document]
+    tables = [document[name] for name in kinds_in(document.unwrap()) if name in document]
     data = document["dataset"]
     places = [(document["model"], "name")]
     places += [(table, "path") for table in ([data] if isinstance(data, dict) else data)]

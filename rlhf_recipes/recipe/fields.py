@@ -55,7 +55,8 @@ class Field:
     default: Any = None
     choices: Sequence[Any] = ()  # for the value, or for each of a list
     range: str = ""  # of RANGES
-    effect: str = "identity"
+    effect: str = "result"
+    learners: Sequence[str] = ()  # of Kind.learns_from: whose result it determines; empty: of all
     standing: str = "passed"
     owner: str = ""
     reason: str = ""  # why it is owned or refused, or why `ours` stands in for upstream's default
@@ -134,11 +135,21 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 @cache
-def trl_fields() -> dict[str, dict[str, Field]]:
-    """By kind of stage, the fields of trl's config; "lora", LoraConfig's; and "bitsandbytes"."""
+def all_fields() -> dict[str, dict[str, Field]]:
+    """By config, as `Kind.config` names it ("trl:SFTConfig"): every field that it has."""
     text = (Path(__file__).parent / "fields.json").read_text(encoding="utf-8")
-    tables = json.loads(text)["tables"].items()
-    return {table: {n: Field(**entry) for n, entry in fields.items()} for table, fields in tables}
+    found = json.loads(text)
+    reasons = found["reasons"]
+
+    def field(entry: Values) -> Field:
+        return Field(**entry | {"reason": reasons[entry["reason"]] if "reason" in entry else ""})
+
+    tables = found["tables"].items()
+    return {table: {n: field(entry) for n, entry in fields.items()} for table, fields in tables}
+
+
+def fields_for(config: str) -> dict[str, Field]:
+    return all_fields()[config] if config else {}
 
 
 def resolve(fields: dict[str, Field], written: Values, lora: bool) -> tuple[Values, Values]:
@@ -152,10 +163,11 @@ def resolve(fields: dict[str, Field], written: Values, lora: bool) -> tuple[Valu
 def fields_of(cls: type) -> dict[str, Field]:
     """The fields of a dataclass, from its annotations. `metadata` may hold `choices` or `range`.
 
-    Serves our own tables and, in the generator, TRL's. Fields whose metadata says `key=False` are
-    no keys of the recipe.
+    Serves our own tables, whose fields each name their `effect`, and in the generator TRL's. A
+    field whose metadata says `key=False` is not a key of the recipe.
     """
     hints = typing.get_type_hints(cls)
+    ours = cls.__module__.startswith("rlhf_recipes")
     fields = {}
     for f in dataclasses.fields(cls):
         if f.metadata.get("key", True):
@@ -166,7 +178,10 @@ def fields_of(cls: type) -> dict[str, Field]:
             if isinstance(default, enum.Enum):
                 default = default.value
             choices = tuple(f.metadata.get("choices", choices))
-            fields[f.name] = Field(kinds, default, choices, f.metadata.get("range", ""))
+            effect = f.metadata["effect"] if ours else "result"
+            about = {"range": f.metadata.get("range", ""), "effect": effect}
+            learners = f.metadata.get("learners", ())
+            fields[f.name] = Field(kinds, default, choices, **about, learners=learners)
     return fields
 
 

@@ -15,8 +15,8 @@ from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.recipe.check import Key, dotted
 from rlhf_recipes.recipe.check_stages import check
 from rlhf_recipes.recipe.edit import Edited, edit, rebase
-from rlhf_recipes.recipe.fields import suggest, trl_fields
-from rlhf_recipes.recipe.tables import BEST_OF, EVALUATION, EXTRAS, JUDGE
+from rlhf_recipes.recipe.fields import fields_for, suggest
+from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, Kind, kind_of
 from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
 from rlhf_recipes.text import cut, masked
 
@@ -49,6 +49,37 @@ class Recipe:
         judge = [JUDGE] if JUDGE in self.tables else []
         best_of = [BEST_OF] if self.evaluation.best_of else []
         return [*self.stages, *judge, EVALUATION, *best_of]
+
+    def kind(self, stage: str) -> Kind:
+        """Of any of its stages; those that [evaluation] asks for are called as their kinds."""
+        return self.tables[stage].of if stage in self.tables else kind_of(stage)
+
+    def written_as(self, stage: str) -> str:
+        """The table to change a stage's settings in: the judge has those of the last reward stage.
+
+        "" where the recipe has none.
+        """
+        if stage in self.stages:
+            return stage
+        made = self.kind(stage).makes
+        alike = [name for name in self.stages if made == self.kind(name).makes == "reward_model"]
+        return alike[-1] if alike else ""
+
+    def dataset_of(self, stage: str) -> DatasetTable:
+        """The rows that a stage reads: its own, else the recipe's."""
+        table = self.tables.get(stage)
+        return (table and table.dataset) or self.dataset
+
+    @property
+    def explorer(self) -> StageTable | None:
+        """The last stage that trains a policy on its own answers: its settings ask every policy."""
+        found = [self.tables[name] for name in self.stages if self.tables[name].of.explores]
+        return found[-1] if found else None
+
+    def asked_with(self, key: str) -> Any:
+        """The evaluation's own word, else that of the last stage that samples, else None."""
+        trained = self.explorer.options if self.explorer else {}
+        return getattr(self.evaluation, key, None) or trained.get(key)
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]
@@ -158,28 +189,21 @@ def _place(key: Key, message: str, path: Path, lines: dict[Key, int], edited: Ed
     return Problem(str(path), line, dotted(key), message)
 
 
-# ---- what determines a stage's result
-
-
-def identity_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The stage's own settings that determine its result. Of the batch only its size counts."""
-    table = recipe.table(stage)
-    batch = table.options["per_device_train_batch_size"]
-    batch *= table.options["gradient_accumulation_steps"]
-    neutral = {k for k, f in EXTRAS[table.kind].items() if getattr(f, "effect", "") == "neutral"}
-    extras = {key: value for key, value in table.extras.items() if key not in neutral}
-    return {**_of_effect(table, "identity"), **extras, "batch_size": batch}
+# ---- layout: what may change without another result
 
 
 def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that say where and how the stage computes, and move its result by rounding."""
-    return _of_effect(recipe.table(stage), "layout") if stage in recipe.tables else {}
+    if stage not in recipe.tables:
+        return {}
+    table = recipe.tables[stage]
+    fields = fields_for(table.of.config)
+    return {key: v for key, v in table.options.items() if fields[key].effect == "layout"}
 
 
 def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
     """What to type where a stage of a run lacks memory: layout settings that ask for less."""
-    if stage == JUDGE:  # its settings are the last reward stage's
-        stage = next((s for s in recipe.stages[::-1] if recipe.table(s).kind == "reward"), "")
+    stage = recipe.written_as(stage)
     options = recipe.tables[stage].options if stage in recipe.tables else {}
     rows, words = options.get("per_device_train_batch_size", 1), {}
     if rows > 1:
@@ -196,11 +220,6 @@ def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
     # With `--set` alone the run would have another name, and be another pass of `--fresh`.
     words = f"{changes} --name {shlex.quote(run)}"
     return f"the same command with {words} needs less, and goes on from the last checkpoint"
-
-
-def _of_effect(table: StageTable, effect: str) -> dict[str, Any]:
-    fields = trl_fields()[table.kind]
-    return {key: v for key, v in table.options.items() if fields[key].effect == effect}
 
 
 # ---- files

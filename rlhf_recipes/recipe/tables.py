@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_recipes.recipe.fields import Field, Keys, fields_of, trl_fields
+from rlhf_recipes.recipe.fields import Field, Keys, fields_for, fields_of
+from rlhf_recipes.recipe.kinds import (
+    BITSANDBYTES,
+    JUDGE,
+    LORA,
+    PAIRED,
+    ROLES,
+    Kind,
+    kind_of,
+    listed,
+)
 
-KINDS = ("sft", "reward", "ppo", "dpo")
-# Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
-JUDGE, EVALUATION, BEST_OF = IMPLIED = ("judge", "evaluation", "best_of")
-INDEPENDENT = "independent"  # the judge that the stage of that name trains
-RESERVED = ("kto", "rloo", "grpo")
-POLICY_KINDS = ("sft", "ppo", "dpo")
-# The kinds that can serve each role.
-ROLES = {"policy": POLICY_KINDS, "reward_model": ("reward",), "reference": POLICY_KINDS}
+INDEPENDENT = "independent"  # the judge that the stage `judge` trains
+BASE = "base"  # what the evaluation calls the model that nothing was trained on
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # What data.py reads of a row.
 COLUMNS = "prompt chosen rejected completion messages conversations response_a response_b winner"
@@ -52,33 +56,36 @@ def move_judge(judge: str | list[str], moved: Callable[[str], str]) -> str | lis
 
 
 def _base() -> Any:
-    """The recipe's folder, which relative paths start from; no key of the recipe."""
+    """The recipe's folder, which relative paths start from; it is not a key of the recipe."""
     return field(default=Path("."), repr=False, compare=False, metadata={"key": False})
 
 
-def _ranged(default: Any, words: str) -> Any:
-    return field(default=default, metadata={"range": words})
+def _key(
+    default: Any = MISSING, *, effect: str = "result", hash: bool | None = None, **about: Any
+) -> Any:
+    """A key of a table; `about` is its range, its choices, or whose result it determines."""
+    return field(default=default, hash=hash, metadata={"effect": effect, **about})
 
 
 @dataclass(frozen=True)
 class MirrorTable:
     """A model outside the hub: a file in GGUF, inside a wheel on PyPI."""
 
-    wheel: str  # with its version: "name==1.2"
-    file: str  # its place in the wheel
-    sha256: str  # the file's
+    wheel: str = _key(effect="source")  # with its version: "name==1.2"
+    file: str = _key(effect="source")  # its place in the wheel
+    sha256: str = _key(effect="source")  # the file's
 
 
 @dataclass(frozen=True)
 class ModelTable:
-    name: str
-    revision: str | None = None
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    quantization: Literal["none", "8bit", "4bit"] = "none"
+    name: str = _key(effect="source")
+    revision: str | None = _key(None, effect="source")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = _key("auto")
+    quantization: Literal["none", "8bit", "4bit"] = _key("none")
     # A base model may bring a template whose end of turn it was never trained to write.
-    chat_template: Literal["own", "plain"] = "own"
+    chat_template: Literal["own", "plain"] = _key("own")
     # Runs code that comes with the model; with a revision of 40 hex digits alone.
-    trust_remote_code: bool = False
+    trust_remote_code: bool = _key(False)
     mirror: MirrorTable | None = field(default=None, metadata={"key": False})
     base: Path = _base()
 
@@ -103,21 +110,21 @@ class DatasetTable:
     `weight` is the share of its prompts, by digest, that a dataset gives of each side; None: all.
     """
 
-    path: str
-    name: str | None = None
-    data_dir: str | None = None
-    data_files: str | list[str] | dict[str, Any] | None = field(default=None, hash=False)
-    split: str | None = None
-    revision: str | None = None
-    max_prompt_tokens: int = _ranged(512, "at least 1")
-    max_answer_tokens: int = _ranged(512, "at least 1")
-    max_rows: int | None = _ranged(None, "at least 1")
-    validation_fraction: float = _ranged(0.05, "at least 0 and below 1")
-    test_fraction: float = _ranged(0.1, "at least 0 and below 1")
-    test_split: str | None = None
-    judge_fraction: float = _ranged(0.25, "at least 0 and below 1")
-    system: str | None = None
-    weight: float | None = _ranged(None, "above 0, at most 1")
+    path: str = _key(effect="source")
+    name: str | None = _key(None)
+    data_dir: str | None = _key(None)
+    data_files: str | list[str] | dict[str, Any] | None = _key(None, hash=False)
+    split: str | None = _key(None)
+    revision: str | None = _key(None, effect="source")
+    max_prompt_tokens: int = _key(512, range="at least 1")
+    max_answer_tokens: int = _key(512, range="at least 1")
+    max_rows: int | None = _key(None, range="at least 1")
+    validation_fraction: float = _key(0.05, range="at least 0 and below 1")
+    test_fraction: float = _key(0.1, range="at least 0 and below 1")
+    test_split: str | None = _key(None)
+    judge_fraction: float = _key(0.25, range="at least 0 and below 1", learners=PAIRED)
+    system: str | None = _key(None)
+    weight: float | None = _key(None, range="above 0, at most 1")
     # What the file calls COLUMNS otherwise: ours = theirs.
     columns: dict[str, str] | None = field(default=None, hash=False, metadata={"key": False})
     more: tuple[DatasetTable, ...] = field(default=(), metadata={"key": False})
@@ -132,6 +139,14 @@ class DatasetTable:
         """The file, or the folder."""
         return located(self.path, self.base)
 
+    @property
+    def test_part(self) -> DatasetTable:
+        """What determines the prompts of the table's test split, and nothing else."""
+        files, idle = self.data_files, dict.fromkeys(SHARED_DATA_KEYS, 0.0)
+        if isinstance(files, dict) and self.test_split in files:
+            files = {self.test_split: files[self.test_split]}
+        return replace(self, data_files=files, split=None, max_rows=None, more=(), **idle)
+
     def resolved(self, tested: bool) -> dict[str, Any]:
         """Where a `test_split` says what is `tested`, it has no fraction."""
         path = str(self.file) if self.is_local else self.path
@@ -143,12 +158,12 @@ class DatasetTable:
 class EvaluationTable:
     """None: as the last PPO stage has it."""
 
-    prompts: int = _ranged(128, "at least 1")
-    response_length: int | None = _ranged(None, "at least 1")
-    temperature: float | None = _ranged(None, "above 0")
+    prompts: int = _key(128, range="at least 1")
+    response_length: int | None = _key(None, range="at least 1")
+    temperature: float | None = _key(None, range="above 0")
     # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION"; or two of them
-    judge: str | list[str] = field(default="none", hash=False)
-    best_of: int | None = field(default=None, metadata={"choices": (2, 4, 8, 16, 32, 64)})
+    judge: str | list[str] = _key("none", effect="source", hash=False)
+    best_of: int | None = _key(None, choices=(2, 4, 8, 16, 32, 64))
 
     @property
     def judges(self) -> dict[str, str]:
@@ -168,12 +183,16 @@ class StageTable:
     name: str
     kind: str
     policy: str | None  # a stage; None: the bare base
-    reward_model: str | None  # a stage, a folder or a hub id; PPO alone has one
+    reward_model: str | None  # a stage, a folder or a hub id
     reference: str | None  # a stage; None: the policy that the stage starts from
     dataset: DatasetTable | None  # its own; None: the recipe's
     extras: dict[str, Any]  # our own keys of the kind
     options: dict[str, Any]  # every passed field of TRL's config
     given: dict[str, Any]  # those that differ from TRL's defaults by our choice or the recipe's
+
+    @property
+    def of(self) -> Kind:
+        return kind_of(self.kind)
 
     def resolved(self, base: Path) -> dict[str, Any]:
         roles = {role: getattr(self, role) for role in ROLES}
@@ -185,39 +204,12 @@ class StageTable:
         return {"kind": self.kind, **roles, **self.options, **self.extras, **data}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
-
-    max_kl: float = field(default=25.0, metadata={"range": "above 0"})  # nats an answer
-    # Of the first update's: entropy a token, and mean length.
-    min_entropy: float = field(default=0.1, metadata={"range": "from 0 to 1"})
-    min_length: float = field(default=0.2, metadata={"range": "from 0 to 1"})
-    max_score_drop: float = field(default=1.5, metadata={"range": "above 0"})  # units of the reward
-
-
 # What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
 SHARED_DATA_KEYS = ("validation_fraction", "test_fraction", "judge_fraction")
 INHERITED_DATA_KEYS = (*SHARED_DATA_KEYS, "max_prompt_tokens", "max_answer_tokens", "system")
 
-_RATE = Field(("float",), range="above 0")
-_SHARE = Field(("float",), range="from 0 to 1", effect="neutral")
 _TEXT = Field(("str",))
-EXTRAS: dict[str, Keys] = {
-    "sft": {},
-    "reward": {
-        "head_learning_rate": _RATE,
-        "minimum_accuracy": replace(_SHARE, default=0.55),  # on test pairs, for PPO to start
-    },
-    "ppo": {
-        "value_learning_rate": _RATE,
-        "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
-        "keep": Field(("str",), "best", choices=("best", "last")),
-        "minimum_accuracy": _SHARE,  # None: as the reward stage has it, 0.55 of a foreign model
-        "guard": fields_of(Limits),
-    },
-    "dpo": {},
-}
+_SOURCE = Field(("str",), effect="source")
 
 
 def dataset_keys() -> Keys:
@@ -234,42 +226,42 @@ def _own_dataset_keys() -> Keys:
 
 
 @cache
-def stage_keys(kind: str) -> Keys:
-    """Every key of a stage's table, TRL's fields first."""
-    roles = {"ppo": ("policy", "reward_model", "reference"), "dpo": ("policy", "reference")}
-    wiring = {"kind": Field(("str",), choices=KINDS)}
-    wiring |= dict.fromkeys(roles.get(kind, ("policy",)), _TEXT)
-    return {**trl_fields()[kind], **EXTRAS[kind], **wiring, "dataset": _own_dataset_keys()}
+def stage_keys(name: str) -> Keys:
+    """Every key of a stage's table, by its kind: TRL's fields first."""
+    kind = kind_of(name)
+    wiring = {"kind": Field(("str",), choices=tuple(listed()), effect="source")}
+    wiring |= dict.fromkeys(kind.roles, _SOURCE)
+    return {**fields_for(kind.config), **kind.extras, **wiring, "dataset": _own_dataset_keys()}
 
 
 @cache
 def top_keys() -> Keys:
     """Every key of a recipe but the stages' tables."""
     return {
-        "title": _TEXT,
-        "stages": Field(("list[str]",)),
+        "title": Field(("str",), effect="neutral"),
+        "stages": Field(("list[str]",), effect="source"),
         "seed": Field(("int",), 42, range="at least 0"),
         "model": {
             **fields_of(ModelTable),
             "mirror": fields_of(MirrorTable),
-            **trl_fields()["bitsandbytes"],
+            **fields_for(BITSANDBYTES),
         },
-        "lora": trl_fields()["lora"],
+        "lora": fields_for(LORA),
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),
     }
 
 
-def kinds_of(data: dict[str, Any]) -> dict[str, str]:
+def kinds_in(data: dict[str, Any]) -> dict[str, str]:
     """The kind of each stage that `stages` or a table names, where it can be told."""
     stages = data.get("stages")
     names = [*(stages if isinstance(stages, list) else []), *data]
-    kinds = {}
+    known, kinds = listed(), {}
     for name in dict.fromkeys(name for name in names if isinstance(name, str)):
         table = data.get(name)
         kind = table.get("kind") if isinstance(table, dict) else None
-        if name in KINDS or (kind in KINDS and name not in top_keys()):
-            kinds[name] = name if name in KINDS else kind
+        if name in known or (kind in known and name not in top_keys()):
+            kinds[name] = name if name in known else kind
     return kinds
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from markupsafe import Markup
 
 from rlhf_recipes.findings import Finding
-from rlhf_recipes.recipe.tables import DATA_SUFFIXES, KINDS, POLICY_KINDS, is_path
+from rlhf_recipes.recipe.kinds import listed, makes
+from rlhf_recipes.recipe.tables import DATA_SUFFIXES, is_path
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.html import page
 from rlhf_recipes.store import files
@@ -41,7 +42,7 @@ def _card(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
     base, hub = named((facts.recipe.get("model") or {}).get("name"))
     tables = facts.recipe.get("dataset")
     tables = tables if isinstance(tables, list) else [tables or {}]
-    stages = [one for one in facts.of_kind(*KINDS) if one.record]
+    stages = [one for one in facts.stages if one.record and one.kind in listed()]
     return {
         "md": _text,
         "manifest": facts.manifest,
@@ -51,7 +52,7 @@ def _card(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
         "data": [named(table.get("path")) for table in tables],
         "stages": stages,
         "learned_from": facts.learned_from,
-        "kinds": list(dict.fromkeys(one.kind for one in stages if one.kind in POLICY_KINDS)),
+        "kinds": list(dict.fromkeys(one.kind for one in stages if makes(one.kind, "policy"))),
         "found": found,
         "policies": policies,
     }

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.recipe.tables import POLICY_KINDS
+from rlhf_recipes.recipe.kinds import KINDS, makes
 from rlhf_recipes.stats import Share, wilson
 from rlhf_recipes.store import files, layout
 
 Json = dict[str, Any]
-FEW = 30
+SMALL = 30  # cases: a bootstrap of fewer is too sure of itself
 TYPES = {
     **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst"), list),
     **dict.fromkeys(("error", "versions", "hardware", "dropped"), dict),
@@ -66,7 +66,7 @@ class Facts:
         least, most = wilson(value, int(of))
         if low is None or high is None:
             low, high = least, most
-        elif of < FEW or low == high:  # a bootstrap of so few, or so alike, is too sure of itself
+        elif of < SMALL or low == high:
             low, high = min(low, least), max(high, most)
         return Share(value, low, high, int(of))
 
@@ -85,12 +85,21 @@ class Facts:
     def stage(self, name: str) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)
 
-    def of_kind(self, *kinds: str) -> list[Stage]:
-        return [stage for stage in self.stages if stage.kind in kinds]
+    def making(self, what: str, **about: Any) -> list[Stage]:
+        """The stages that make a policy, a reward model or numbers.
+
+        `about` are attributes that their kinds must have, such as `explores=True`.
+        """
+        return [
+            stage
+            for stage in self.stages
+            if makes(stage.kind, what)
+            and all(getattr(KINDS[stage.kind], key) == value for key, value in about.items())
+        ]
 
     def starts(self) -> dict[str, str]:
         """Each policy that was trained, and the one it started from."""
-        names = [stage.name for stage in self.of_kind(*POLICY_KINDS)]
+        names = [stage.name for stage in self.making("policy")]
         before = dict(zip(names, ["base", *names], strict=False))
         return {name: self.of(name, "policy") or before[name] for name in names}
 

@@ -30,7 +30,9 @@ MORE_PROMPTS = "100 prompts tell 60 % from chance, 400 tell 55 %."
 def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
     """Each policy after SFT: its name, its start's, and what a sentence calls them."""
     starts = facts.starts()
-    for stage in facts.of_kind("ppo", "dpo"):
+    for stage in facts.making("policy"):
+        if stage in facts.making("policy", learns_from="answers"):
+            continue
         start = starts[stage.name]
         yield stage.name, start, facts.title(stage.name), facts.title(start)
 
@@ -97,8 +99,8 @@ def never_ends(facts: Facts) -> Found:
         now, then = (facts.number(f"{p}.ended") for p in (name, before))
         if now is None:
             continue
-        kinds = [stage.name for stage in facts.of_kind("ppo")]
-        ppo = name if name in kinds else next(iter(kinds), "")
+        sampling = [stage.name for stage in facts.making("policy", explores=True)]
+        ppo = name if name in sampling else next(iter(sampling), "")
         text = f"{percent(now)} of {facts.title(name)}'s answers end within their tokens"
         own = not ppo or facts.of("evaluation", "response_length")
         room = facts.setting("evaluation" if own else ppo, "response_length")

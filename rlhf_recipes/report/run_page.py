@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.findings import Finding, interval
+from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.report import card, charts
 from rlhf_recipes.report.facts import Facts, Json, Stage, number, read
 from rlhf_recipes.report.html import TEMPLATES, page, style
 from rlhf_recipes.report.verdict import verdict
+from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.files import to_json, write_text
-from rlhf_recipes.store.fingerprint import digest
 from rlhf_recipes.store.layout import REPORT
 from rlhf_recipes.store.provenance import versions
 
-REWARDS = ("reward", "judge")
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
 
 
@@ -54,7 +54,9 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     last = trained[-1] if trained else None
     ways = [charts.who_wins(facts, *last)] if last else []
     ways += [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
-    losses = [charts.loss(facts, stage) for stage in facts.of_kind("sft", "dpo")]
+    explored = facts.making("policy", explores=True)
+    rewards = [s for s in facts.stages if makes(s.kind, "reward_model") or s.evidence]
+    losses = [charts.loss(facts, stage) for stage in facts.making("policy", explores=False)]
     return {
         **vars(facts),
         "name": name,
@@ -67,8 +69,8 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "cases": _cases(facts, *last) if last else [],
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
-        "ppo": [(s, charts.ppo(facts, s)) for s in facts.of_kind("ppo") if s.curve],
-        "rewards": [_reward(facts, s) for s in facts.stages if s.kind in REWARDS or s.evidence],
+        "ppo": [(s, charts.ppo(facts, s)) for s in explored if s.curve],
+        "rewards": [_reward(facts, s) for s in rewards],
         "losses": [plot for plot in losses if plot],
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
@@ -136,10 +138,10 @@ def _cell(facts: Facts, key: str) -> str:
 def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     """What is known of a reward model; PPO's folder holds the evidence of one from elsewhere."""
     name = stage.name
-    if stage.kind not in REWARDS:
+    if not makes(stage.kind, "reward_model"):
         name = "foreign" if "foreign.accuracy" in facts.results else "reward"
     plots = [charts.accuracy(facts, name), charts.margins(name, stage)]
     plots.append(charts.calibration(facts, name, stage))
-    plots += [charts.loss(facts, stage)] if stage.kind in REWARDS else []
+    plots += [charts.loss(facts, stage)] if makes(stage.kind, "reward_model") else []
     worst = stage.evidence.get("worst")
     return {"name": name, "plots": [plot for plot in plots if plot], "worst": worst}

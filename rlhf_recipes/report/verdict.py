@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_recipes.findings import LEVELS, Finding, Found, percent, said
+from rlhf_recipes.recipe.kinds import JUDGE
+from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY as MINIMUM
 from rlhf_recipes.report import policy_rules
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.stats import Share, wilson
 
-MINIMUM = 0.55  # of a reward model's accuracy, where the recipe does not say otherwise
 TELLING = 0.65  # an interval from under a half to over this may hold a good reward model
 FEWEST = 8  # pairs to say anything from
 LEARNED = 0.01  # of the loss: what SFT has to take off it
@@ -50,7 +51,7 @@ def ended(facts: Facts) -> Found:
 
 
 def sft_loss(facts: Facts) -> Found:
-    for stage in facts.of_kind("sft"):
+    for stage in facts.making("policy", learns_from="answers"):
         name, trained = stage.name, stage.series("loss")[1]
         before = facts.number(f"{name}.validation_loss_before")
         after, whose = facts.number(f"{name}.validation_loss"), "validation"
@@ -79,13 +80,13 @@ def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
     The judge is the last.
     """
     found = [key.removesuffix(".accuracy") for key in facts.results if key.endswith(".accuracy")]
-    names = sorted(found, key=lambda name: name == "judge")
+    names = sorted(found, key=lambda name: name == JUDGE)
     for name in names:
         share = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
-        own = "The independent judge" if name == "judge" else "The reward model"
-        more = len([other for other in names if other != "judge"]) > 1 and name != "judge"
+        own = "The independent judge" if name == JUDGE else "The reward model"
+        more = len([other for other in names if other != JUDGE]) > 1 and name != JUDGE
         if share:
-            yield name, share, own + f" `{name}`" * more, "doubt" if name == "judge" else "fault"
+            yield name, share, own + f" `{name}`" * more, "doubt" if name == JUDGE else "fault"
 
 
 def ranking(facts: Facts) -> Found:
@@ -122,8 +123,8 @@ def _untrained(facts: Facts, name: str, level: str, text: str, chance: bool) -> 
     text += ": that is chance." if chance else ": hardly better than chance."
     seen = stage.series("accuracy")[1][-3:] if stage else []
     # A judge's settings are the last reward stage's.
-    rewards = [other.name for other in facts.of_kind("reward")]
-    table = rewards[-1] if name == "judge" and rewards else name
+    rewards = [other.name for other in facts.making("reward_model", listed=True)]
+    table = rewards[-1] if name == JUDGE and rewards else name
     change = f"Raise {facts.setting(table, 'learning_rate')} or {facts.steps(table)}; and "
     change += "read some pairs: is the better answer the chosen one?"
     if seen and (trained := sum(seen) / len(seen)) > 0.8:
@@ -158,7 +159,7 @@ def _by_length(facts: Facts, name: str, whole: Share) -> tuple[Share, str] | Non
 
 
 def gate_lowered(facts: Facts) -> Found:
-    for stage in facts.of_kind("ppo"):
+    for stage in facts.making("policy", explores=True):
         least = facts.number(f"{stage.name}.minimum_accuracy")
         if least is None or least >= MINIMUM:
             continue

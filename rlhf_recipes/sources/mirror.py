@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.recipe.tables import MirrorTable
-from rlhf_recipes.store.fingerprint import digest, file_digest
+from rlhf_recipes.store.digests import digest, file_digest
 
 # Seconds for one answer of the index, not for the whole download; and no second try. -P: no module
 # of the folder where it is typed.

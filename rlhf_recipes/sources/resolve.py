@@ -15,10 +15,12 @@ from typing import Any
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import DatasetTable, is_path, located
+from rlhf_recipes.recipe.wiring import written_rules
 from rlhf_recipes.sources import mirror, trust
 from rlhf_recipes.sources.hub import MODEL_FILES, Repo, says_no
+from rlhf_recipes.store.digests import digest, file_digest
 from rlhf_recipes.store.files import read_json, write_json
-from rlhf_recipes.store.fingerprint import digest, file_digest
+from rlhf_recipes.store.fingerprint import Identities, foreign_models, tables_read
 
 # Smaller files are read each time; the digest of a larger one is kept by size and time of change.
 REMEMBERED_BYTES = 8 * 2**20
@@ -38,6 +40,17 @@ def dataset_repo(table: DatasetTable) -> Repo:
     inside = PurePosixPath(table.data_dir or ".") / "*"
     wanted = (str(inside), "README.md") if table.data_dir else ("*",)
     return Repo("dataset", table.path, table.revision, wanted)
+
+
+def identify(recipe: Recipe, runs: Path) -> Identities:
+    """What every name in the recipe means here. Raises DataError and ModelError."""
+    rules = {file for file, _ in written_rules(recipe).values()}
+    return Identities(
+        identify_base(recipe, runs),
+        {name: identify_model(name, recipe, runs) for name in set(foreign_models(recipe))},
+        {table: identify_dataset(table, runs) for table in dict.fromkeys(tables_read(recipe))},
+        {file: content_digest(located(file, recipe.model.base), runs) for file in rules},
+    )
 
 
 def identify_base(recipe: Recipe, runs: Path) -> dict[str, str]:

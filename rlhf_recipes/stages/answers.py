@@ -7,24 +7,28 @@ whatever it was trained on. Reward models and judges score as they did in traini
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
 
+from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.reward_model import open_foreign, open_reward
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sample, score_ids
+from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.wiring import wiring
 from rlhf_recipes.sources import resolve as sources
-from rlhf_recipes.stages.contract import StageContext
+from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.judges import load_judge
-from rlhf_recipes.stages.session import Shared
-from rlhf_recipes.stages.training import load_rows, need
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.stages.session import Session
+from rlhf_recipes.stages.training import FORWARD, load_rows, need
+from rlhf_recipes.store.digests import derive_seed
 
 BATCH = 16  # sequences a forward
 SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
@@ -52,24 +56,18 @@ def test_prompts(context: StageContext) -> list[Example]:
 def setting_of(context: StageContext) -> Setting:
     """The evaluation's own words, else those that the last PPO stage samples with."""
     recipe = context.recipe
-    length = asked_with(recipe, "response_length") or recipe.dataset.max_answer_tokens
-    temperature = asked_with(recipe, "temperature") or 0.7
-    return Setting(length, temperature, derive_seed(recipe.seed, context.name))
+    temperature = recipe.asked_with("temperature") or 0.7
+    seed = derive_seed(recipe.seed, context.name)
+    return Setting(answer_length(recipe, context.name), temperature, seed)
 
 
-def asked_with(recipe: Recipe, key: str) -> Any:
-    """The evaluation's own word, else that of the last PPO stage, else None."""
-    ppo = last_ppo(recipe)
-    trained = recipe.table(ppo).options if ppo else {}
-    return getattr(recipe.evaluation, key) or trained.get(key)
-
-
-def last_ppo(recipe: Recipe) -> str | None:
-    return next((n for n in reversed(recipe.stages) if recipe.table(n).kind == "ppo"), None)
+def answer_length(recipe: Recipe, name: str) -> int:
+    """The most tokens of an answer."""
+    return recipe.asked_with("response_length") or recipe.dataset.max_answer_tokens
 
 
 def ask(
-    shared: Shared,
+    session: Session,
     output: Path | None,
     examples: Sequence[Example],
     setting: Setting,
@@ -81,16 +79,16 @@ def ask(
     """
     prompts = [example.prompt_ids for example in examples]
     longest = max(map(len, prompts)) + setting.length
-    shared.release()
-    policy = Role(shared.exported(output), None, torch.float32)  # no autocast: as it is stored
+    session.release()
+    policy = Role(session.exported(output), None, torch.float32)  # no autocast: as it is stored
     for seed in seeds:
         yield sample(
             policy,
             prompts,
             length=setting.length,
             temperature=setting.temperature,
-            eos=shared.tokens.eos_id,
-            pad=shared.tokens.pad_id,
+            eos=session.tokens.eos_id,
+            pad=session.tokens.pad_id,
             batch=max(1, min(SAMPLED, TOKENS // longest)),
             seed=seed,
         )
@@ -121,11 +119,8 @@ def score(
 
 
 def reward_model_name(recipe: Recipe) -> str:
-    """What the last PPO stage was scored by, else the first reward stage; "" without either."""
-    tables = [recipe.table(stage) for stage in recipe.stages]
-    named = [table.reward_model for table in tables if table.reward_model]
-    trained = [table.name for table in tables if table.kind == "reward"]
-    return named[-1] if named else next(iter(trained), "")
+    """What was optimised last, else the first reward model; "" without either."""
+    return wiring(recipe)[EVALUATION].get("reward_model", "")
 
 
 def _scores(
@@ -136,11 +131,11 @@ def _scores(
     tell: Callable[[int], object],
 ) -> list[float]:
     """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
-    recipe, tokens = context.recipe, context.shared.tokens
+    recipe, tokens = context.recipe, context.session.tokens
     if judge := load_judge(name, recipe.model.base):
         tell(len(rows))
         return [judge(example.prompt, tokens.decode(ids)) for example, ids in rows]
-    base = context.shared.base
+    base = context.session.base
     if role in context.inputs:
         model = open_reward(base, context.inputs[role])
     else:
@@ -149,3 +144,36 @@ def _scores(
     scores = score_ids(model, both, tokens.pad_id, BATCH, tell)
     base.close(model)
     return [round(number, 4) for number in scores.tolist()]
+
+
+# ---- the rehearsal of stages that only ask, and what their memory and work are counted from
+
+
+def trial(recipe: Recipe, name: str) -> Trial:
+    """As many prompts as are sampled at a time; of the best of many, two answers each."""
+    asked = recipe.evaluation
+    prompts = min(asked.prompts, SAMPLED)
+    less = replace(asked, prompts=prompts, best_of=asked.best_of and 2)
+    return Trial(replace(recipe, evaluation=less), 0, prompts)
+
+
+def asked_work(recipe: Recipe, name: str, data: Data, answers: int, passes: int) -> Work:
+    """So many `answers` to each prompt, each read by the model so many times."""
+    found, asked = data.learned("test_prompts"), recipe.evaluation
+    read = fmean(len(e.prompt_ids) for e in found) + answer_length(recipe, name)
+    prompts = min(asked.prompts, len(found))
+    each = 2 + len(asked.judges) + passes
+    return Work(1, prompts * answers * read * each * FORWARD)
+
+
+def sampling_memory(sim: Sim) -> Iterator[Held]:
+    """A policy as it is exported, and as many answers as are sampled at a time."""
+    rows = max(1, min(SAMPLED, sim.recipe.evaluation.prompts, TOKENS // sim.lengths.row))
+    with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
+        yield from sampling(tracker, policy, rows, sim.lengths)
+
+
+def scoring_memory(sim: Sim) -> Iterator[Held]:
+    with sim.model("reward") as (tracker, [reward]), torch.no_grad():
+        reward(*ids_of(min(BATCH, sim.recipe.evaluation.prompts), sim.lengths.row))
+        yield tracker.most

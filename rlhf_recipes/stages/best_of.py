@@ -8,22 +8,38 @@ PPO is rewarded: by the reward model, less the penalty for an answer that was cu
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from statistics import fmean
 
 from rlhf_recipes import stats
+from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.models.fake_model import Held, Sim
+from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import BASE
-from rlhf_recipes.stages.answers import SCORERS, ask, last_ppo, score, setting_of, test_prompts
-from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.answers import (
+    SCORERS,
+    answer_length,
+    ask,
+    asked_work,
+    sampling_memory,
+    score,
+    scoring_memory,
+    setting_of,
+    test_prompts,
+    trial,
+)
+from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
 from rlhf_recipes.stages.training import write_json
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.store.digests import derive_seed
+
+__all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared = context.recipe, context.shared
+    recipe, session = context.recipe, context.session
     examples, setting = test_prompts(context), setting_of(context)
     count = recipe.evaluation.best_of
-    against = last_ppo(recipe)
-    ppo = recipe.table(against)
+    ppo = recipe.explorer
     start = ppo.policy or BASE
     done, total = 0, count * len(examples) * (2 + len(recipe.evaluation.judges))
 
@@ -35,13 +51,13 @@ def run(context: StageContext) -> StageResult:
     # ---- answers and what is said of them
     draws: list[list[list[int]]] = []
     seeds = [derive_seed(setting.seed, "draw", draw) for draw in range(count)]
-    for answers in ask(shared, context.inputs.get("policy"), examples, setting, seeds):
+    for answers in ask(session, context.inputs.get("policy"), examples, setting, seeds):
         draws.append(answers)
         tell(len(answers))
     asked = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
     said = score(context, asked, tell)
     context.progress.update(total, total)
-    penalty, eos = ppo.options["missing_eos_penalty"] or 0.0, shared.tokens.eos_id
+    penalty, eos = ppo.options["missing_eos_penalty"] or 0.0, session.tokens.eos_id
     ended = [ids[-1] == eos for _, ids in asked]
     rewards = [s if end else s - penalty for s, end in zip(said[""], ended, strict=True)]
     rows = [slice(first, first + count) for first in range(0, len(asked), count)]  # one a prompt
@@ -63,11 +79,23 @@ def run(context: StageContext) -> StageResult:
     output = context.folder / "output"
     with (output / "answers.jsonl").open("w") as out:
         for example, row in zip(examples, rows, strict=True):
-            texts = [shared.tokens.decode(ids) for _, ids in asked[row]]
+            texts = [session.tokens.decode(ids) for _, ids in asked[row]]
             found = {SCORERS[who]: values[row] for who, values in said.items()}
             line = {"prompt": example.prompt, "answers": texts, "ended": ended[row], **found}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
-    write_json(output / "best_of.json", {"policy": start, "against": against, **curve})
+    write_json(output / "best_of.json", {"policy": start, "against": ppo.name, **curve})
     gain, nats = (metrics[f"best_of.{count}.{key}"] for key in ("score_gain", "kl"))
     summary = f"the best of {count} of {start}: gain {gain:+.2f} at {nats:.2f} nats or less"
     return StageResult(metrics, summary)
+
+
+# ---- what its memory and its work are counted from
+
+
+def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
+    return asked_work(recipe, stage.name, data, answers=recipe.evaluation.best_of, passes=0)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    yield from sampling_memory(sim)
+    yield from scoring_memory(sim)

@@ -23,8 +23,8 @@ from transformers.integrations import TensorBoardCallback
 from rlhf_recipes.errors import lost
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.store import layout
+from rlhf_recipes.store.digests import file_digest
 from rlhf_recipes.store.files import read_json, sync, write_json
-from rlhf_recipes.store.fingerprint import file_digest
 
 RECORD = "checkpoint.json"
 WEIGHTS = "weights.safetensors"

@@ -1,30 +1,39 @@
-"""The stage contract: `run(context) -> result`, and which function serves which kind.
+"""The contract of a stage: what its module exports, and what it is given.
 
 A stage reads its recipe and its inputs' folders, writes `output/` in its own folder, and returns
-numbers. It does not know the runner. A new kind is a new file beside these, a line in `KINDS`, and
-its words in the language: `tables.py` (KINDS, POLICY_KINDS or ROLES, EXTRAS) and its TRL config in
-`tools/make_fields.py` (CONFIGS), its fields in `tools/fields.toml`. `dpo.py` is the shortest.
+numbers. It does not know who runs it. `recipe/kinds.py` says which module serves which kind.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
-# kind -> (module with a `run`, version). A version goes up when the same settings on the same
-# inputs would give another result: it is part of every key.
-KINDS: dict[str, tuple[str, int]] = {
-    "sft": ("rlhf_recipes.stages.sft", 2),
-    "reward": ("rlhf_recipes.stages.reward", 3),
-    "ppo": ("rlhf_recipes.stages.ppo.stage", 3),
-    "dpo": ("rlhf_recipes.stages.dpo", 2),
-    "judge": ("rlhf_recipes.stages.reward", 4),
-    "evaluation": ("rlhf_recipes.stages.evaluate", 5),
-    "best_of": ("rlhf_recipes.stages.best_of", 2),
-}
+from rlhf_recipes.recipe.kinds import kind_of
+from rlhf_recipes.recipe.load import Recipe
+
+if TYPE_CHECKING:
+    from rlhf_recipes.data.dataset import Data
+    from rlhf_recipes.models.fake_model import Held, Sim
+    from rlhf_recipes.stages.session import Session
+
+
+class Progress(Protocol):
+    """What a stage tells the person who waits."""
+
+    def update(self, done: int, total: int, **numbers: float) -> None:
+        """`done` of `total` steps; the numbers that matter most come first."""
+
+    def resume(self, done: int) -> None:
+        """The stage begins after step `done`."""
+
+    def sample(self, prompt: str, answer: str, **numbers: float) -> None:
+        """A completion worth looking at."""
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,11 @@ class StageContext:
 
     name: str  # the stage's name in the recipe
     kind: str
-    recipe: Any  # recipe.Recipe
+    recipe: Recipe
     folder: Path  # <kind>-<key12>/, with work/ and output/ made by the runner
     inputs: Mapping[str, Path]  # role ("policy", "reward_model", …) -> that stage's output/
-    progress: Any  # progress.StageProgress: what it tells the person who waits
-    shared: Any  # shared.Shared: tokenizer, rows and the one base model, loaded once a run
+    progress: Progress
+    session: Session  # tokenizer, rows and the one base model, loaded once a run
     key: str = ""  # the stage's
 
 
@@ -49,6 +58,56 @@ class StageResult:
     summary: str  # one phrase for the closing table
 
 
-def load(kind: str) -> Callable[[StageContext], StageResult]:
-    """The function that runs a stage of this kind; imports torch."""
-    return importlib.import_module(KINDS[kind][0]).run
+class Trial(NamedTuple):
+    """A stage cut down to its rehearsal: a step or two that take the memory of all of it."""
+
+    recipe: Recipe
+    train: int  # rows that it learns from
+    rest: int  # rows of each other side
+
+
+class Work(NamedTuple):
+    """How much a stage computes, in operations a weight of the model."""
+
+    steps: int
+    step: float
+    beside: float = 0.0  # what is scored before, between and after
+
+    @property
+    def total(self) -> float:
+        return self.steps * self.step + self.beside
+
+
+class Planned(Protocol):
+    """A stage of a plan, as far as its module needs to know it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def inputs(self) -> Mapping[str, str]: ...  # role -> the stage that serves it
+
+
+class StageModule(Protocol):
+    """What the module of a kind exports."""
+
+    def run(self, context: StageContext) -> StageResult:
+        """Do the stage's work."""
+
+    def trial(self, recipe: Recipe, name: str) -> Trial:
+        """The recipe with as little of the stage as still takes the memory of all of it."""
+
+    def work(self, recipe: Recipe, stage: Planned, data: Data) -> Work:
+        """How much the stage computes on these rows; of rows there is at least one."""
+
+    def memory(self, sim: Sim) -> Iterator[Held]:
+        """The most bytes by role of each part of the stage, on a model without content."""
+
+    def answer_length(self, recipe: Recipe, name: str) -> int:
+        """The most tokens of an answer; of kinds that sample."""
+
+
+def module_of(kind: str) -> StageModule:
+    """Imports torch. Raises UsageError for a kind that this version does not know."""
+    return cast(StageModule, importlib.import_module(kind_of(kind).module))

@@ -12,27 +12,35 @@ Departs from TRL's own script in that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import entropy_from_logits
 
+from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, pairs
+from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
 from rlhf_recipes.models.role import Role
-from rlhf_recipes.stages.contract import StageContext, StageResult
-from rlhf_recipes.stages.training import Stock, load_rows, need, trainer_config
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+from rlhf_recipes.stages.training import Stock, load_rows, need, steps_of, trainer_config, trial
+from rlhf_recipes.store.digests import derive_seed
+
+__all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared = context.recipe, context.shared
+    recipe, session = context.recipe, context.session
     data = load_rows(context)
     train = need(_rows(data.reward_train), "pairs on the train side", context)
     validation = _rows(data.validation)
 
     # ---- policy and reference
-    base, start = shared.base, context.inputs.get("policy")
+    base, start = session.base, context.inputs.get("policy")
     seed = derive_seed(recipe.seed, context.name, "lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
@@ -49,7 +57,7 @@ def run(context: StageContext) -> StageResult:
         args=trainer_config(DPOConfig, context, max_length=None),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(validation) if validation else None,
-        processing_class=shared.tokens.tokenizer,
+        processing_class=session.tokens.tokenizer,
     )
     for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
         parameter.data = unrounded
@@ -101,3 +109,33 @@ def _rows(examples: list[Example]) -> list[dict[str, list[int]]]:
         {"prompt_ids": e.prompt_ids, "chosen_ids": e.chosen_ids, "rejected_ids": e.rejected_ids}
         for e in pairs(examples)
     ]
+
+
+# ---- what its memory and its work are counted from
+
+
+def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
+    return steps_of(recipe, stage, data, references=1)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    """Policy and reference read both answers; the logits of both are kept whole."""
+    with sim.model("policy", "reference", trained=["policy"]) as (tracker, both):
+
+        def loss(rows: int) -> torch.Tensor:
+            ids, mask = ids_of(2 * rows, sim.lengths.row)
+            total, outs = 0.0, []
+            for role in both:
+                learns = torch.is_grad_enabled() and role is both[0]
+                with role.active(), torch.set_grad_enabled(learns):
+                    words = {"attention_mask": mask, "use_cache": False}
+                    # In float32: accelerate's. And nothing is left of what it was before.
+                    outs.append(role.lm(input_ids=ids, **words).logits.float()[:, :-1])
+                # TRL's log-probability less its `gather`, which keeps the logits, and whose
+                # gradient is added in place; here it would not be.
+                total = total + torch.stack([torch.logsumexp(row, -1) for row in outs[-1]]).sum()
+            entropy_from_logits(outs[0].detach())
+            tracker.kept.append(outs[0])
+            return total
+
+        yield from training(sim, tracker, both[0], loss)

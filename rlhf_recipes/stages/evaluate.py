@@ -7,7 +7,7 @@ trained or selected on these prompts. Intervals are of 95 %, over prompts drawn 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,8 +15,10 @@ from statistics import fmean
 import torch
 
 from rlhf_recipes import stats
+from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.models.fake_model import Held, Sim, ids_of
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.role import Role, logits, logprobs
 from rlhf_recipes.models.sampling import join
@@ -26,12 +28,19 @@ from rlhf_recipes.stages.answers import (
     BATCH,
     SCORERS,
     Setting,
+    answer_length,
     ask,
+    asked_work,
+    sampling_memory,
     score,
+    scoring_memory,
     setting_of,
     test_prompts,
+    trial,
 )
-from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+
+__all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
 LOGITS = 2**27  # of two policies at once, in float32 with what is made of them: 24 bytes each
 
@@ -50,7 +59,7 @@ class Answers:
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared, eos = context.recipe, context.shared, context.shared.tokens.eos_id
+    recipe, session, eos = context.recipe, context.session, context.session.tokens.eos_id
     examples, setting = test_prompts(context), setting_of(context)
     policies = {BASE: None} | {
         role.removeprefix("policy:"): folder
@@ -61,7 +70,7 @@ def run(context: StageContext) -> StageResult:
     # ---- what each answers, as exported
     ids: dict[str, list[list[int]]] = {}
     for done, (name, folder) in enumerate(policies.items(), 1):
-        [ids[name]] = ask(shared, folder, examples, setting, [setting.seed])
+        [ids[name]] = ask(session, folder, examples, setting, [setting.seed])
         context.progress.update(done, len(policies) + 2)
 
     # ---- how far it went, and what is said of it
@@ -86,7 +95,7 @@ def run(context: StageContext) -> StageResult:
     context.progress.update(len(policies) + 2, len(policies) + 2)
 
     # ---- output
-    _write_answers(context.folder / "output" / "answers.jsonl", examples, given, shared.tokens)
+    _write_answers(context.folder / "output" / "answers.jsonl", examples, given, session.tokens)
     metrics = {f"{name}.{key}": n for name in numbers for key, n in numbers[name].items()}
     metrics["evaluation.prompts"] = len(examples)
     return StageResult(metrics, _summary(metrics, list(policies)[-1], recipe))
@@ -142,8 +151,8 @@ def _distances(
 
     But for the merge's rounding these are the exported policies, in the memory of one.
     """
-    shared, quantized = context.shared, context.recipe.model.quantization != "none"
-    base, found = shared.load_base("none") if quantized else shared.base, {}
+    session, quantized = context.session, context.recipe.model.quantization != "none"
+    base, found = session.load_base("none") if quantized else session.base, {}
     bare = base.open("bare", None, seed=0)
     for name, folder in policies.items():
         found[name] = {"nats_under_base": nats_a_token(bare, examples, ids[name])}
@@ -217,3 +226,27 @@ def _summary(metrics: dict[str, float], last: str, recipe: Recipe) -> str:
         f"{last} over {start}: win rate {metrics[f'{last}.win_rate']:.0%}{judge}, "
         f"gain {metrics[f'{last}.score_gain']:+.2f}, KL {metrics[f'{last}.kl']:.2f} nats"
     )
+
+
+# ---- what its memory and its work are counted from
+
+
+def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
+    policies = 1 + sum(role.startswith("policy:") for role in stage.inputs)
+    return asked_work(recipe, stage.name, data, answers=policies, passes=3)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    """The sampling, the exact KL of two policies, and the scoring."""
+    yield from sampling_memory(sim)
+    lengths, prompts = sim.lengths, sim.recipe.evaluation.prompts
+    rows = min(BATCH, prompts, max(1, LOGITS // (lengths.answer * sim.vocabulary)))
+    with sim.model("policy", "start", quantized=False) as (tracker, both), torch.no_grad():
+        given, found = (*ids_of(rows, lengths.row), lengths.answer, 1.0), []
+        for role in both:
+            with role.active():
+                out = logits(role, *given)
+            found.append(torch.log_softmax(out, dim=-1))
+        (found[0].exp() * (found[0] - found[1])).sum(-1)
+        yield tracker.most
+    yield from scoring_memory(sim)

@@ -15,6 +15,7 @@ are fewer: where they are few, it reads them more often.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,31 +27,43 @@ from rlhf_recipes import stats
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, pairs
 from rlhf_recipes.models.base import UNIT
+from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
 from rlhf_recipes.models.load import new_head
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
-from rlhf_recipes.recipe.tables import JUDGE
-from rlhf_recipes.stages.contract import StageContext, StageResult
-from rlhf_recipes.stages.training import Stock, float32, load_rows, need, trainer_config, write_json
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.recipe.kinds import JUDGE
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+from rlhf_recipes.stages.training import (
+    Stock,
+    float32,
+    load_rows,
+    need,
+    steps_of,
+    trainer_config,
+    trial,
+    write_json,
+)
+from rlhf_recipes.store.digests import derive_seed
+
+__all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
-FEW = 1000  # pairs in all, or as many as the reward model reads: a judge of fewer reads them again,
+FEW_PAIRS = 1000  # in all, or as many as the reward model reads: a judge of fewer reads them again,
 REREAD = 4  # but at most so often
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared = context.recipe, context.shared
+    recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
     data = load_rows(context)
-    if context.kind == JUDGE:
-        train = need(pairs(data.judge), "pairs in the judge's share of the train side", context)
-    else:
-        train = need(pairs(data.reward_train), "pairs on the train side", context)
+    side = "the judge's share of the train side" if context.kind == JUDGE else "the train side"
+    train = data.learned(recipe.kind(context.name).learns_from)
+    need(train, f"pairs {'in' if context.kind == JUDGE else 'on'} {side}", context)
     validation = pairs(data.validation)
 
     # ---- reward model
-    base = shared.base
+    base = session.base
     seed = derive_seed(recipe.seed, context.name, "lora")
     reward = base.open("reward", context.inputs.get("policy"), seed=seed, trainable=True)
     with torch.random.fork_rng(devices=[]):
@@ -59,9 +72,7 @@ def run(context: StageContext) -> StageResult:
 
     # ---- training
     args = trainer_config(RewardConfig, context, max_length=None)
-    if context.kind == JUDGE:
-        most = min(len(pairs(data.reward_train)), FEW) / len(train)
-        args.num_train_epochs *= min(REREAD, max(1.0, most))
+    args.num_train_epochs *= _rereads(context.kind, data)
     trainer = Trainer(
         context,
         reward,
@@ -70,7 +81,7 @@ def run(context: StageContext) -> StageResult:
         args=args,
         train_dataset=_rows(train),
         eval_dataset=_rows(validation) if validation else None,
-        processing_class=shared.tokens.tokenizer,
+        processing_class=session.tokens.tokenizer,
         optimizers=(_optimizer(reward, args, table.extras["head_learning_rate"]), None),
     )
     float32(*reward.trainable())
@@ -79,7 +90,7 @@ def run(context: StageContext) -> StageResult:
 
     # ---- unit, validation and evidence
     batch = args.per_device_eval_batch_size
-    pad = shared.tokens.pad_id
+    pad = session.tokens.pad_id
     some = train[:: -(-len(train) // UNIT_ROWS)]
     chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in some], pad, batch)
     mean, std = chosen.mean().item(), chosen.std().item()
@@ -109,6 +120,14 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics | found, summary)
 
 
+def _rereads(kind: str, data: Data) -> float:
+    """How often more a judge of few pairs reads them than the recipe says."""
+    if kind != JUDGE:
+        return 1.0
+    most = min(len(pairs(data.reward_train)), FEW_PAIRS) / len(pairs(data.judge))
+    return min(REREAD, max(1.0, most))
+
+
 class Trainer(Stock, RewardTrainer):
     pass
 
@@ -121,16 +140,16 @@ def measure(
     `std` is its unit in the scale of its head. A test split's pairs serve, also where the stage's
     `data` are its own.
     """
-    shared, whole = context.shared, context.recipe.dataset
+    session, whole = context.session, context.recipe.dataset
     split = any(table.test_split for table in (whole, *whole.more))
-    rows = pairs((shared.data(whole) if split else data).test)
+    rows = pairs((session.data(whole) if split else data).test)
     numbers, found = {}, {"pairs": 0, "margins": [], "calibration": [], "worst": []}
     if rows:
-        apart = margins(reward, rows, shared.tokens.pad_id, batch)
+        apart = margins(reward, rows, session.tokens.pad_id, batch)
         lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in rows]
         numbers, found = stats.of_pairs(apart, std, lengths)
         worst = [i for i in apart.argsort(kind="stable") if apart[i] <= 0][: stats.WORST]
-        decode = shared.tokens.decode
+        decode = session.tokens.decode
         found["worst"] = [
             {
                 "prompt": rows[i].prompt,
@@ -174,3 +193,23 @@ def _optimizer(
     kind, words = RewardTrainer.get_optimizer_cls_and_kwargs(args)
     groups = [{"params": body}, {"params": head, "lr": head_learning_rate}]
     return kind(groups, weight_decay=args.weight_decay, **words)
+
+
+# ---- what its memory and its work are counted from
+
+
+def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
+    found = data.learned(recipe.kind(stage.name).learns_from)
+    scored = min(UNIT_ROWS, len(found)) / 2 + len(data.validation) + len(data.test)
+    epochs = recipe.table(stage.name).options["num_train_epochs"] * _rereads(stage.kind, data)
+    return steps_of(recipe, stage, data, epochs=epochs, scored=scored)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    """Chosen and rejected answers are read side by side."""
+    with sim.model("reward", trained=["reward"]) as (tracker, [reward]):
+
+        def scores(rows: int) -> torch.Tensor:
+            return reward(*ids_of(rows, sim.lengths.row)).logits.sum()
+
+        yield from training(sim, tracker, reward, scores, each=2)

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from rlhf_recipes.data.tokens import Tokens
     from rlhf_recipes.models.base import Base
     from rlhf_recipes.recipe.load import Recipe
+    from rlhf_recipes.recipe.tables import DatasetTable
 
 
-class Shared:
+class Session:
     """Holds nothing that a stage's result depends on beyond the recipe itself."""
 
     def __init__(self, recipe: Recipe, model: Mapping[str, str]):
@@ -41,7 +42,7 @@ class Shared:
         tokenizer = load_tokenizer(self.model_folder, trusted)
         return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
 
-    def data(self, table: Any) -> Data:
+    def data(self, table: DatasetTable) -> Data:
         """The rows of a [dataset] table, encoded and split."""
         from rlhf_recipes.data.dataset import load_data
 
@@ -51,6 +52,10 @@ class Shared:
             tested = () if table == whole else self.data(whole).tested
             self._data[key] = load_data(table, self.tokens, tested)
         return self._data[key]
+
+    def put_data(self, table: DatasetTable, data: Data) -> None:
+        """Let these rows stand for those of a [dataset] table."""
+        self._data[repr(table)] = data
 
     @cached_property
     def base(self) -> Base:

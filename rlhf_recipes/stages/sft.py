@@ -8,23 +8,42 @@ Departs from TRL's own script in that
 
 from __future__ import annotations
 
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from collections.abc import Iterator
 
+import torch
+from datasets import Dataset
+from torch.utils.checkpoint import checkpoint
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE as CHUNK
+from trl.trainer.sft_trainer import _chunk
+
+from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, answered
-from rlhf_recipes.stages.contract import StageContext, StageResult
-from rlhf_recipes.stages.training import Stock, float32, load_rows, need, trainer_config
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+from rlhf_recipes.stages.training import (
+    Stock,
+    float32,
+    load_rows,
+    need,
+    steps_of,
+    trainer_config,
+    trial,
+)
+from rlhf_recipes.store.digests import derive_seed
+
+__all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared = context.recipe, context.shared
+    recipe, session = context.recipe, context.session
     data = load_rows(context)
     train = need(answered(data.train), "answers on the train side", context)
     validation = answered(data.validation)
 
     # ---- policy
-    base = shared.base
+    base = session.base
     policy = base.open(
         "policy",
         context.inputs.get("policy"),
@@ -41,7 +60,7 @@ def run(context: StageContext) -> StageResult:
         args=trainer_config(SFTConfig, context, max_length=None, completion_only_loss=True),
         train_dataset=_rows(train),
         eval_dataset=_rows(validation) if validation else None,
-        processing_class=shared.tokens.tokenizer,
+        processing_class=session.tokens.tokenizer,
     )
     float32(*policy.trainable())
     with policy.active(autocast=False):
@@ -78,3 +97,31 @@ def _rows(examples: list[Example]) -> Dataset:
             for e in examples
         ]
     )
+
+
+# ---- what its memory and its work are counted from
+
+
+def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
+    return steps_of(recipe, stage, data)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    """TRL computes the loss over the answers' tokens in chunks; each is checkpointed."""
+    with sim.model("policy", trained=["policy"]) as (tracker, [policy]):
+
+        def loss(rows: int) -> torch.Tensor:
+            with policy.active():
+                hidden = policy.hidden(*ids_of(rows, sim.lengths.row))
+                packed = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+                packed = packed[torch.zeros(len(packed), dtype=torch.long)]
+                head, total = policy.lm.get_output_embeddings(), 0.0
+                some = min(rows * sim.lengths.answer, 3 * CHUNK)  # more chunks take no more
+                for start in range(0, some, CHUNK):
+                    part = packed[start : start + CHUNK]
+                    goal = torch.zeros(len(part), dtype=torch.long)
+                    words = (part, head.weight, head.bias, goal, 1.0, None)
+                    total = total + checkpoint(_chunk, *words, use_reentrant=False)[0]
+                return total
+
+        yield from training(sim, tracker, policy, loss)

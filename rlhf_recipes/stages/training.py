@@ -1,12 +1,19 @@
-"""What the stages share: TRL's config from a stage table, and a trainer's numbers as progress."""
+"""What the stages that train share.
+
+TRL's config from a stage's table, stock trainers that resume, and how such a stage is rehearsed and
+its work counted.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +22,14 @@ from transformers.trainer_utils import TrainOutput
 
 from rlhf_recipes import signals
 from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.rows import sequences
 from rlhf_recipes.errors import StageError, lost
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.role import Role
+from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.stages.checkpoints import Resumable
-from rlhf_recipes.stages.contract import StageContext
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.stages.contract import Planned, StageContext, Trial, Work
+from rlhf_recipes.store.digests import derive_seed
 
 Config = TypeVar("Config")
 
@@ -57,8 +66,7 @@ def float32(*parameters: torch.nn.Parameter) -> None:
 
 def load_rows(context: StageContext) -> Data:
     """The stage's rows; says and keeps in data.json what became of them."""
-    table = context.recipe.tables.get(context.name)
-    data = context.shared.data(table and table.dataset or context.recipe.dataset)
+    data = context.session.data(context.recipe.dataset_of(context.name))
     sides = {side: len(getattr(data, side)) for side in ("train", "validation", "test", "judge")}
     dropped = dict(data.dropped.most_common())
     found = {"rows": data.rows, **sides, "dropped": dropped}
@@ -67,6 +75,68 @@ def load_rows(context: StageContext) -> Data:
     why = "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
     context.progress.note(f"{data.rows} rows: {shown}{'; ' + why if why else ''}")
     return data
+
+
+# ---- the rehearsal and the work of a stock trainer's stage
+
+STEPS = 2  # of a rehearsal: an optimizer has a state from the first one on
+FORWARD, BACKWARD = 2, 4  # operations a weight and token
+
+
+def batch(options: Mapping[str, Any]) -> int:
+    """Rows of an optimizer step; where a policy samples, answers of an update."""
+    return options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+
+
+def shortened(recipe: Recipe, name: str, options: Mapping[str, Any], **extras: Any) -> Recipe:
+    """The recipe with other settings of one stage, of those that the stage has."""
+    table = recipe.table(name)
+    given = table.options
+    ours = {"report_to": "none", "save_steps": STEPS}
+    ours["save_strategy"] = "no" if given["save_strategy"] == "no" else "steps"
+    known = {key: value for key, value in (ours | dict(options)).items() if key in given}
+    settings = {"options": given | known, "given": table.given | known}
+    less = replace(table, **settings, extras=table.extras | extras)
+    return replace(recipe, tables=recipe.tables | {name: less})
+
+
+def trial(recipe: Recipe, name: str) -> Trial:
+    """Two steps of the optimizer."""
+    given = recipe.table(name).options
+    options = {"max_steps": STEPS, "eval_strategy": "no", "eval_on_start": False}
+    options["gradient_accumulation_steps"] = min(STEPS, given["gradient_accumulation_steps"])
+    less = shortened(recipe, name, options)
+    rest = less.table(name).options["per_device_eval_batch_size"]
+    return Trial(less, max(rest, STEPS * batch(less.table(name).options)), rest)
+
+
+def steps_of(
+    recipe: Recipe,
+    stage: Planned,
+    data: Data,
+    *,
+    references: int = 0,
+    epochs: float | None = None,
+    scored: float | None = None,
+) -> Work:
+    """The work of a stock trainer; `references` are models that read each row without learning.
+
+    `epochs` stand for the recipe's. `scored` are rows that are read beside the training: without
+    it, the validation rows before and after.
+    """
+    learns_from, options = recipe.kind(stage.name).learns_from, recipe.table(stage.name).options
+    found = data.learned(learns_from)
+    tokens = fmean(sum(sequences(example, learns_from)) for example in found)
+    size, steps = batch(options), options["max_steps"]
+    if steps < 1:
+        epochs = options["num_train_epochs"] if epochs is None else epochs
+        steps = math.ceil(epochs * math.ceil(len(found) / size))
+    beside = 2 * len(data.validation) if scored is None else scored
+    step = size * tokens * (FORWARD + BACKWARD + references * FORWARD)
+    return Work(steps, step, beside * tokens * FORWARD)
+
+
+# ---- rows
 
 
 def need(rows: list, what: str, context: StageContext) -> list:

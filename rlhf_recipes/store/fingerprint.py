@@ -1,61 +1,213 @@
-"""What makes two stages the same: a canonical encoding, digests of it, and differences in words.
+"""What determines a stage's result, and what differs between two such fingerprints.
 
-The encoding refuses whatever has no stable form rather than falling back to `str()`: a key that
-changes by itself throws hours of training away, and one that fails to change hands out the wrong
-model.
+One rule for every key of a recipe: the field where the key is defined says its effect, and only
+keys of effect "result" whose value differs from the default are in a fingerprint, beside the kind's
+version. So a new optional key changes no fingerprint, and a changed default needs a new version.
+What a key of effect "source" names is in it by content.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve
+from rlhf_recipes.recipe.kinds import LORA, Kind, extras_of, kind_of
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, top_keys
+from rlhf_recipes.recipe.wiring import wiring, written_rules
+from rlhf_recipes.store.digests import canonical
 
-def canonical(value: Any) -> bytes:
-    """The one encoding of a value built of dict, list, tuple, str, int, float, bool and None.
+Values = dict[str, Any]
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
-    Raises TypeError, naming the place, for anything else: NaN, infinity, sets, paths, objects.
+
+@dataclass(frozen=True)
+class Identities:
+    """What the names in a recipe mean on this machine, each by content or by commit."""
+
+    base: Values  # the base model
+    models: Mapping[str, Values]  # every other model from elsewhere, by its name in the recipe
+    datasets: Mapping[DatasetTable, Values]  # every table of `tables_read`
+    rules: Mapping[str, str]  # judges that are a rule in a file, by that file's name
+
+
+def tables_read(recipe: Recipe) -> Iterable[DatasetTable]:
+    """Every table whose files determine the rows of some stage."""
+    own = [table.dataset for table in recipe.tables.values() if table.dataset]
+    for table in (recipe.dataset, *recipe.dataset.more, *own):
+        yield table
+        if table.test_split:
+            yield table.test_part
+
+
+def foreign_models(recipe: Recipe) -> Iterable[str]:
+    """The models from elsewhere that serve a role, besides the base."""
+    taken = wiring(recipe)
+    for roles in taken.values():
+        yield from (source for source in roles.values() if source not in taken)
+
+
+def fingerprints(recipe: Recipe, known: Identities) -> Iterable[tuple[str, Values]]:
+    """Of each stage, in order: its name and its fingerprint.
+
+    "inputs" there has the stage that serves a role; its key has to take the place of its name.
     """
-    _refuse_unstable(value, "value")
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+    taken = wiring(recipe)
+    for stage, roles in taken.items():
+        kind = recipe.kind(stage)
+        yield (
+            stage,
+            {
+                "kind": kind.name,
+                "name": stage,  # its randomness is a function of the seed and of this
+                "version": kind.version,
+                "settings": settings(recipe, stage, known),
+                "model": known.base | changed(top_keys()["model"], recipe.model.resolved()),
+                "lora": recipe.lora is not None and changed(fields_for(LORA), recipe.lora),
+                "dataset": _rows(recipe, recipe.dataset_of(stage), kind, known),
+                **changed({"seed": top_keys()["seed"]}, {"seed": recipe.seed}),
+                "inputs": {role: source for role, source in roles.items() if source in taken},
+                **{role: known.models[s] for role, s in roles.items() if s not in taken},
+            },
+        )
 
 
-def _refuse_unstable(value: Any, where: str) -> None:
-    if type(value) is dict:
-        for key, item in value.items():
-            if type(key) is not str:
-                raise TypeError(f"{where}: the key {key!r} is no string, so it has no stable form")
-            _refuse_unstable(item, f"{where}.{key}")
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _refuse_unstable(item, f"{where}[{index}]")
-    elif type(value) is float:
-        if not math.isfinite(value):
-            raise TypeError(f"{where}: {value!r} has no stable form")
-    elif value is not None and type(value) not in (str, int, bool):
-        raise TypeError(f"{where}: {type(value).__name__} {value!r} has no stable form")
+# ---- the rule
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of the canonical encoding, as 64 hex digits."""
-    return hashlib.sha256(canonical(value)).hexdigest()
+def changed(keys: Keys, values: Values, kind: Kind | None = None, defaults: Values = {}) -> Values:  # noqa: B006
+    """The values that differ from the defaults, of the keys that determine the result.
+
+    `defaults` stand for the fields' own. A key that determines the results of some kinds alone
+    counts for those.
+    """
+    found = {}
+    for name, value in values.items():
+        field = keys.get(name)
+        if field is None or value is None:
+            continue
+        default = defaults.get(name, _default(field))
+        if isinstance(field, Mapping):
+            inner = changed(field, value, kind, default or {})
+            found |= {name: inner} if inner else {}
+        elif field.effect == "result" and canonical(value) != canonical(default):
+            if kind is None or not field.learners or kind.learns_from in field.learners:
+                found[name] = value
+    return found
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _default(field: Field | Keys) -> Any:
+    if isinstance(field, Mapping):
+        return {}
+    return field.default if field.ours is None else field.ours
 
 
-def derive_seed(seed: int, *place: str | int) -> int:
-    """A seed in [0, 2**31) for one place of use, whatever ran before: ("rollout", 3)."""
-    return int(digest([seed, *place])[:8], 16) & 0x7FFFFFFF
+def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
+    """The stage's own settings that determine its result. Of the batch only its size counts."""
+    kind, table, found = recipe.kind(stage), recipe.tables.get(stage), {}
+    if table:
+        fields, lora = fields_for(kind.config), recipe.lora is not None
+        usual, _ = resolve(fields, {}, lora)
+        found |= changed(fields, table.options, kind, usual)
+        rates = extras_of(kind, {}, table.options["learning_rate"])
+        found |= changed(kind.extras, table.extras, kind, rates)
+        if _batch(table.options) != _batch(usual):
+            found["batch_size"] = _batch(table.options)
+    if kind.reads:
+        asked, borrowed = {key: getattr(recipe.evaluation, key) for key in kind.reads}, {}
+        if kind.borrows and recipe.explorer:
+            borrowed = {key: recipe.explorer.options[key] for key in kind.borrows}
+        found |= changed(top_keys()["evaluation"], asked)
+        found |= {key: value for key, value in borrowed.items() if asked.get(key) is None}
+        for role, (file, function) in written_rules(recipe).items():
+            found[role] = {"function": function, "content": known.rules[file]}
+    return found
+
+
+def defaults(kind: Kind, lora: bool) -> Values:
+    """Every default of the kind that its fingerprints leave out. A change needs a new version."""
+    options, _ = resolve(fields_for(kind.config), {}, lora)
+    found: Values = {}
+    if options:
+        fields = fields_for(kind.config)
+        found = {key: v for key, v in options.items() if fields[key].effect == "result"}
+        found["batch_size"] = _batch(options)
+        for key, value in extras_of(kind, {}, options["learning_rate"]).items():
+            if isinstance(kind.extras[key], Mapping) or kind.extras[key].effect == "result":
+                found[key] = value
+    evaluation = top_keys()["evaluation"]
+    return found | {key: evaluation[key].default for key in kind.reads}
+
+
+def shared_defaults() -> Values:
+    """The defaults of the tables that all stages share: a change needs new versions of all."""
+    tables = {name: keys for name, keys in top_keys().items() if name in ("model", "dataset")}
+    tables |= {"lora": fields_for(LORA), "": {"seed": top_keys()["seed"]}}
+    return {
+        name: {k: _default(f) for k, f in keys.items() if _counts(f)}
+        for name, keys in tables.items()
+    }
+
+
+def _counts(field: Field | Keys) -> bool:
+    return isinstance(field, Field) and field.standing == "passed" and field.effect == "result"
+
+
+def _batch(options: Values) -> int:
+    return options[BATCH[0]] * options[BATCH[1]]
+
+
+def _rows(recipe: Recipe, table: DatasetTable, kind: Kind, known: Identities) -> Values:
+    """A stage's rows; of its own dataset, less the prompts of the recipe's test splits."""
+    found, whole = _table(table, kind, known), recipe.dataset
+    if table != whole:
+        tests = [one.test_part for one in (whole, *whole.more) if one.test_split]
+        if tests:
+            found["held_out"] = [_table(test, kind, known) for test in tests]
+    return found
+
+
+def _table(table: DatasetTable, kind: Kind, known: Identities) -> Values:
+    """The identity of a table's files, and the settings that choose among their rows."""
+    found = known.datasets[table] | changed(dataset_keys(), asdict(table), kind)
+    if table.more:
+        found["more"] = [_table(other, kind, known) for other in table.more]
+    return found
+
+
+# ---- what differs
+
+
+def differences(
+    old: Values, new: Values, contents: Mapping[str, dict[str, str]] | None = None
+) -> list[str]:
+    """What changed from one fingerprint to another, but for their inputs: a phrase each."""
+    old, new = {**old, "inputs": None}, {**new, "inputs": None}
+    return difference(_told(old, new), _told(new, old), contents=contents)
+
+
+def _told(one: Values, other: Values) -> Values:
+    """A fingerprint with the defaults of those settings that the other fingerprint has."""
+    kind, lora = kind_of(one["kind"]), one["lora"] is not False
+    usual = defaults(kind, lora)
+    filled = {key: usual.get(key) for key in other["settings"] if key not in one["settings"]}
+    for key, value in filled.items():
+        if key.endswith("learning_rate") and key != "learning_rate":
+            rate = one["settings"].get("learning_rate", usual["learning_rate"])
+            filled[key] = rate if key in usual and usual[key] == usual["learning_rate"] else value
+    told = {**one, "settings": one["settings"] | filled}
+    for part, keys in (("model", top_keys()["model"]), ("dataset", dataset_keys())):
+        lacking = [key for key in other[part] if key not in one[part] and key in keys]
+        told[part] = one[part] | {key: _default(keys[key]) for key in lacking}
+    if one["lora"] is not False and other["lora"] is not False:
+        lacking = [key for key in other["lora"] if key not in one["lora"]]
+        told["lora"] = one["lora"] | {key: _default(fields_for(LORA)[key]) for key in lacking}
+    return {"seed": top_keys()["seed"].default, **told}
 
 
 def difference(

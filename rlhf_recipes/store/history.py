@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.recipe.tables import JUDGE, POLICY_KINDS
+from rlhf_recipes.recipe.kinds import JUDGE, makes
 from rlhf_recipes.store import layout, locks
 from rlhf_recipes.store.files import read_json
 
@@ -90,6 +90,6 @@ def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
     """The numbers that an evaluation's summary is made of, as far as there are any."""
     accuracies = [key for key in results if key.endswith(".accuracy")]
     accuracy = [key for key in accuracies if key != f"{JUDGE}.accuracy"][-1:]
-    made = [entry["name"] for entry in manifest["stages"] if entry.get("kind") in POLICY_KINDS]
+    made = [entry["name"] for entry in manifest["stages"] if makes(entry.get("kind", ""), "policy")]
     keys = [*accuracy, *(f"{name}.{what}" for name in made[-1:] for what in ("win_rate", "kl"))]
     return {key: results[key] for key in keys if isinstance(results.get(key), int | float)}

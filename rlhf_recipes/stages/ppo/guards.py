@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.recipe.kinds import Limits
 
 SCORES = 3  # updates that a score is averaged over: one batch's mean is noise
 

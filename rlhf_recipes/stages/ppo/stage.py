@@ -11,41 +11,61 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
+from statistics import fmean
+from typing import Any
 
+import torch
 from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes import signals, stats
+from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.models.fake_model import Held, Sim, ids_of, learning, sampling
 from rlhf_recipes.models.reward_model import load_head, open_foreign, open_reward, zero_head
+from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
+from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.tables import EXTRAS, Limits, StageTable
+from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.sources import resolve as sources
-from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.ppo.losses import Rollout
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.reward import measure
-from rlhf_recipes.stages.training import float32, load_rows, need, trainer_config
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.stages.training import (
+    BACKWARD,
+    FORWARD,
+    STEPS,
+    batch,
+    float32,
+    load_rows,
+    need,
+    shortened,
+    trainer_config,
+)
+from rlhf_recipes.store.digests import derive_seed
+
+__all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
 ROLLOUT = "local_rollout_forward_batch_size"
 VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, shared = context.recipe, context.shared
+    recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
     data = load_rows(context)
     prompts = unique_prompts(need(data.train, "prompts on the train side", context))
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
     # ---- a reward model that is worth it
-    base, scorer = shared.base, context.inputs.get("reward_model")
+    base, scorer = session.base, context.inputs.get("reward_model")
     minimum, key = minimum_accuracy(recipe, table)
     if scorer is not None:
         found, told = json.loads((scorer / stats.FILE).read_text())["metrics"], {}
     else:
         folder = sources.model_folder(table.reward_model, recipe)
-        reward = open_foreign(folder, base, shared.tokens)
+        reward = open_foreign(folder, base, session.tokens)
         found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
         told = {f"{name}.{metric}": number for metric, number in found.items()}
@@ -73,7 +93,7 @@ def run(context: StageContext) -> StageResult:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
     trainer = PPOTrainer(
         args=trainer_config(PPOConfig, context, stop_token="eos"),
-        processing_class=shared.tokens.tokenizer,
+        processing_class=session.tokens.tokenizer,
         model=policy,
         ref_model=reference,
         reward_model=reward,
@@ -127,7 +147,7 @@ def minimum_accuracy(recipe: Recipe, table: StageTable) -> tuple[float, str]:
         own = recipe.tables[name].extras if name in recipe.tables else {}
         if own.get("minimum_accuracy") is not None:
             return own["minimum_accuracy"], f"{name}.minimum_accuracy"
-    return EXTRAS["reward"]["minimum_accuracy"].default, f"{table.name}.minimum_accuracy"
+    return MINIMUM_ACCURACY, f"{table.name}.minimum_accuracy"
 
 
 class Report:
@@ -152,7 +172,7 @@ class Report:
                 self._sample(trainer, rollout, row)
 
     def _sample(self, trainer: PPOTrainer, rollout: Rollout, row: int) -> None:
-        tokens, sequences = self.context.shared.tokens, rollout.sequences
+        tokens, sequences = self.context.session.tokens, rollout.sequences
         prompt = trainer.prompts(trainer.state.global_step)[row]
         answer = sequences.ids[row, -sequences.answer :][: int(sequences.lengths[row])]
         self.context.progress.sample(
@@ -161,3 +181,86 @@ class Report:
             update=trainer.state.global_step,
             score=float(rollout.scores[row]),
         )
+
+
+# ---- its rehearsal, and what its memory and its work are counted from
+
+
+def answer_length(recipe: Recipe, name: str) -> int:
+    return recipe.table(name).options["response_length"]
+
+
+def trial(recipe: Recipe, name: str) -> Trial:
+    """An update on no more answers than are sampled at a time, in two optimizer steps or more."""
+    given = recipe.table(name).options
+    rows, micros = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
+    minis = given["num_mini_batches"]
+    if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
+        sampled = min(given[ROLLOUT], rows * micros)
+        each, minis = micros // minis, min(minis, STEPS)
+        each = min(each, max(min(each, STEPS), -(-sampled // (rows * minis))))
+        micros = each * minis
+    updates = 1 if minis * given["num_ppo_epochs"] > 1 else STEPS
+    options = {
+        "gradient_accumulation_steps": micros,
+        "num_mini_batches": minis,
+        "total_episodes": rows * micros * updates,
+        "eval_steps": updates,
+        "save_steps": updates,
+    }
+    less = shortened(recipe, name, options, minimum_accuracy=0.0)
+    return Trial(less, options["total_episodes"], min(given[ROLLOUT], VALIDATION_PROMPTS))
+
+
+def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
+    options, prompts = recipe.table(stage.name).options, data.learned("prompts")
+    size = batch(options)
+    steps = math.ceil(options["total_episodes"] / size)
+    read = fmean(len(e.prompt_ids) for e in prompts) + options["response_length"]
+    learns = options["num_ppo_epochs"] * 2 * (FORWARD + BACKWARD)
+    looks = _looks(options, steps) * min(VALIDATION_PROMPTS, len(data.validation))
+    seen = 5 * FORWARD * read  # the sampling, and the opinions of four roles
+    return Work(steps, size * (seen + learns * read), looks * seen)
+
+
+def _looks(options: Mapping[str, Any], updates: int) -> int:
+    """How often PPO looks at validation prompts."""
+    if options["eval_strategy"] == "no":
+        return 0
+    every = options["eval_steps"]
+    return 1 + math.ceil(updates / math.ceil(every if every >= 1 else every * updates))
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    """The sampling, the opinions of the roles, and the learning of policy and value."""
+    lengths, options = sim.lengths, sim.options
+    temperature, size = options["temperature"], batch(options)
+    rows = min(options["per_device_train_batch_size"], size // options["num_mini_batches"])
+    looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
+    sampled = min(options[ROLLOUT], max(size, looked_at))
+    names, trained = ["policy", "reference", "value", "reward"], ["policy", "value"]
+    with sim.model(*names, trained=trained) as (tracker, [policy, _, value, *_]):
+        policy.lm.eval(), value.lm.eval()
+        yield from sampling(tracker, policy, sampled, lengths)
+        tracker.begin()
+        given = (*ids_of(sampled, lengths.row), lengths.answer)
+        with policy.active(), torch.no_grad():
+            logprobs(policy, *given, temperature)
+        yield tracker.most
+        given = (*ids_of(rows, lengths.row), lengths.answer)
+        if options["gradient_checkpointing"]:
+            policy.lm.train(), value.lm.train()
+        if not sim.card and policy.pairs_with(value):
+            with policy.active(beside=value):
+
+                def both() -> torch.Tensor:
+                    new, _, guess = logprobs_and_values(policy, value, *given, temperature)
+                    return new.sum() + guess.sum()
+
+                yield from learning(tracker, both)
+            return
+        with policy.active():
+            words = (policy, *given, temperature)
+            yield from learning(tracker, lambda: logprobs(*words)[0].sum())
+        with value.active():
+            yield from learning(tracker, lambda: values(value, *given).sum())

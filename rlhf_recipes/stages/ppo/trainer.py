@@ -34,12 +34,12 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, score, values
 from rlhf_recipes.models.sampling import Sequences, join, sample
-from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, policy_loss, value_loss
-from rlhf_recipes.store.fingerprint import derive_seed
+from rlhf_recipes.store.digests import derive_seed
 
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 

@@ -1,4 +1,7 @@
-"""A model without content: its tensors have a shape and count, and say what they are for."""
+"""A fake-tensor model that tracks live bytes by purpose: weights, gradients, KV cache and so on.
+
+A stage's own passes run on the model; its tensors have a shape and no content.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +25,6 @@ from rlhf_recipes.models import attention
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.role import Role
-from rlhf_recipes.pipeline.plan import PlannedStage
 from rlhf_recipes.recipe.load import Recipe
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: of it, and of its scales
@@ -92,14 +94,15 @@ class Sim:
     """A stage as the rule looks at it: on a model without content, its tensors counted."""
 
     recipe: Recipe
-    stage: PlannedStage
+    name: str  # the stage's
+    foreign_reward: bool  # what scores is a model from elsewhere
     lengths: Lengths
     card: bool  # on an accelerator
     config: Any
 
     @property
     def options(self) -> Mapping[str, Any]:
-        return self.recipe.table(self.stage.name).options
+        return self.recipe.table(self.name).options
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,7 +119,7 @@ class Sim:
     ) -> Iterator[tuple[Tracker, list[Role]]]:
         """The roles of these names on one base, those of `trained` with gradient and optimizer.
 
-        Beside them, where PPO's rewards come from elsewhere, a model as large as the base.
+        Beside them, where rewards come from elsewhere, a model as large as the base.
         """
         words, roles = self.recipe.lora if lora else None, []
         dtype = torch.float32 if lora and words is None else self.dtype
@@ -129,7 +132,7 @@ class Sim:
                     role.add_head(models.new_head(role.lm, bias=True))
                     role.score.requires_grad_(name in trained)
                 roles.append(role)
-            if self.stage.kind == "ppo" and "reward_model" not in self.stage.inputs:
+            if self.foreign_reward:
                 roles.append(Role(self._load(self.dtype), None, self.dtype))
         bits = self.recipe.model.quantization if quantized else "none"
         if bits != "none":
@@ -175,7 +178,7 @@ class Sim:
 
     def _learner(self, role: Role, tracker: Tracker) -> None:
         """Optimizer state and, where a step has several backwards, the gradients between them."""
-        table = self.recipe.table(self.stage.name)
+        table = self.recipe.table(self.name)
         options = table.options
         states = STATES.get(options["optim"], 8)
         for weight in role.trainable():
@@ -224,3 +227,59 @@ def _attention(card: bool) -> Iterator[None]:
         yield
     finally:
         attention.LONGEST = longest
+
+
+# ---- the parts of stages
+
+
+def ids_of(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, length, dtype=torch.long), torch.ones(rows, length, dtype=torch.long)
+
+
+def learning(tracker: Tracker, loss: Callable[[], torch.Tensor]) -> Iterator[Held]:
+    """Forward and backward."""
+    tracker.begin()
+    total = loss()
+    yield tracker.most
+    tracker.begin()
+    total.backward()
+    yield tracker.most
+
+
+def training(
+    sim: Sim, tracker: Tracker, role: Role, loss: Callable[[int], torch.Tensor], each: int = 1
+) -> Iterator[Held]:
+    """A step, of `each` sequences a row; and what is evaluated between the steps and after them."""
+    rows = sim.options["per_device_train_batch_size"]
+    yield from learning(tracker, lambda: loss(each * rows))
+    role.lm.eval()
+    for weight in role.lm.parameters():
+        weight.grad = None
+    tracker.kept = [tensor for tensor in tracker.kept if tensor.dtype == torch.uint8]
+    tracker.begin()
+    with torch.no_grad():
+        loss(sim.options["per_device_eval_batch_size"])
+    yield tracker.most
+
+
+def sampling(tracker: Tracker, policy: Role, rows: int, lengths: Lengths) -> Iterator[Held]:
+    """The prompts, and the last token of the longest answers."""
+
+    def read(new: int, length: int, cache: Any = None) -> Any:
+        words = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        ids, mask = ids_of(rows, new)[0], ids_of(rows, length)[1]
+        with policy.active(), torch.no_grad():
+            return policy.lm(input_ids=ids, attention_mask=mask, **words)
+
+    tracker.begin()
+    read(lengths.prompt, lengths.prompt)
+    yield tracker.most
+    cache = read(lengths.row - 1, lengths.row - 1).past_key_values
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                tracker.move(tensor, CACHE)
+    tracker.begin()
+    logits = read(1, lengths.row, cache).logits[:, -1].float()
+    torch.multinomial(torch.softmax(logits / 0.7, -1), 1)
+    yield tracker.most

@@ -1,0 +1,203 @@
+"""Every fact about a kind of stage, in one light place: no torch in here.
+
+A new kind is its file under `stages/`, one `Kind` below, its fields in `tools/fields.toml`, the
+files that `python -m tools.make_fields` writes, and its tests. The stage's module exports `run`,
+`trial`, `work` and `memory` (and `answer_length` where the kind samples): see
+`stages/contract.py`. No other module asks for a kind by its name where `makes`, `samples`,
+`learns_from` or `roles` answers the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.recipe.fields import Field, Keys, fields_for, fields_of
+
+LORA, BITSANDBYTES = "peft:LoraConfig", "transformers:BitsAndBytesConfig"
+RESERVED = ("kto", "rloo", "grpo")  # names of kinds to come
+# Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
+JUDGE, EVALUATION, BEST_OF = "judge", "evaluation", "best_of"
+PAIRED = ("pairs", "judge_pairs")  # what is learned from pairs
+# What serves a role: a stage whose kind makes this.
+ROLES = {"policy": "policy", "reward_model": "reward_model", "reference": "policy"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    version: int  # goes up when the same settings would give another result
+    module: str  # it describes the stage: see stages/contract.py
+    config: str  # whose fields the stage's table passes on; "": no recipe has a table of the kind
+    makes: str  # policy | reward_model | numbers
+    learns_from: str  # answers | pairs | judge_pairs | prompts | test_prompts
+    roles: tuple[str, ...] = ("policy",)  # of ROLES: what its table may name
+    needs: tuple[str, ...] = ()  # of `roles`: without these it cannot run
+    samples: bool = False  # asks a policy for answers
+    extras: Keys = field(default_factory=dict)  # our own keys, each with its effect on the result
+    listed: bool = True  # a recipe's `stages` may name it
+    reads: tuple[str, ...] = ()  # the keys of [evaluation] that determine its result
+    borrows: tuple[str, ...] = ()  # keys of the last policy that samples, where `reads` has none
+
+    @property
+    def explores(self) -> bool:
+        """Whether it trains a policy on answers that this policy samples: PPO and its kin."""
+        return self.samples and self.makes == "policy"
+
+    @property
+    def pairs(self) -> bool:
+        return self.learns_from in PAIRED
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
+
+    max_kl: float = field(default=25.0, metadata={"range": "above 0", "effect": "result"})  # nats
+    # Shares of the first update's: entropy a token, and mean length.
+    min_entropy: float = field(default=0.1, metadata={"range": "from 0 to 1", "effect": "result"})
+    min_length: float = field(default=0.2, metadata={"range": "from 0 to 1", "effect": "result"})
+    # In units of the reward.
+    max_score_drop: float = field(default=1.5, metadata={"range": "above 0", "effect": "result"})
+
+
+MINIMUM_ACCURACY = 0.55  # on test pairs, for a policy to train against a reward model
+_RATE = Field(("float",), range="above 0")  # None: the stage's learning_rate
+_REWARD: Keys = {
+    "head_learning_rate": _RATE,
+    "minimum_accuracy": Field(("float",), MINIMUM_ACCURACY, range="from 0 to 1", effect="neutral"),
+}
+_PPO: Keys = {
+    "value_learning_rate": _RATE,
+    "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
+    "keep": Field(("str",), "best", choices=("best", "last")),
+    # None: as the reward stage has it, MINIMUM_ACCURACY of a model from elsewhere.
+    "minimum_accuracy": Field(("float",), range="from 0 to 1", effect="neutral"),
+    "guard": fields_of(Limits),
+}
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "sft",
+            version=3,
+            module="rlhf_recipes.stages.sft",
+            config="trl:SFTConfig",
+            makes="policy",
+            learns_from="answers",
+        ),
+        Kind(
+            "reward",
+            version=4,
+            module="rlhf_recipes.stages.reward",
+            config="trl:RewardConfig",
+            makes="reward_model",
+            learns_from="pairs",
+            extras=_REWARD,
+        ),
+        Kind(
+            "ppo",
+            version=4,
+            module="rlhf_recipes.stages.ppo.stage",
+            config="trl.experimental.ppo:PPOConfig",
+            makes="policy",
+            learns_from="prompts",
+            roles=("policy", "reward_model", "reference"),
+            needs=("reward_model",),
+            samples=True,
+            extras=_PPO,
+        ),
+        Kind(
+            "dpo",
+            version=3,
+            module="rlhf_recipes.stages.dpo",
+            config="trl:DPOConfig",
+            makes="policy",
+            learns_from="pairs",
+            roles=("policy", "reference"),
+        ),
+        Kind(
+            JUDGE,
+            version=5,
+            module="rlhf_recipes.stages.reward",
+            config="trl:RewardConfig",
+            makes="reward_model",
+            learns_from="judge_pairs",
+            roles=(),
+            extras=_REWARD,
+            listed=False,
+        ),
+        Kind(
+            EVALUATION,
+            version=6,
+            module="rlhf_recipes.stages.evaluate",
+            config="",
+            makes="numbers",
+            learns_from="test_prompts",
+            samples=True,
+            listed=False,
+            reads=("prompts", "response_length", "temperature"),
+        ),
+        Kind(
+            BEST_OF,
+            version=3,
+            module="rlhf_recipes.stages.best_of",
+            config="",
+            makes="numbers",
+            learns_from="test_prompts",
+            samples=True,
+            listed=False,
+            reads=("prompts", "response_length", "temperature", "best_of"),
+            borrows=("response_length", "temperature", "missing_eos_penalty"),
+        ),
+    )
+}
+
+
+def kind_of(name: str) -> Kind:
+    """Raises UsageError for a kind that this version does not know."""
+    if name not in KINDS:
+        known = ", ".join(KINDS)
+        raise UsageError(f"{name!r} is not a kind of stage", f"this version knows {known}")
+    return KINDS[name]
+
+
+def listed() -> list[str]:
+    """The kinds that a recipe's `stages` may name."""
+    return [name for name, kind in KINDS.items() if kind.listed]
+
+
+def implied() -> list[str]:
+    """The kinds that [evaluation] asks for."""
+    return [name for name, kind in KINDS.items() if not kind.listed]
+
+
+def makes(kind: str, what: str) -> bool:
+    """Whether stages of this kind make a policy, a reward model or numbers; no for any unknown.
+
+    For manifests: an older or newer version may have written them.
+    """
+    return kind in KINDS and KINDS[kind].makes == what
+
+
+def extras_of(kind: Kind, written: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
+    """The kind's own keys as written, else their defaults; rates default to `learning_rate`."""
+    found: dict[str, Any] = {}
+    for key, one in kind.extras.items():
+        if isinstance(one, Field):
+            default = learning_rate if one is _RATE else one.default
+            found[key] = written.get(key, default)
+        else:
+            inner = {name: f.default for name, f in one.items()}
+            found[key] = inner | written.get(key, {})
+    return found
+
+
+def field_tables() -> dict[str, dict[str, Field]]:
+    """Every upstream field, by the names that `tools/fields.toml` has for the configs."""
+    configs = {name: KINDS[name].config for name in listed()}
+    configs |= {"lora": LORA, "bitsandbytes": BITSANDBYTES}
+    return {name: fields_for(config) for name, config in configs.items()}
