@@ -19,7 +19,7 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import DataError, GateError
 from rlhf_recipes.pipeline import runner
 from rlhf_recipes.stages import contract
-from rlhf_recipes.store import fingerprint
+from rlhf_recipes.store.digests import digest
 
 STEPS = 3
 
@@ -67,7 +67,7 @@ class Counting:
         self.ran: list[str] = []
         self.exported: list[str] = []
         self.fault: dict[str, Any] = {}  # stage -> called with its context
-        patch.setattr(contract, "load", lambda kind: self.stage)
+        patch.setattr(contract, "module_of", lambda kind: types.SimpleNamespace(run=self.stage))
         patch.setattr(runner._Run, "_rehearse", lambda *_: None)
         export = types.ModuleType("rlhf_recipes.pipeline.export")
         export.write_model = self.write_model
@@ -88,7 +88,7 @@ class Counting:
             metrics = {"ppo.win_rate": 0.75, "prompts": 8}
         return contract.StageResult(metrics, "loss 0.50 → 0.25")
 
-    def write_model(self, shared: Any, output: Path, folder: Path, *, form: str) -> None:
+    def write_model(self, session: Any, output: Path, folder: Path, *, form: str) -> None:
         assert form == "merged"
         self.exported.append(output.parent.name.partition("-")[0])
         folder.mkdir()
@@ -104,7 +104,7 @@ def steady(context: contract.StageContext) -> contract.StageResult:
 
     work, output = context.folder / "work", context.folder / "output"
     read = [(source / "weights").read_text() for source in context.inputs.values()]
-    start = fingerprint.digest([context.name, *read])
+    start = digest([context.name, *read])
     kept = checkpoints.newest(work, start, context.progress.note)
     step = checkpoints.step_of(kept) if kept else 0
     weights = (kept / "weights").read_text() if kept else start
@@ -112,7 +112,7 @@ def steady(context: contract.StageContext) -> contract.StageResult:
     beside = context.recipe.path.parent
     with signals.deferred():
         while step < STEPS and not signals.requested():
-            step, weights = step + 1, fingerprint.digest([weights])
+            step, weights = step + 1, digest([weights])
             with (beside / "steps").open("a") as counted:
                 counted.write(f"{context.name} {step}\n")
             while (beside / "hold").exists():
@@ -167,7 +167,7 @@ def main() -> None:
     counting = Counting(_Patch())
     fault, _, stage = os.environ.get("COUNTING", "").partition(":")
     if fault == "steady":
-        contract.load = lambda kind: steady
+        contract.module_of = lambda kind: types.SimpleNamespace(run=steady)
     elif fault:
         counting.fault[stage] = globals()[fault]
     from rlhf_recipes.cli import main as command

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import rlhf_recipes
-from rlhf_recipes.recipe.fields import trl_fields
+from rlhf_recipes.recipe.kinds import field_tables
 
-SCHEMA = Path(rlhf_recipes.__file__).parent / "recipe.schema.json"
+SCHEMA = Path(rlhf_recipes.__file__).parent / "recipe" / "recipe.schema.json"
 HERE = "|"  # the cursor
 
 
@@ -98,7 +98,7 @@ def test_what_is_offered(server: Server, text: str, offered: set[str]) -> None:
 def test_a_stage_s_keys_are_offered_with_what_they_mean(server: Server) -> None:
     """All that the trainer heeds, and nothing that the program or another key owns."""
     found = server.completions("#:schema ./recipe.schema.json\n[ppo]\n|\n")
-    passed = {key for key, one in trl_fields()["ppo"].items() if one.standing == "passed"}
+    passed = {key for key, one in field_tables()["ppo"].items() if one.standing == "passed"}
     assert passed <= found.keys() and len(passed) > 30
     assert "KL coefficient" in found["kl_coef"] and "0.05" in found["kl_coef"]
     assert not {"bf16", "output_dir", "push_to_hub", "trust_remote_code"} & found.keys()

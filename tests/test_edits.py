@@ -61,7 +61,9 @@ def set_key(world: World, key: Key, one: Field) -> set[str] | None:
     values = [one for kind in one.types for one in VALUES[kind]]
     if one.choices:
         values = [[c] if one.types == ["list[str]"] else c for c in one.choices]
-    kind = "lora" if key[0] == "lora" else kind_of(before, str(key[0]))
+    kind = str(key[0])
+    if kind in before["stages"]:
+        kind = kind_of(before, kind).name
     for value in world.draw.sample(values, len(values)):
         if one.check(value)[1] or value == now:
             continue
@@ -73,7 +75,7 @@ def set_key(world: World, key: Key, one: Field) -> set[str] | None:
         except RecipeError:
             world.tables = copy.deepcopy(before)
             continue
-        return owners(before, key, one.effect)
+        return owners(before, key, one)
     return None
 
 
@@ -151,7 +153,7 @@ def leave_out_the_evaluation(world: World) -> set[str]:
 
 def take_another_policy(world: World) -> set[str]:
     stages = world.tables["stages"]
-    able = {stage for stage in stages if kind_of(world.tables, stage) != "reward"}
+    able = {stage for stage in stages if kind_of(world.tables, stage).makes == "policy"}
     *_, last = stages
     now = inputs(world.tables)[last].get("policy")
     others = [stage for stage in stages[:-1] if stage in able and stage != now]
@@ -168,9 +170,9 @@ def drop_the_last_stage(world: World) -> set[str]:
     dropped = stages[-1]
     before = inputs(world.tables)["evaluation"]
     world.tables["stages"] = stages[:-1]
-    if kind_of(world.tables, dropped) == "ppo" and world.tables["evaluation"]:
+    if kind_of(world.tables, dropped).explores and world.tables["evaluation"]:
         world.tables["evaluation"].pop("best_of", None)
-    world.tables.setdefault(dropped, {})["kind"] = kind_of(world.tables, dropped)
+    world.tables.setdefault(dropped, {})["kind"] = kind_of(world.tables, dropped).name
     return {"evaluation"} if inputs(world.tables)["evaluation"] != before else set()
 
 
@@ -242,7 +244,7 @@ def try_edits(case: int, folder: Path) -> None:
             own = [why for why in reasons if not why.startswith("input ")]
             assert not own or stage in roots | world.waiting, f"{stage}, after {name}: {reasons}"
             if stage in roots - world.waiting and not callable(step):
-                words = {*map(str, step[0]), "batch_size", "n"}  # best_of's n
+                words = {*map(str, step[0]), "batch_size"}
                 said = {word for why in own for word in re.split(r"[ .]", why)}
                 assert words & said, f"{stage}, after {name}: {reasons}"
         world.waiting = changed - there

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.recipe import aliases, fields, tables
+from rlhf_recipes.recipe import aliases, kinds, tables
 from tests.test_recipe import MINIMAL, problems
 
 ELSEWHERE = {
@@ -51,13 +51,13 @@ ELSEWHERE = {
 
 def ours(name: str) -> bool:
     """Whether a dotted key, or one of a stage's table, may be set in a recipe."""
-    kinds = {kind: kind for kind in tables.KINDS}
-    paths = [(kind, name) for kind in kinds] if "." not in name else [tuple(name.split("."))]
+    stages = {kind: kind for kind in kinds.listed()}
+    paths = [(kind, name) for kind in stages] if "." not in name else [tuple(name.split("."))]
     return (
         name in tables.top_keys()
-        or name in kinds
+        or name in stages
         or any(
-            (found := tables.field_at(path, kinds))
+            (found := tables.field_at(path, stages))
             and found.standing == "passed"
             or path == ("dataset", "columns")
             for path in paths
@@ -96,7 +96,7 @@ def test_every_field_of_trls_other_trainers_is_known() -> None:
                 here = [line for line in node.body if isinstance(line, ast.AnnAssign)]
                 names |= {line.target.id for line in here}
                 configs += bool(here)
-    names -= {name for table in fields.trl_fields().values() for name in table}
+    names -= {name for table in kinds.field_tables().values() for name in table}
     names -= {*tables.top_keys()["model"], *tables.top_keys()["dataset"]}
     assert configs > 20 and len(names) > 100
     assert sorted(name for name in names if not aliases.elsewhere(name)) == []

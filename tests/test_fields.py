@@ -15,9 +15,9 @@ from typing import Any, Literal
 import pytest
 
 from rlhf_recipes.recipe.check_stages import check
-from rlhf_recipes.recipe.fields import Field, fields_of, trl_fields
+from rlhf_recipes.recipe.fields import Field, fields_of
+from rlhf_recipes.recipe.kinds import field_tables, listed
 from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
-from rlhf_recipes.recipe.tables import KINDS
 
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 ROOT = Path(__file__).parent.parent
@@ -36,8 +36,8 @@ def generator() -> ModuleType:
 
 def test_generated_files_are_those_of_the_installed_versions(generator: ModuleType) -> None:
     made = {
-        PACKAGE / "fields.json": generator.fields_json(),
-        PACKAGE / "recipe.schema.json": generator.schema_json(generator.helps()),
+        PACKAGE / "recipe" / "fields.json": generator.fields_json(),
+        PACKAGE / "recipe" / "recipe.schema.json": generator.schema_json(generator.helps()),
         ROOT / "docs" / "keys.md": generator.keys_md(),
     }
     for file, text in made.items():
@@ -45,7 +45,7 @@ def test_generated_files_are_those_of_the_installed_versions(generator: ModuleTy
 
 
 def test_every_field_is_classified(generator: ModuleType) -> None:
-    assert {table: len(fields) for table, fields in trl_fields().items()} == {
+    assert {table: len(fields) for table, fields in field_tables().items()} == {
         "sft": 135,
         "reward": 125,
         "ppo": 145,
@@ -53,7 +53,7 @@ def test_every_field_is_classified(generator: ModuleType) -> None:
         "lora": 42,
         "bitsandbytes": 10,
     }
-    for table, fields in trl_fields().items():
+    for table, fields in field_tables().items():
         assert list(fields) == list(generator.upstream(table))
         for name, field_ in fields.items():
             said = (bool(field_.types), bool(field_.owner), bool(field_.reason))
@@ -80,8 +80,8 @@ def test_what_fields_toml_says_of_a_field_is_of_a_field_that_is_passed() -> None
     for part in ("ours", "choices", "never"):
         for entry in said[part]:
             for table in entry["in"].split():
-                assert trl_fields()[table][entry["field"]].standing == "passed", entry
-    passed = {n for t in trl_fields().values() for n, f in t.items() if f.standing == "passed"}
+                assert field_tables()[table][entry["field"]].standing == "passed", entry
+    passed = {n for t in field_tables().values() for n, f in t.items() if f.standing == "passed"}
     assert {name for names in said["ranges"].values() for name in names.split()} <= passed
 
 
@@ -91,7 +91,7 @@ def test_what_fields_toml_says_of_a_field_is_of_a_field_that_is_passed() -> None
 def sets(table: str, name: str, value: Any) -> dict[str, Any]:
     """A recipe, parsed, that sets one key."""
     place = "model" if table == "bitsandbytes" else table
-    stages = [place] if place in KINDS else ["sft"]
+    stages = [place] if place in listed() else ["sft"]
     data = {"stages": stages, "model": {"name": "a/b"}, "dataset": {"path": "a/b"}}
     if table == "ppo":
         data["ppo"] = {"reward_model": "a/b"}
@@ -99,11 +99,11 @@ def sets(table: str, name: str, value: Any) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.parametrize("table", trl_fields())
+@pytest.mark.parametrize("table", field_tables())
 def test_the_validator_takes_what_is_passed_and_says_why_of_the_rest(
     tmp_path: Path, table: str
 ) -> None:
-    for name, field_ in trl_fields()[table].items():
+    for name, field_ in field_tables()[table].items():
         default = field_.default if field_.ours is None else field_.ours
         if field_.standing == "passed" and default is None:
             continue
@@ -150,11 +150,11 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
     return all(rules[word](said) for word, said in schema.items() if word in rules)
 
 
-@pytest.mark.parametrize("table", [*KINDS, "lora"])
+@pytest.mark.parametrize("table", [*listed(), "lora"])
 def test_the_schema_allows_what_the_validator_allows(table: str) -> None:
-    schema = json.loads((PACKAGE / "recipe.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((PACKAGE / "recipe" / "recipe.schema.json").read_text(encoding="utf-8"))
     found = schema["$defs"].get(table) or schema["properties"]["lora"]["anyOf"][1]
-    for name, field_ in trl_fields()[table].items():
+    for name, field_ in field_tables()[table].items():
         assert (name in found["properties"]) == (field_.standing == "passed"), name
         for value in (*VALUES, *field_.choices) if field_.standing == "passed" else ():
             wrong = field_.check(value)[1]
@@ -165,7 +165,7 @@ def test_the_documentation_has_every_field() -> None:
     text = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
     parts = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     named = {part: set(re.findall(r"`(\w+)`", body)) for part, body in parts.items()}
-    for table, fields in trl_fields().items():
+    for table, fields in field_tables().items():
         passed = "`[lora]`" if table == "lora" else "Stages"
         for name, field_ in fields.items():
             part = {"passed": passed, "refused": "Refused"}.get(
@@ -205,7 +205,7 @@ def test_the_documentation_has_every_field() -> None:
 def test_standing_and_effect(tables: str, names: str, standing: str) -> None:
     for table in tables.split():
         for name in names.split():
-            found = trl_fields()[table][name]
+            found = field_tables()[table][name]
             said = found.effect if found.standing == "passed" else "closed"
             assert said == standing, f"{table}.{name}"
 
@@ -213,7 +213,7 @@ def test_standing_and_effect(tables: str, names: str, standing: str) -> None:
 def test_our_defaults() -> None:
     ours = {
         f"{table}.{name}": (field_.default, field_.ours, field_.our_default(lora=False))
-        for table, fields in trl_fields().items()
+        for table, fields in field_tables().items()
         for name, field_ in fields.items()
         if field_.ours is not None
     }
@@ -227,8 +227,8 @@ def test_our_defaults() -> None:
         "ppo.missing_eos_penalty": (None, 1.0, 1.0),
         "ppo.eval_strategy": ("no", "steps", "steps"),
         "ppo.eval_steps": (None, 0.2, 0.2),
-        **{f"{kind}.save_steps": (500, 0.1, 0.1) for kind in KINDS},
-        **{f"{kind}.save_total_limit": (None, 2, 2) for kind in KINDS},
+        **{f"{kind}.save_steps": (500, 0.1, 0.1) for kind in listed()},
+        **{f"{kind}.save_total_limit": (None, 2, 2) for kind in listed()},
         "lora.r": (8, 16, 16),
         "lora.lora_alpha": (8, 32, 32),
         "lora.target_modules": (None, "all-linear", "all-linear"),
@@ -248,9 +248,9 @@ def test_the_configs_take_what_a_recipe_passes(generator: ModuleType, tmp_path: 
 
 
 def test_the_schema_knows_the_keys_that_may_be_set() -> None:
-    schema = json.loads((PACKAGE / "recipe.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads((PACKAGE / "recipe" / "recipe.schema.json").read_text(encoding="utf-8"))
     ppo = schema["$defs"]["ppo"]["properties"]
-    passed = {name for name, f in trl_fields()["ppo"].items() if f.standing == "passed"}
+    passed = {name for name, f in field_tables()["ppo"].items() if f.standing == "passed"}
     own = {"kind", "policy", "reward_model", "reference", "dataset"}
     extras = {"value_learning_rate", "value_warmup_epochs", "keep", "guard", "minimum_accuracy"}
     assert set(ppo) == passed | own | extras

@@ -73,7 +73,7 @@ def test_what_serves_their_roles(recipe: Path) -> None:
     assert best_of.inputs == {"policy": "sft"} | shared
     assert evaluation.payload["judge2"] == best_of.payload["judge2"] != {}
     assert best_of.payload["settings"] == {
-        "prompts": 8, "response_length": 16, "temperature": 0.7, "n": 16,
+        "prompts": 8, "response_length": 16, "temperature": 0.7, "best_of": 16,
         "missing_eos_penalty": 1.0,
     }  # fmt: skip
     second = plan(recipe, 'evaluation.judge=["./other", "independent"]').stages[4]
@@ -139,7 +139,7 @@ def test_the_judge_learns_as_the_last_reward_stage_does(recipe: Path) -> None:
     loaded = load_recipe(toy(recipe.parent, "two", text), set=[INDEPENDENT])
     second = loaded.table("second")
     own = (second.options, second.extras, second.given, second.dataset)
-    assert table_of(loaded) == ("reward", None, *own)
+    assert table_of(loaded) == ("judge", None, *own)
     assert loaded.table("judge").options["max_steps"] == 7 and loaded.table("judge").dataset
     assert "--set second." in smaller_layout(loaded, "judge", "two")
 
@@ -149,7 +149,7 @@ def test_without_a_reward_stage_it_learns_as_one_would(recipe: Path) -> None:
     loaded = load_recipe(toy(recipe.parent, "dpo", text), set=[INDEPENDENT])
     default = load_recipe(recipe, unset=["reward.learning_rate"]).table("reward")
     none = (default.options, default.extras, default.given, None)
-    assert table_of(loaded) == ("reward", None, *none)
+    assert table_of(loaded) == ("judge", None, *none)
     assert loaded.all_stages == ["sft", "dpo", "judge", "evaluation"]
 
 

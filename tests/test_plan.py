@@ -78,7 +78,7 @@ def test_a_rerun_says_why(tmp_path: Path) -> None:
     recipe = toy(tmp_path)
     finish(plan(recipe))
     assert reasons(plan(recipe, "reward.learning_rate=2e-5")) == {
-        "reward": "learning_rate 1e-05 → 2e-05, head_learning_rate 1e-05 → 2e-05",
+        "reward": "learning_rate 1e-05 → 2e-05",
         "ppo": "input reward changed",
         "evaluation": "input ppo changed, input reward changed",
     }

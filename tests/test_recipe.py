@@ -10,15 +10,15 @@ from rlhf_recipes.errors import RecipeError, UsageError
 from rlhf_recipes.recipe.load import (
     Recipe,
     find_recipe,
-    identity_settings,
     layout_settings,
     load_recipe,
     shipped_recipes,
 )
 from rlhf_recipes.recipe.tables import MirrorTable
+from rlhf_recipes.store.fingerprint import Identities, settings
 
+KNOWN = Identities({}, {}, {}, {})
 SAVING = {"save_steps": 0.1, "save_total_limit": 2}
-GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 MODEL = 'name = "org/base"'
 DATA = 'path = "./pairs.jsonl"'
 SHA = "0a" * 32
@@ -99,7 +99,7 @@ def test_stages_resolved(tmp_path: Path) -> None:
         "value_warmup_epochs": 0,
         "keep": "best",
         "minimum_accuracy": None,  # the reward stage's
-        "guard": GUARD | {"max_kl": 8.0},
+        "guard": {"max_kl": 8.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5},
     }
     assert {k: recipe.resolved()["ppo"].get(k) for k in ppo.extras} == ppo.extras
     assert (ppo.given["eval_strategy"], ppo.given["eval_steps"]) == ("steps", 0.2)
@@ -147,7 +147,7 @@ def test_resolved_is_a_recipe_whose_stages_are_the_same(tmp_path: Path) -> None:
     assert again.table("ppo").reward_model == str(tmp_path / "model")
     assert again.table("sft").dataset.file == recipe.table("sft").dataset.file
     for stage in recipe.stages:
-        assert identity_settings(again, stage) == identity_settings(recipe, stage)
+        assert settings(again, stage, KNOWN) == settings(recipe, stage, KNOWN)
     assert again.resolved() == recipe.resolved() | {"title": "my"}
 
 
@@ -181,29 +181,27 @@ def test_a_mirror_and_a_judge_are_resolved(tmp_path: Path) -> None:
     assert again.resolved() == recipe.resolved() | {"title": "my"}
 
 
-def test_identity_and_layout(tmp_path: Path) -> None:
-    def settings(words: str) -> tuple[dict, dict]:
+def test_result_and_layout(tmp_path: Path) -> None:
+    def both(words: str) -> tuple[dict, dict]:
         recipe = load(tmp_path, MINIMAL + "[ppo]\n" + words)
-        return identity_settings(recipe, "ppo"), layout_settings(recipe, "ppo")
+        return settings(recipe, "ppo", KNOWN), layout_settings(recipe, "ppo")
 
     whole = "per_device_train_batch_size = 16\n"
     halved = "per_device_train_batch_size = 8\ngradient_accumulation_steps = 2\n"
-    identity, layout = settings(whole)
-    assert identity["batch_size"] == 16
-    assert (identity["keep"], identity["eval_steps"]) == ("best", 0.2)
-    assert settings(whole + "guard.max_kl = 8\n")[0] == identity | {"guard": GUARD | {"max_kl": 8}}
-    assert "logging_steps" not in identity | layout
-    assert settings(whole + "logging_steps = 1\n") == (identity, layout)
-    assert settings(halved)[0] == identity
-    assert settings(halved)[1] == layout | {
+    result, layout = both(whole)
+    assert result == {"batch_size": 16}  # what equals its default is left out
+    assert both(whole + 'keep = "best"\n') == (result, layout)
+    assert both(whole + "guard.max_kl = 8\n")[0] == result | {"guard": {"max_kl": 8.0}}
+    assert both(whole + "logging_steps = 1\n") == (result, layout)
+    assert both(halved)[0] == result
+    assert both(halved)[1] == layout | {
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 2,
     }
-    assert settings(whole + "cliprange = 0.3\n")[0] == identity | {"cliprange": 0.3}
-    assert settings(whole + "learning_rate = 1\n")[0] == identity | {
-        "learning_rate": 1.0,
-        "value_learning_rate": 1.0,
-    }
+    assert both(whole + "cliprange = 0.3\n")[0] == result | {"cliprange": 0.3}
+    assert both(whole + "learning_rate = 1\n")[0] == result | {"learning_rate": 1.0}
+    rates = "learning_rate = 1\nvalue_learning_rate = 2\n"
+    assert both(whole + rates)[0] == result | {"learning_rate": 1.0, "value_learning_rate": 2.0}
 
 
 def test_notes(tmp_path: Path) -> None:

@@ -95,12 +95,13 @@ def test_a_service_that_nobody_knows_is_refused(tiny_recipe: Path) -> None:
 def test_reports_are_neutral_and_a_run_in_wandb_is_named(tiny_recipe: Path, tmp_path: Path) -> None:
     from trl import SFTConfig
 
-    from rlhf_recipes.recipe.load import identity_settings
     from rlhf_recipes.stages.contract import StageContext
     from rlhf_recipes.stages.training import trainer_config
+    from rlhf_recipes.store.fingerprint import Identities, settings
 
     plain, asked = load_recipe(tiny_recipe), load_recipe(tiny_recipe, set=["sft.report_to=wandb"])
-    assert identity_settings(plain, "sft") == identity_settings(asked, "sft")
+    known = Identities({}, {}, {}, {})
+    assert settings(plain, "sft", known) == settings(asked, "sft", known)
     context = StageContext("sft", "sft", asked, tmp_path, {}, None, None)
     config = trainer_config(SFTConfig, context)
     assert (config.report_to, config.run_name) == (["wandb"], "tiny-sft")

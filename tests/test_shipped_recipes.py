@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.recipe.edit import rebase
-from rlhf_recipes.recipe.fields import Field, Keys, trl_fields
+from rlhf_recipes.recipe.fields import Field, Keys
+from rlhf_recipes.recipe.kinds import field_tables, listed
 from rlhf_recipes.recipe.load import Recipe, load_recipe, shipped_recipes
-from rlhf_recipes.recipe.tables import KINDS, kinds_of, stage_keys, top_keys
+from rlhf_recipes.recipe.tables import kinds_in, stage_keys, top_keys
 
 RECIPES = {path.stem: path for path in shipped_recipes()}
 ANNOTATED = RECIPES["annotated"]
@@ -104,11 +105,11 @@ def test_the_annotated_recipe_names_every_key_of_ours() -> None:
     named = set(keys_named(text))
     top = {name: keys for name, keys in top_keys().items() if name != "lora"}  # its keys are PEFT's
     assert {*keys_in(top), ("lora",)} - named == set()
-    stages = kinds_of(tomllib.loads(text))
-    assert {*stages.values()} == {*KINDS}
+    stages = kinds_in(tomllib.loads(text))
+    assert {*stages.values()} == {*listed()}
     ours: set[tuple[str, ...]] = set()
-    for kind in KINDS:
-        upstream = trl_fields()[kind]
+    for kind in listed():
+        upstream = field_tables()[kind]
         own = {name: keys for name, keys in stage_keys(kind).items() if name not in upstream}
         ours |= {*keys_in(own | {"dataset": Field()})}  # [dataset] names what is in it
     assert ours - {path[1:] for path in named if path[0] in stages} == set()

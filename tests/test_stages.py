@@ -67,7 +67,7 @@ class Chain:
         kind = kind or name
         given = {role: self.outputs[stage] for role, stage in inputs.items()}
         context = StageContext(name, kind, self.recipe, folder, given, self.progress, self.session)
-        result = contract.load(kind)(context)
+        result = contract.module_of(kind).run(context)
         self.outputs[name] = folder / "output"
         return result
 

@@ -14,9 +14,10 @@ from random import Random
 from typing import Any
 
 from rlhf_recipes.pipeline.plan import Plan, plan_run
-from rlhf_recipes.recipe.fields import Field, fields_of, trl_fields
+from rlhf_recipes.recipe.fields import Field, fields_for, fields_of
+from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind
 from rlhf_recipes.recipe.load import Recipe, load_recipe
-from rlhf_recipes.recipe.tables import EXTRAS, EvaluationTable, ModelTable, dataset_keys
+from rlhf_recipes.recipe.tables import EvaluationTable, ModelTable, dataset_keys, top_keys
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.files import write_json
 
@@ -104,7 +105,7 @@ NEEDS = {
     ("lora", "layers_to_transform"): {"target_modules": ["q_proj"]},
     **{
         (kind, f"dataloader_{what}"): {"dataloader_num_workers": 1}
-        for kind in ("sft", "reward", "dpo")
+        for kind in KINDS
         for what in ("prefetch_factor", "persistent_workers")
     },
 }
@@ -115,31 +116,45 @@ Key = tuple[str | int, ...]
 # ---- the rule -----------------------------------------------------------------------------------
 
 
-def kind_of(tables: dict[str, Any], stage: str) -> str:
+def kind_of(tables: dict[str, Any], stage: str) -> Kind:
     table = tables.get(stage)
-    return table.get("kind", stage) if isinstance(table, dict) else stage
+    return KINDS[table.get("kind", stage) if isinstance(table, dict) else stage]
+
+
+def asked_for(tables: dict[str, Any]) -> list[Kind]:
+    """The kinds of the stages that no recipe lists."""
+    return [kind for kind in KINDS.values() if not kind.listed]
+
+
+def explorer(tables: dict[str, Any]) -> str | None:
+    """The last stage that trains a policy on its own answers."""
+    stages = tables["stages"]
+    return next((s for s in reversed(stages) if kind_of(tables, s).explores), None)
 
 
 def inputs(tables: dict[str, Any]) -> dict[str, dict[str, str]]:
     """What each stage takes from which, by role: as it says, else from the latest before it."""
     taken: dict[str, dict[str, str]] = {}
-    policies, rewards, scorer = [], [], None
+    policies: list[str] = []
+    rewards: list[str] = []
+    scorer = None
     for stage in tables["stages"]:
         kind, table = kind_of(tables, stage), tables.get(stage, {})
-        roles = {"policy": table.get("policy", policies[-1] if policies else None)}
-        roles["reference"] = table.get("reference")
-        if kind == "ppo":
-            scorer = table.get("reward_model", rewards[-1] if rewards else None)
-            roles["reward_model"] = scorer
+        latest = {"policy": policies[-1:], "reward_model": rewards[-1:], "reference": []}
+        roles = {role: table.get(role, next(iter(latest[role]), None)) for role in kind.roles}
+        scorer = roles.get("reward_model", scorer)
         taken[stage] = {role: one for role, one in roles.items() if one}
-        (rewards if kind == "reward" else policies).append(stage)
+        (rewards if kind.makes == "reward_model" else policies).append(stage)
     scorer = scorer or (rewards[0] if rewards else None)
-    asked = str(tables["evaluation"])
-    judges = {"scorer": scorer or "", "judge": "judge" if "independent" in asked else ""}
-    taken["judge"] = {}
-    taken["evaluation"] = {policy: policy for policy in policies} | judges
-    ppo = [stage for stage in tables["stages"] if kind_of(tables, stage) == "ppo"]
-    taken["best_of"] = judges | {"policy": taken[ppo[-1]].get("policy", "") if ppo else ""}
+    own = "judge" if "independent" in str(tables["evaluation"]) else ""
+    last = explorer(tables)
+    for kind in asked_for(tables):
+        if kind.makes != "numbers":
+            taken[kind.name] = {}
+            continue
+        start = {"policy": taken[last].get("policy", "") if last else ""}
+        asked = start if kind.borrows else {policy: policy for policy in policies}
+        taken[kind.name] = asked | {"scorer": scorer or "", "judge": own}
     return taken
 
 
@@ -151,25 +166,34 @@ def below(tables: dict[str, Any], roots: set[str]) -> set[str]:
     return roots
 
 
-def owners(tables: dict[str, Any], path: Key, effect: str) -> set[str]:
+def owners(tables: dict[str, Any], path: Key, field: Field) -> set[str]:
     """The stages whose result a key determines."""
     stages, head, key = tables["stages"], path[0], path[min(2, len(path) - 1)]
-    everyone = {*stages, "judge", "evaluation", "best_of"}
-    kinds = {stage: kind_of(tables, stage) for stage in stages} | {"judge": "reward"}
-    if head == "title":
+    kinds = {stage: kind_of(tables, stage) for stage in stages}
+    kinds |= {kind.name: kind for kind in asked_for(tables)}
+    everyone = {*kinds}
+    counts = field.effect == "result" or key in BATCH  # of a batch its size counts
+    if not counts:
         return set()
     if head in ("seed", "model", "lora"):
         return everyone
-    if head == "evaluation" and key in ("prompts", "best_of"):
-        return {"best_of", *([] if key == "best_of" else ["evaluation"])}
+    if head == "evaluation":
+        return {stage for stage, kind in kinds.items() if path[1] in kind.reads}
+    if head not in ("dataset", *kinds):
+        return {str(head)}  # a stage that was dropped
     if head != "dataset":
-        alone = effect == "identity" or key in BATCH  # of a batch its size counts
-        also = {"judge"} if kinds.get(str(head)) == "reward" else set()
-        return {str(head)} | also if alone else set()
+        # What [evaluation] asks for and trains has the settings of the last stage of its config.
+        alike = [s for s in stages if kinds[s].config == kinds[str(head)].config]
+        also = {
+            name
+            for name, kind in kinds.items()
+            if name not in stages and kind.config == kinds[str(head)].config and head == alike[-1]
+        }
+        return {str(head)} | also
     table = tables["dataset"][path[1]]
     own = {stage for stage in stages if "dataset" in tables.get(stage, {})}
-    if key == "judge_fraction":
-        return {stage for stage, kind in kinds.items() if kind in ("reward", "dpo")}
+    if field.learners:
+        return {stage for stage, kind in kinds.items() if kind.learns_from in field.learners}
     if key in ("validation_fraction", "test_fraction"):
         return everyone
     found = everyone - own
@@ -209,17 +233,17 @@ class World:
         """[evaluation], or what it was before it was left out; best_of where there is a PPO."""
         tables = [self.tables, *(before[0] for before in reversed(self.before))]
         asked = next(one["evaluation"] for one in tables if one["evaluation"] is not False)
-        ppo = any(kind_of(self.tables, stage) == "ppo" for stage in self.tables["stages"])
-        return {key: value for key, value in asked.items() if ppo or key != "best_of"}
+        return {k: value for k, value in asked.items() if explorer(self.tables) or k != "best_of"}
 
     def sampled(self) -> tuple[Any, ...]:
         """From what, how long, at which temperature the best of several is sampled, and chosen."""
-        ppo = [s for s in self.tables["stages"] if kind_of(self.tables, s) == "ppo"][-1:]
-        trained = effective(self.load())[ppo[0]] if ppo else {}
-        words = {key: trained.get(key) for key in ("response_length", "temperature")} | self.asked()
-        policy = inputs(self.tables)["best_of"]["policy"]
-        chosen = trained.get("missing_eos_penalty")
-        return policy, words["response_length"], words["temperature"], chosen
+        last = explorer(self.tables)
+        trained = effective(self.load())[last] if last else {}
+        borrowed = dict.fromkeys(key for kind in KINDS.values() for key in kind.borrows)
+        words = {key: trained.get(key) for key in borrowed}
+        asked = self.asked()
+        words |= {key: asked[key] for key in borrowed if key in asked}
+        return inputs(self.tables)["best_of"]["policy"], *words.values()
 
     def load(self) -> Recipe:
         text = written(self.tables, self.draw)
@@ -302,16 +326,16 @@ PLACES = {"path", "revision", "judge", "kind", "policy", "reward_model", "refere
 def keys(tables: dict[str, Any]) -> dict[Key, Field]:
     """Every key of a recipe that has a value: all of fields.json that is passed on, and ours."""
     groups: dict[Key, Any] = {
-        (): {"title": Field(("str",)), "seed": Field(("int",), range="at least 0")},
+        (): {key: top_keys()[key] for key in ("title", "seed")},
         ("model",): {k: f for k, f in fields_of(ModelTable).items() if k != "name"},
         ("evaluation",): fields_of(EvaluationTable),
         **{("dataset", place): dataset_keys() for place in range(len(tables["dataset"]))},
     }
     if tables.get("lora") is not False:
-        groups[("lora",)] = trl_fields()["lora"]
+        groups[("lora",)] = fields_for(LORA)
     for stage in tables["stages"]:
         kind = kind_of(tables, stage)
-        groups[(stage,)] = {**trl_fields()[kind], **EXTRAS[kind]}
+        groups[(stage,)] = {**fields_for(kind.config), **kind.extras}
         if "dataset" in tables.get(stage, {}):
             groups[(stage, "dataset")] = dataset_keys()
     found = {}

@@ -11,7 +11,8 @@ from typing import Any
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.sources.resolve import identify, remembered
-from rlhf_recipes.stages.contract import Progress, StageContext, StageResult, module_of
+from rlhf_recipes.stages import contract
+from rlhf_recipes.stages.contract import Progress, StageContext, StageResult
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.digests import digest
@@ -48,7 +49,7 @@ class PlannedStage:
         """Do its work in `folder`, from the outputs of the stages that it needs."""
         inputs = {role: outputs[source] for role, source in self.inputs.items()}
         about = (self.name, self.kind, session.recipe, folder, inputs)
-        return module_of(self.kind).run(StageContext(*about, progress, session, self.key))
+        return contract.module_of(self.kind).run(StageContext(*about, progress, session, self.key))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import tomlkit
@@ -186,7 +187,7 @@ class _Run:
         with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
             bring(self.plan.recipe, self.plan.model)
         with self.screen.quiet():
-            loaded = contract.load(stage.kind).__module__.startswith("rlhf_recipes.stages.")
+            loaded = isinstance(contract.module_of(stage.kind), ModuleType)
             for line in doctor.short(self.plan.runs) if loaded else ():  # it asks torch
                 self.screen.line(f"  {line}", "dim")
         pending = [other for other in self.rehearses if self._record(other) is None]

@@ -207,7 +207,7 @@ def _told(one: Values, other: Values) -> Values:
     if one["lora"] is not False and other["lora"] is not False:
         lacking = [key for key in other["lora"] if key not in one["lora"]]
         told["lora"] = one["lora"] | {key: _default(fields_for(LORA)[key]) for key in lacking}
-    return {"seed": top_keys()["seed"].default, **told}
+    return {**told, "seed": one.get("seed", top_keys()["seed"].default)}
 
 
 def difference(
