@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke chat test torture fuzz lint ci bench
+.PHONY: setup smoke chat test torture fuzz lint ci bench gpu
 
 setup: $(VENV)/.ready
 
@@ -54,3 +54,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.ppo_vs_trl --learning
 	$(BIN)/python -m benchmarks.recipe_vs_scripts --real $(if $(MODEL),--model $(MODEL))
 	$(BIN)/python -m benchmarks.ppo_vs_trl $(if $(MODEL),--model $(MODEL))
+
+# What a card does, in ten minutes at most; QUICK=1 runs every item on a CPU with the smoke model.
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu $(if $(QUICK),--quick --out build/gpu,--out benchmarks/results)

@@ -38,6 +38,9 @@ class Meter:
             "peak_bytes": peak_bytes(),
             "peak_bytes_after_imports": self.imported,
             "gpu_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "gpu_reserved_bytes": (
+                torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+            ),
             "threads": torch.get_num_threads(),
             "updates": self.updates,
         }

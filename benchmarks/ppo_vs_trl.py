@@ -145,7 +145,12 @@ def speed(args: Any, work: Path) -> Measured:
 
 
 def run_side(
-    side: str, recipe: Path, work: Path, words: list[str], learning_rate: float | None = None
+    side: str,
+    recipe: Path,
+    work: Path,
+    words: list[str],
+    learning_rate: float | None = None,
+    **more: Any,
 ) -> Measured:
     """One PPO stage in a process of its own; what its meter found."""
     found, words = work / "found.json", [*ALIKE, *words]
@@ -164,6 +169,7 @@ def run_side(
             stop_token="eos",
             output_dir=work / "side",
             measure=found,
+            **more,
         )
         if learning_rate is not None:
             given.append(f"--learning_rate={learning_rate}")
@@ -238,10 +244,11 @@ def learning(args: Any, work: Path) -> Measured:
 # ---- workers: each in a process of its own, for they load torch ---------------------------------
 
 
-def prepare_untrained(recipe_file: str, work: str) -> None:
+def prepare_untrained(recipe_file: str, work: str, models: bool = True) -> None:
     """Outputs of an SFT and a reward stage whose adapters change nothing, and TRL's models."""
     import torch
 
+    from rlhf_recipes import stats
     from rlhf_recipes.models.base import UNIT
     from rlhf_recipes.models.load import new_head
     from rlhf_recipes.stages.session import Session
@@ -254,9 +261,11 @@ def prepare_untrained(recipe_file: str, work: str) -> None:
             torch.manual_seed(0)
             role.add_head(new_head(role.lm))
             (folder / UNIT).write_text(json.dumps({"format": 1, "mean": 0.0, "std": 1.0}))
+            (folder / stats.FILE).write_text(json.dumps({"format": 1, "metrics": {}}))
         session.base.save(role, folder)
         session.base.close(role)
-    _write_for_trl(session, Path(work))
+    if models:
+        _write_for_trl(session, Path(work))
 
 
 def prepare_trained(run_folder: str, work: str) -> None:

@@ -1,0 +1,539 @@
+"""The items of `benchmarks.gpu`: each prints one JSON object, its row."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import ROOT, environment
+
+Row = dict[str, Any]
+CPU_SMOKE = {"reward.accuracy": [0.961, 0.971, 0.956], "ppo.win_rate": [0.912, 0.912, 0.891]}
+SHAPES = {
+    "0.5b": dict(hidden=896, inner=4864, layers=24, heads=14, kv=2, words=151936, tied=True),
+    "1.5b": dict(hidden=1536, inner=8960, layers=28, heads=12, kv=2, words=151936, tied=True),
+    "8b": dict(hidden=4096, inner=14336, layers=32, heads=32, kv=8, words=128256, tied=False),
+}
+
+
+def main() -> None:
+    name, work, quick = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "1"
+    print(json.dumps(ITEMS[name](work, quick)), flush=True)
+
+
+# ---- the card -----------------------------------------------------------------------------------
+
+
+def device(work: Path, quick: bool) -> Row:
+    """What there is, and two ceilings: a copy, and a product of square matrices in bfloat16."""
+    import torch
+
+    from rlhf_recipes.store.provenance import versions
+
+    row: Row = {"versions": versions(), "torch": torch.__version__}
+    if not torch.cuda.is_available():
+        return row | {"device": "cpu", "status": "ok" if quick else "no card"}
+    card = torch.cuda.get_device_properties(0)
+    row |= {"device": card.name, "gb": card.total_memory / 1e9, "cards": torch.cuda.device_count()}
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    row["copy_tb_s"] = 2 * block.numel() / _timed(lambda: block.clone()) / 1e12
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    row["matmul_tflops"] = 2 * 8192**3 / _timed(lambda: square @ square) / 1e12
+    return row
+
+
+def _timed(run: Callable[[], Any], count: int = 5) -> float:
+    """Seconds of one, on the device's own clock where there is a card."""
+    import torch
+
+    run()
+    _sync()
+    began = time.perf_counter()
+    for _ in range(count):
+        run()
+    _sync()
+    del torch
+    return (time.perf_counter() - began) / count
+
+
+def _sync() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---- the smoke chain ----------------------------------------------------------------------------
+
+SHORT = [
+    "sft.max_steps=8",
+    "reward.max_steps=10",
+    "ppo.total_episodes=256",
+    "ppo.guard.max_kl=1e9",
+    "ppo.minimum_accuracy=0",
+    "ppo.logging_steps=1",
+    "evaluation.prompts=16",
+]
+PRECISIONS = {
+    "float32": ["model.dtype=float32"],
+    "bfloat16": ["model.dtype=bfloat16"],
+    "float16": ["model.dtype=float16"],
+    "8bit": ["model.dtype=bfloat16", "model.quantization=8bit"],
+    "4bit": ["model.dtype=bfloat16", "model.quantization=4bit"],
+}
+
+
+def _start(runs: Path, words: list[str], name: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "rlhf_recipes", "run", "smoke", "--no-rehearsal"]
+    command += ["--runs", str(runs), "--name", name, *(f"--set={word}" for word in words)]
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / f"{name}.out").open("a") as out:
+        env = environment(OMP_NUM_THREADS="2")
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True)
+
+
+def _ended(child: subprocess.Popen[str], runs: Path, name: str) -> Row:
+    code = child.wait()
+    if code == 0:
+        return {"ok": True}
+    log = (runs / f"{name}.out").read_text(errors="replace")[-600:]
+    return {"ok": False, "exit": code, "said": log}
+
+
+def _numbers(runs: Path, name: str) -> Row:
+    file = runs / name / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _curve(runs: Path, kind: str) -> list[Row]:
+    files = sorted((runs / ".stages").glob(f"{kind}-*/metrics.jsonl"))
+    return [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
+
+
+def chain(work: Path, quick: bool) -> Row:
+    """Every stage in every precision, side by side: which run, and PPO's first update."""
+    wanted = [*PRECISIONS][:2] if quick else [*PRECISIONS]
+    runs = {name: work / f"chain-{name}" for name in wanted}
+    if quick:
+        found = {n: _ended(_start(runs[n], SHORT + PRECISIONS[n], n), runs[n], n) for n in wanted}
+    else:
+        started = {n: _start(runs[n], SHORT + PRECISIONS[n], n) for n in wanted}
+        found = {n: _ended(child, runs[n], n) for n, child in started.items()}
+    for name, row in found.items():
+        if curve := _curve(runs[name], "ppo"):
+            keys = ("objective/kl", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
+            row["first"] = {key: curve[0][key] for key in keys if key in curve[0]}
+        row["sft_loss"] = _numbers(runs[name], name).get("sft.validation_loss")
+    good = all(row["ok"] for name, row in found.items())
+    return {"status": "ok" if good else "failed", **found}
+
+
+def same_bytes(work: Path, quick: bool) -> Row:
+    """The same chain twice, and once killed during PPO and gone on: the same policy's bytes?"""
+    row: Row = {"status": "ok"}
+    dtypes = ("float32",) if quick else ("float32", "bfloat16")
+    short = [word for word in SHORT if not word.startswith("evaluation")]
+    short += ["ppo.save_steps=1", "evaluation=false"]
+    words = {dtype: [*short, f"model.dtype={dtype}"] for dtype in dtypes}
+    runs = {d: {n: work / f"bytes-{d}-{n}" for n in ("once", "again", "killed")} for d in dtypes}
+    children = {}
+    for name in ("killed", "once", "again"):
+        for dtype in dtypes:
+            children[dtype, name] = _start(runs[dtype][name], words[dtype], name)
+            if quick and name != "killed":
+                children[dtype, name].wait()
+    for dtype in dtypes:
+        _kill_at(children[dtype, "killed"], runs[dtype]["killed"], "checkpoint-000002")
+        children[dtype, "killed"] = _start(runs[dtype]["killed"], words[dtype], "killed")
+    for dtype in dtypes:
+        ended = [_ended(children[dtype, name], runs[dtype][name], name) for name in runs[dtype]]
+        if not all(one["ok"] for one in ended):
+            row |= {"status": "failed", dtype: ended}
+            continue
+        once = runs[dtype]["once"]
+        row[dtype] = {
+            "run_to_run": _compared(once, runs[dtype]["again"]),
+            "resumed": _compared(once, runs[dtype]["killed"]),
+        }
+        print(json.dumps(row), flush=True)
+    return row
+
+
+def _kill_at(child: subprocess.Popen[str], runs: Path, checkpoint: str) -> None:
+    while child.poll() is None:
+        if any((runs / ".stages").glob(f"ppo-*/work/{checkpoint}")):
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            return
+        time.sleep(0.005)
+
+
+def _compared(one: Path, other: Path) -> Row:
+    """Whether two runs' policies are the same, by stage, and how far PPO's are apart at most."""
+    from safetensors.torch import load_file
+
+    row: Row = {}
+    for kind in ("sft", "reward", "ppo"):
+        place = f"{kind}-*/output/adapter_model.safetensors"
+        files = [next((runs / ".stages").glob(place)) for runs in (one, other)]
+        row[kind] = files[0].read_bytes() == files[1].read_bytes()
+        a, b = (load_file(file) for file in files)
+        row[f"{kind}_apart"] = max(float((a[key] - b[key]).abs().max()) for key in a)
+    return row
+
+
+def smoke3(work: Path, quick: bool) -> Row:
+    """The smoke recipe in full, by three seeds: does it learn on a card as it does on a CPU?"""
+    seeds = (42,) if quick else (42, 1, 2)
+    few = SHORT if quick else []
+    runs = {seed: work / f"smoke-{seed}" for seed in seeds}
+    began = time.monotonic()
+    started = {seed: _start(runs[seed], [*few, f"seed={seed}"], "smoke") for seed in seeds}
+    ended = [_ended(child, runs[seed], "smoke") for seed, child in started.items()]
+    row: Row = {"wall": round(time.monotonic() - began, 1), "cpu": CPU_SMOKE}
+    for key in ("reward.accuracy", "ppo.win_rate", "ppo.judge_win_rate", "ppo.kl", "ppo.ended"):
+        row[key] = [_numbers(runs[seed], "smoke").get(key) for seed in seeds]
+    good = all(one["ok"] for one in ended)
+    return {"status": "ok" if good else "failed", **row, **({} if good else {"ended": ended})}
+
+
+# ---- models of random weights -------------------------------------------------------------------
+
+
+def made_model(work: Path, size: str, quick: bool) -> Path:
+    """A folder with a model of this shape in bfloat16, made once; quick: the smoke model."""
+    if quick:
+        return ROOT / "recipes" / "smoke" / "model"
+    folder = work / f"model-{size}"
+    if (folder / "config.json").exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = SHAPES[size]
+    # Llama's code for all: AutoTokenizer puts a tokenizer of its own on a "qwen2" model.
+    config = LlamaConfig(
+        vocab_size=shape["words"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["inner"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape["tied"],
+        eos_token_id=2,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    _tokenizer(shape["words"]).save_pretrained(folder)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return folder
+
+
+def _tokenizer(count: int) -> Any:
+    """Of so many words, w0, w1 and so on, with a ChatML template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "system"]
+    words = [*special, *(f"w{i}" for i in range(count - len(special)))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    turn = "<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> "
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=special[1:3],
+        chat_template="{% for m in messages %}"
+        + turn
+        + "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}",
+    )
+
+
+def _rows(file: Path, prompt: int, quick: bool) -> Path:
+    import random
+
+    draw = random.Random(0)
+    words = "red green blue cat dog owl".split() if quick else [f"w{i}" for i in range(5000)]
+    rows = [{"prompt": " ".join(draw.choices(words, k=prompt))} for _ in range(128)]
+    rows = [row | {"chosen": "w1 w2", "rejected": "w3"} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+RECIPE = """\
+stages = ["sft", "reward", "ppo"]
+[model]
+name = "{model}"
+dtype = "{dtype}"
+quantization = "{bits}"
+[lora]
+r = 16
+[dataset]
+path = "{rows}"
+max_prompt_tokens = {prompt}
+validation_fraction = 0.0
+test_fraction = 0.0
+judge_fraction = 0.0
+[ppo]
+total_episodes = {episodes}
+response_length = {length}
+per_device_train_batch_size = {micro}
+gradient_accumulation_steps = {steps}
+local_rollout_forward_batch_size = {sampled}
+num_ppo_epochs = 1
+gradient_checkpointing = {checkpointing}
+num_sample_generations = 0
+[evaluation]
+prompts = 32
+"""
+
+
+def _recipe(work: Path, size: str, quick: bool, **given: Any) -> Path:
+    words = {
+        "model": made_model(work, size, quick),
+        "dtype": "float32" if quick else "bfloat16",
+        "bits": "none",
+        "prompt": 600,
+        "episodes": 192,
+        "length": 64,
+        "micro": 8,
+        "steps": 8,
+        "sampled": 64,
+        "checkpointing": "false",
+        **given,
+    }
+    if quick:
+        words |= {"episodes": 16, "length": 4, "micro": 4, "steps": 2, "sampled": 8, "bits": "none"}
+    words["rows"] = _rows(
+        work / f"rows-{size}.jsonl", 8 if quick else given.get("words", 60), quick
+    )
+    file = work / f"recipe-{size}.toml"
+    file.write_text(RECIPE.format(**words))
+    return file
+
+
+# ---- PPO against TRL's --------------------------------------------------------------------------
+
+
+def ppo_large(work: Path, quick: bool) -> Row:
+    """1.5B, prompts of 480 tokens, 64 answers of 64 tokens an update."""
+    return _against_trl(work, quick, "1.5b", words=480, length=64)
+
+
+def ppo_small(work: Path, quick: bool) -> Row:
+    """0.5B, prompts of 60 tokens, 64 answers of 256 tokens an update."""
+    return _against_trl(work, quick, "0.5b", words=60, length=256)
+
+
+def _against_trl(work: Path, quick: bool, size: str, **given: Any) -> Row:
+    from benchmarks import ppo_vs_trl
+    from benchmarks.common import child, module
+
+    place = work / f"against-{size}"
+    place.mkdir()
+    recipe = _recipe(work, size, quick, **given)
+    child(module("benchmarks.ppo_vs_trl", "--worker", "untrained", recipe, place))
+    row: Row = {"status": "ok"}
+    for side in ("ours", "trl"):
+        try:
+            found = ppo_vs_trl.run_side(side, recipe, place, [], use_cpu=quick)
+        except SystemExit as error:
+            row[side] = {"failed": str(error)[-400:]}
+            print(json.dumps(row), flush=True)
+            continue
+        seconds = statistics.fmean(found["seconds"][-2:]) if found["seconds"] else None
+        answers = 8 if quick else 64
+        row[side] = {
+            "s_an_update": seconds,
+            "answers_s": answers / seconds if seconds else None,
+            "allocated_gb": found["gpu_peak_bytes"] / 1e9,
+            "reserved_gb": found["gpu_reserved_bytes"] / 1e9,
+        }
+        print(json.dumps(row), flush=True)  # kept where the other side takes too long
+    return row
+
+
+# ---- sampling and learning ----------------------------------------------------------------------
+
+
+def sampling(work: Path, quick: bool) -> Row:
+    """Tokens a second of the project's own sampler, and the share of what bandwidth allows."""
+    import torch
+
+    from rlhf_recipes.models.sampling import sample
+    from rlhf_recipes.recipe.load import load_recipe
+    from rlhf_recipes.stages.session import Session
+
+    row: Row = {}
+    bandwidth = None
+    if torch.cuda.is_available():
+        block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        bandwidth = 2 * block.numel() / _timed(lambda: block.clone())
+        del block
+    for bits in ("none",) if quick else ("none", "4bit"):
+        session = Session(load_recipe(_recipe(work, "1.5b", quick, bits=bits)), {})
+        policy = session.base.open("policy", None, seed=0, trainable=True)
+        held = sum(p.numel() * p.element_size() for p in policy.lm.parameters())
+        length = 4 if quick else 64
+        for count in (4,) if quick else (16, 64, 256):
+            prompts = [[7 + i % 50] * 64 for i in range(count)]
+            words = dict(length=length, temperature=1.0, eos=-1, pad=0, batch=count, seed=1)
+            seconds = _timed(partial(sample, policy, prompts, **words), 1)
+            found = {"tokens_s": count * length / seconds, "ms_a_step": 1e3 * seconds / length}
+            if bandwidth:
+                found["of_bandwidth"] = held / bandwidth / (seconds / length)
+            row[f"{bits} {count} rows"] = found
+        session.base.close(policy)
+        session.release()
+    return row
+
+
+def learning(work: Path, quick: bool) -> Row:
+    """A forward and backward of the policy on 16 rows of 1,024 tokens: checkpointed or not."""
+    import torch
+
+    from rlhf_recipes.models.role import logprobs
+    from rlhf_recipes.recipe.load import load_recipe
+    from rlhf_recipes.stages.session import Session
+
+    session = Session(load_recipe(_recipe(work, "1.5b", quick)), {})
+    policy = session.base.open("policy", None, seed=0, trainable=True)
+    rows, width = (2, 16) if quick else (16, 1024)
+    ids = torch.randint(8, 60, (rows, width), device=policy.lm.device)
+    mask, row = torch.ones_like(ids), {}
+
+    def step() -> None:
+        with policy.active():
+            logprobs(policy, ids, mask, width // 2, 1.0)[0].sum().backward()
+
+    for on in (False, True):
+        if on:
+            words = {"use_reentrant": False}
+            policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=words)
+            policy.lm.train()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            seconds = _timed(step, 2)
+        except torch.cuda.OutOfMemoryError:
+            row["checkpointed" if on else "plain"] = "out of memory"
+            continue
+        most = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        row["checkpointed" if on else "plain"] = {"ms": 1e3 * seconds, "allocated_gb": most}
+    return row
+
+
+# ---- 8B under 24 GB -----------------------------------------------------------------------------
+
+
+def memory_8b(work: Path, quick: bool) -> Row:
+    """One PPO update of the 8B recipe's shape in 4 bit, then sampling in 16 bit, under 24 GB."""
+    import torch
+
+    from benchmarks import ppo_vs_trl
+    from rlhf_recipes.recipe.load import load_recipe
+    from rlhf_recipes.stages import answers, contract
+    from rlhf_recipes.stages.session import Session
+
+    shape = dict(bits="4bit", words=480, length=512, micro=2, steps=8, sampled=16, episodes=16)
+    began = time.monotonic()
+    file = _recipe(work, "8b", quick, **shape, checkpointing="true")
+    row: Row = {"make_s": time.monotonic() - began}
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 24e9 / whole))
+    place, began = work / "memory-8b", time.monotonic()
+    place.mkdir()
+    ppo_vs_trl.prepare_untrained(str(file), str(place), models=False)
+    gc.collect()
+    row["load_s"] = time.monotonic() - began
+    recipe = load_recipe(file, set=ppo_vs_trl.ALIKE)
+    session = Session(recipe, {})
+
+    def measured(name: str, run: Callable[[], Any]) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.monotonic()
+        try:
+            run()
+            found: Row = {"fits": True}
+        except torch.cuda.OutOfMemoryError as error:
+            found = {"fits": False, "said": str(error)[:300]}
+        found["s"] = time.monotonic() - began
+        if torch.cuda.is_available():
+            found["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        row[name] = found
+
+    folder = place / "side"
+    for part in ("work", "output"):
+        (folder / part).mkdir(parents=True)
+    inputs = {"policy": place / "sft", "reward_model": place / "reward"}
+    context = contract.StageContext("ppo", "ppo", recipe, folder, inputs, Silent(), session)
+    measured("ppo", lambda: contract.module_of("ppo").run(context))
+    examples = session.data(recipe.dataset).train[:32]
+    setting = answers.Setting(4 if quick else 64, 0.7, 1)
+    policy = folder / "output"
+    ask = lambda: list(answers.ask(session, policy, examples, setting, [1]))  # noqa: E731
+    measured("evaluation sampling, 16 bit", ask)
+    row["rule_gb"] = _by_rule(recipe)
+    return row
+
+
+def _by_rule(recipe: Any) -> Row:
+    from collections import namedtuple
+
+    from rlhf_recipes.models.load import load_config
+    from rlhf_recipes.pipeline.fit import Room
+
+    Stage = namedtuple("Stage", "name kind inputs")
+    room = Room(recipe, load_config(recipe.model.folder), None, 24e9)
+    roles = {"reward_model": "reward", "policy": "sft"}
+    needs = {name: room.need(Stage(name, name, roles)) for name in ("ppo", "evaluation")}
+    return {name: need.total() / 1e9 for name, need in needs.items()}
+
+
+class Silent:
+    def update(self, done: int, total: int, **numbers: float) -> None: ...
+    def resume(self, done: int) -> None: ...
+    def sample(self, prompt: str, answer: str, **numbers: float) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+ITEMS: dict[str, Callable[[Path, bool], Row]] = {
+    "device": device,
+    "chain": chain,
+    "bytes": same_bytes,
+    "smoke3": smoke3,
+    "ppo_large": ppo_large,
+    "ppo_small": ppo_small,
+    "sampling": sampling,
+    "learning": learning,
+    "memory_8b": memory_8b,
+}
+
+if __name__ == "__main__":
+    os.environ.update(environment())
+    main()
