@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke chat test torture fuzz lint ci bench gpu
+.PHONY: setup smoke chat unit test torture fuzz lint types ci bench gpu
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,10 @@ smoke: setup
 chat: setup
 	@$(BIN)/rlhf-recipes run chat
 
+# The tests that need no torch: under a minute.
+unit: setup
+	$(BIN)/python -m pytest -q -m unit
+
 test: setup
 	$(BIN)/python -m pytest -q -n 2
 
@@ -42,8 +46,13 @@ fuzz: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports --no-logo
 
-ci: lint test
+types: setup
+	$(BIN)/mypy
+
+ci: lint types test
 
 # The real model's part needs a folder with SmolLM2-135M-Instruct: benchmarks/README.md says how.
 MODEL ?= $(RLHF_RECIPES_SMOLLM2)

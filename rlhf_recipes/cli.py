@@ -35,27 +35,21 @@ app = typer.Typer(
 Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
+NONE: list[str] = []  # never changed
 Runs = Annotated[
     Path | None,
     Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
 ]
 Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
 Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
-
-
-def _flag(name: str, text: str) -> Any:
-    """An option that is there or is not."""
-    return Annotated[bool, Option(name, help=text)]
-
-
-Json = _flag("--json", "For a program to read.")
+Json = Annotated[bool, Option("--json", help="For a program to read.")]
 
 
 @app.callback(invoke_without_command=True)
 def _main(
     context: typer.Context,
-    version: _flag("--version", "Print the version.") = False,
-    debug: _flag("--debug", "Show tracebacks of errors.") = False,
+    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     if version:
         from importlib.metadata import version as version_of
@@ -68,13 +62,15 @@ def _main(
 @app.command()
 def run(
     recipe: Recipe,
-    set_: Set = (),
-    unset: Unset = (),
+    set_: Set = NONE,
+    unset: Unset = NONE,
     until: Annotated[str | None, Option(metavar="STAGE", help="Stop after it.")] = None,
-    fresh: _flag("--fresh", "Take no stage as done.") = False,
+    fresh: Annotated[bool, Option("--fresh", help="Take no stage as done.")] = False,
     name: Name = None,
-    wait: _flag("--wait", "Wait for another process's run.") = False,
-    no_rehearsal: _flag("--no-rehearsal", "Start without a step of each stage.") = False,
+    wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
+    no_rehearsal: Annotated[
+        bool, Option("--no-rehearsal", help="Start without a step of each stage.")
+    ] = False,
     runs: Runs = None,
 ) -> None:
     """Run what is not yet done of a recipe."""
@@ -83,8 +79,15 @@ def run(
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
         _print(f"{loaded.path}: {note}", file=sys.stderr)
-    words = {"until": until, "fresh": fresh, "name": name, "wait": wait}
-    outcome = run_recipe(loaded, runs=runs, rehearse=not no_rehearsal, **words)
+    outcome = run_recipe(
+        loaded,
+        runs=runs,
+        until=until,
+        fresh=fresh,
+        name=name,
+        wait=wait,
+        rehearse=not no_rehearsal,
+    )
     _print_outcome(outcome, recipe)
 
 
@@ -130,12 +133,14 @@ def _print_json(value: dict[str, Any]) -> None:
 @app.command()
 def plan(
     recipe: Recipe,
-    set_: Set = (),
-    unset: Unset = (),
+    set_: Set = NONE,
+    unset: Unset = NONE,
     device: Annotated[
         str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
     ] = "",
-    measure: _flag("--measure", "Measure memory and time: a rehearsal.") = False,
+    measure: Annotated[
+        bool, Option("--measure", help="Measure memory and time: a rehearsal.")
+    ] = False,
     name: Name = None,
     runs: Runs = None,
     json: Json = False,
@@ -170,9 +175,11 @@ def plan(
 @app.command()
 def check(
     recipes: Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")],
-    set_: Set = (),
-    unset: Unset = (),
-    resolved: _flag("--resolved", "Print it with all defaults filled in.") = False,
+    set_: Set = NONE,
+    unset: Unset = NONE,
+    resolved: Annotated[
+        bool, Option("--resolved", help="Print it with all defaults filled in.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
@@ -180,7 +187,7 @@ def check(
 
     found = []
     for word in recipes:
-        entry = {"file": word, "problems": [], "notes": []}
+        entry: dict[str, Any] = {"file": word, "problems": [], "notes": []}
         found.append(entry)
         try:
             loaded = _load(word, set_, unset)
@@ -209,8 +216,8 @@ def check(
 def fork(
     recipe: Recipe,
     new: Annotated[Path, Argument(metavar="NEW", help="The file to write.")],
-    set_: Set = (),
-    unset: Unset = (),
+    set_: Set = NONE,
+    unset: Unset = NONE,
 ) -> None:
     """Write a copy of a recipe to change, comments kept and paths re-based."""
     from rlhf_recipes.recipe.load import find_recipe, fork_recipe
@@ -220,7 +227,7 @@ def fork(
 
 
 @app.command()
-def fetch(recipe: Recipe, set_: Set = (), unset: Unset = ()) -> None:
+def fetch(recipe: Recipe, set_: Set = NONE, unset: Unset = NONE) -> None:
     """Bring a recipe's model and data to this machine, to run it with no network."""
     from rlhf_recipes.sources.fetch import fetch as fetch_recipe
 
@@ -283,7 +290,7 @@ def compare(
 @app.command()
 def report(
     run: Run,
-    open_: _flag("--open", "Show it in a browser.") = False,
+    open_: Annotated[bool, Option("--open", help="Show it in a browser.")] = False,
     best_of: Annotated[
         int | None, Option(metavar="N", help="Measure the best of N answers first.")
     ] = None,
@@ -328,7 +335,7 @@ def doctor(runs: Runs = None, json: Json = False) -> None:
 
 @app.command()
 def clean(
-    yes: _flag("--yes", "Remove without asking.") = False,
+    yes: Annotated[bool, Option("--yes", help="Remove without asking.")] = False,
     runs: Runs = None,
 ) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
@@ -346,19 +353,16 @@ def clean(
 
 def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     """Shows what can go and, once that is agreed to, removes it."""
-    from rlhf_recipes import cli_tables
+    from rlhf_recipes import text
     from rlhf_recipes.store.clean import remove
     from rlhf_recipes.store.history import size
-    from rlhf_recipes.text import table
 
     if not found:
         return _print(f"nothing to remove in {runs}")
     sizes = [size(path) for path, _, _ in found]
-    rows = [
-        [cli_tables.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)
-    ]
-    rows = [["size", "what", "why"], *rows, [cli_tables.size(sum(sizes)), "in all", ""]]
-    _print(table(rows, right=(0,)))
+    rows = [[text.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)]
+    rows = [["size", "what", "why"], *rows, [text.size(sum(sizes)), "in all", ""]]
+    _print(text.table(rows, right=(0,)))
     if not yes and not sys.stdin.isatty():
         return _print("nothing was removed: there is no terminal to ask at; --yes removes")
     if not yes and not typer.confirm("Remove all of it?"):
@@ -372,7 +376,7 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
 def chat(
     run: Run,
     stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    all_: _flag("--all", "The base and every policy, side by side.") = False,
+    all_: Annotated[bool, Option("--all", help="The base and every policy, side by side.")] = False,
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""
@@ -417,7 +421,7 @@ def main() -> NoReturn:
     # Wherever it is typed: a person adds it to the end of the line that failed.
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     # typer carries click inside; its UsageError is exported only as the base of BadParameter.
-    call_errors = typer.BadParameter.__base__
+    call_errors: Any = typer.BadParameter.__base__
     try:
         code = app(arguments, prog_name="rlhf-recipes", standalone_mode=False)
     except errors.RlhfRecipesError as error:

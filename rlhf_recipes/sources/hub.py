@@ -42,7 +42,7 @@ class Repo:
     def commit(self, *, newest: bool = False) -> str:
         """The 40-hex commit of the revision: the cached one, else the hub's; the hub's, if it is
         the `newest` that is asked for."""
-        if self._is_commit and not newest:
+        if self.revision and self._is_commit and not newest:
             return self.revision
         found = None if newest else self.cached()
         try:
@@ -65,7 +65,7 @@ class Repo:
 
         _bound()
         scripts = ["*.py"] if self.kind == "dataset" else None
-        words = {"allow_patterns": list(self.wanted), "ignore_patterns": scripts}
+        words: dict[str, Any] = {"allow_patterns": list(self.wanted), "ignore_patterns": scripts}
         words |= {"repo_type": self.kind, "revision": commit}
         for here in (True, False):
             try:
@@ -170,7 +170,7 @@ class Repo:
             f"{self._advice(error)}, or name a local folder (./…) as the {self.kind}",
         )
 
-    def _advice(self, error: Exception) -> str:
+    def _advice(self, error: BaseException) -> str:
         from huggingface_hub import constants, errors
 
         not_here = isinstance(error, errors.LocalEntryNotFoundError)

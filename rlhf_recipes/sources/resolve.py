@@ -63,14 +63,16 @@ def identify_base(recipe: Recipe, runs: Path) -> dict[str, str]:
     if model.is_local:
         return identify_model(model.name, recipe, runs)
     repo = base_repo(recipe)
-    mirrored = model.mirror is not None and not repo.cached()
-    if not (mirrored and mirror.folder_of(model.mirror).is_dir()):
+    table = model.mirror
+    if table is None or repo.cached():
+        return {"repo": model.name, "revision": repo.commit()}
+    if not mirror.folder_of(table).is_dir():
         try:
-            return {"repo": model.name, "revision": repo.commit(newest=mirrored)}
+            return {"repo": model.name, "revision": repo.commit(newest=True)}
         except ModelError as error:
-            if not mirrored or says_no(error.__cause__):
+            if says_no(error.__cause__):
                 raise
-    return {"repo": model.name, "mirror": model.mirror.sha256}
+    return {"repo": model.name, "mirror": table.sha256}
 
 
 def identify_model(name: str, recipe: Recipe, runs: Path) -> dict[str, str]:
@@ -96,7 +98,7 @@ def base_folder(recipe: Recipe, identity: Mapping[str, str]) -> Path:
     model = recipe.model
     if model.trust_remote_code:
         trust.check_code(f"code of the model {model.name} at {model.revision}")
-    if "mirror" in identity:
+    if model.mirror and "mirror" in identity:
         return mirror.bring(model.mirror)
     folder = model.folder
     if not model.is_local:
@@ -112,9 +114,10 @@ def config_folder(recipe: Recipe, identity: Mapping[str, str]) -> Path:
     Raises ModelError as `base_folder` does.
     """
     model, repo = recipe.model, base_repo(recipe)
-    if "mirror" in identity and not mirror.folder_of(model.mirror).is_dir():
+    mirrored = model.mirror if "mirror" in identity else None
+    if mirrored and not mirror.folder_of(mirrored).is_dir():
         raise ModelError(f"{model.name} is not here", f"rlhf-recipes fetch {recipe.path}")
-    if model.is_local or "mirror" in identity or repo.cached():
+    if model.is_local or mirrored or repo.cached():
         return base_folder(recipe, identity)
     folder = repo.config(identity["revision"])
     trust.check_config(folder)

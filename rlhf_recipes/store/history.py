@@ -16,7 +16,8 @@ from rlhf_recipes.store.files import read_json
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A run's manifest; None where it is missing or damaged."""
-    manifest = read_json(folder / layout.MANIFEST)
+    if (manifest := read_json(folder / layout.MANIFEST)) is None:
+        return None
     with contextlib.suppress(AttributeError, KeyError, TypeError):
         texts = [manifest[key] for key in ("title", "outcome", "ended", "recipe")]
         for entry in manifest["stages"]:
@@ -57,7 +58,9 @@ def size(path: Path) -> int:
 
 def list_runs(runs: Path) -> dict[str, Any]:
     """Every run, the newest last; what is none; and the size of all stages, each once."""
-    found, others, known = [], [], {}
+    found: list[dict[str, Any]] = []
+    others: list[dict[str, str]] = []
+    known: dict[Path, int] = {}
     for folder, manifest in run_folders(runs):
         if manifest is None:
             why = "is running" if locks.held(folder) else "has no manifest.json that can be read"

@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
     # A wheel from PyPI says which CUDA it was built for in here alone.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
         file = importlib.metadata.distribution("torch").locate_file("torch/version.py")
-        if build := re.search(r"^__version__ = '(.+)'", Path(file).read_text(), re.MULTILINE):
+        if build := re.search(r"^__version__ = '(.+)'", Path(str(file)).read_text(), re.MULTILINE):
             found["torch"] = build[1]
     return found
 
