@@ -143,7 +143,7 @@ def noise(context: contract.StageContext) -> None:
     os.system("echo echoed from C >&2")
     warnings.warn("warned by a library", stacklevel=1)
     logging.getLogger("transformers").warning("logged by a library")
-    logging.getLogger("rlhf_recipes.stages.contract").info("logged by us")
+    logging.getLogger("rlhf_recipes.stages").info("logged by us")
 
 
 def hang(context: contract.StageContext) -> None:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,7 +179,8 @@ def steady_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     import rlhf_recipes.stages.checkpoints  # noqa: F401  (torch: once, for all of them)
 
     Counting(monkeypatch)
-    monkeypatch.setattr(contract, "load", lambda kind: counting.steady)
+    steady = SimpleNamespace(run=counting.steady)
+    monkeypatch.setattr(contract, "module_of", lambda kind: steady)
     provenance.versions()
     text = counting.RECIPE.replace('"reward", "ppo"]', '"reward"]\nevaluation = false')
     return load_recipe(toy(tmp_path, text=text.partition("[ppo]")[0]))

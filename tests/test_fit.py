@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rlhf_recipes.pipeline.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
 from safetensors.torch import load_file
 
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
+from rlhf_recipes.models.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
 from rlhf_recipes.pipeline import fit, memory, rehearsal, runner
 from rlhf_recipes.pipeline.estimate import reckoning
 from rlhf_recipes.pipeline.plan import Plan, plan_run

@@ -142,7 +142,7 @@ def test_a_judge_of_few_pairs_reads_them_again(
     most: float,
     few: int,
 ) -> None:
-    monkeypatch.setattr("rlhf_recipes.stages.reward.FEW", few)
+    monkeypatch.setattr("rlhf_recipes.stages.reward.FEW_PAIRS", few)
     words = [f"dataset.judge_fraction={fraction}", "evaluation.judge=independent"]
     words += ["reward.max_steps=-1", "reward.num_train_epochs=2"]
     words += ["reward.per_device_train_batch_size=1"]  # a step a pair

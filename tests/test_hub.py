@@ -84,10 +84,10 @@ LOAD = """\
 import sys
 from pathlib import Path
 import torch
-from rlhf_recipes.models import load_causal_lm
+from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.pipeline.plan import plan_run
-from rlhf_recipes.recipe import load_recipe
-from rlhf_recipes.session import Session
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Session
 recipe = load_recipe(sys.argv[1])
 plan = plan_run(recipe, Path("runs"))
 session = Session(recipe, plan.model)
@@ -375,7 +375,12 @@ def test_the_hubs_files_go_before_the_mirrors(
 # ---- the command
 
 
-IMPATIENT = "from rlhf_recipes import cli, hub; hub.TIMEOUT = 0.5; cli.main()"
+IMPATIENT = """\
+from rlhf_recipes import cli
+from rlhf_recipes.sources import hub
+hub.TIMEOUT = 0.5
+cli.main()
+"""
 
 
 @pytest.mark.parametrize("command", ["run", "fetch"])

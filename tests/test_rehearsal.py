@@ -7,12 +7,12 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rlhf_recipes.pipeline.flops import work
 
 from rlhf_recipes.errors import Interrupted, MachineError, ModelError
 from rlhf_recipes.pipeline import fit, rehearsal, runner
@@ -155,7 +155,7 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rehearsal, "rehearse", tell)
-    monkeypatch.setattr(contract, "load", lambda kind: stop)
+    monkeypatch.setattr(contract, "module_of", lambda kind: SimpleNamespace(run=stop))
 
     def begin(*changes: str, **words: Any) -> list[list[str]]:
         tried.clear()
@@ -185,28 +185,28 @@ def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -
     data = session.data(recipe.dataset)
     sft, rewards, policy, evaluation = plan.stages
 
-    less = rehearsal.cut(recipe, sft)
+    trial = rehearsal.trial_of(recipe, sft)
+    less = trial.recipe
     options = less.table("sft").given
     assert (options["max_steps"], options["gradient_accumulation_steps"]) == (2, 2)
-    rows = rehearsal.longest(data, less, sft).train
+    rows = rehearsal.longest(data, sft, trial).train
     most = max(len(e.prompt_ids) + len(e.chosen_ids) for e in data.train)
     assert len(rows) == 2 * 2 * 8
     assert {len(e.prompt_ids) + len(e.chosen_ids) for e in rows[1::2]} == {most}
     assert len(set(map(id, rows))) == 16
-    assert work(recipe, sft, data).steps == -(-len(data.train) // 32) * 3
+    assert rehearsal.work_of(recipe, sft, data).steps == -(-len(data.train) // 32) * 3
 
-    less = rehearsal.cut(recipe, rewards)
-    kept = rehearsal.longest(data, less, rewards)
+    kept = rehearsal.longest(data, rewards, rehearsal.trial_of(recipe, rewards))
     assert set(map(id, kept.train)) <= set(map(id, data.reward_train))
     assert kept.validation and kept.test
 
-    less = rehearsal.cut(recipe, policy)
+    less = rehearsal.trial_of(recipe, policy).recipe
     options = less.table("ppo").options
     assert options["total_episodes"] == 8 * 2  # an update, whole: it is sampled at once
     assert options["num_ppo_epochs"] == recipe.table("ppo").options["num_ppo_epochs"]
     assert less.table("ppo").extras["minimum_accuracy"] == 0
-    assert work(recipe, policy, data).steps == 9000 // 16 + 1
-    assert rehearsal.cut(recipe, evaluation).evaluation.prompts == 12
+    assert rehearsal.work_of(recipe, policy, data).steps == 9000 // 16 + 1
+    assert rehearsal.trial_of(recipe, evaluation).recipe.evaluation.prompts == 12
 
 
 SIZES = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches"]
@@ -228,6 +228,6 @@ SIZES += ["num_ppo_epochs", "local_rollout_forward_batch_size"]
 def test_an_update_of_ppo_is_cut_to_what_takes_its_memory(
     sizes: tuple[int, ...], some: int, fewer: int, updates: int
 ) -> None:
-    cut = rehearsal._update(dict(zip(SIZES, sizes, strict=True), whiten_rewards=False))
+    cut = ppo.one_update(dict(zip(SIZES, sizes, strict=True), whiten_rewards=False))
     assert (cut["gradient_accumulation_steps"], cut["num_mini_batches"]) == (some, fewer)
     assert cut["total_episodes"] == sizes[0] * some * updates

@@ -243,7 +243,7 @@ def test_what_is_no_number_ends_the_stage_and_no_checkpoint_holds_it(
                 parameter.grad.fill_(float("nan"))
         return loss
 
-    module = importlib.import_module(f"rlhf_recipes.stages.contract.{kind}")
+    module = importlib.import_module(f"rlhf_recipes.stages.{kind}")
     stock = module.Trainer.training_step
     for save_steps, said in [(2, "weights"), (3, "losses")]:
         with monkeypatch.context() as patch, pytest.raises(StageError) as caught:

@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rlhf_recipes.recipe.fields import Field, fields_of
 from rlhf_recipes.recipe.kinds import BITSANDBYTES, KINDS, LORA, listed
+from rlhf_recipes.store.fingerprint import defaults, shared_defaults
 from tools.make_docs import keys_md
 from tools.make_schema import schema_json
 
@@ -142,8 +143,24 @@ def helps() -> dict[str, dict[str, str]]:
     }
 
 
+def defaults_json() -> str:
+    """Each kind's version and defaults. Stops where a default changed and the version did not."""
+    file = ROOT / "tools" / "defaults.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    made, shared = {}, shared_defaults()
+    for name, kind in KINDS.items():
+        now = {"lora": defaults(kind, True), "whole": defaults(kind, False), "shared": shared}
+        then = kept.get(name)
+        if then and then["defaults"] != json.loads(json.dumps(now)):
+            if kind.version <= then["version"]:
+                raise SystemExit(f"{name}: a default changed: raise its version in recipe/kinds.py")
+        made[name] = {"version": kind.version, "defaults": now}
+    return json.dumps(made, indent=1) + "\n"
+
+
 if __name__ == "__main__":  # in this order: the others read what the first writes
     package = ROOT / "rlhf_recipes" / "recipe"
     (package / "fields.json").write_text(fields_json(), encoding="utf-8")
     (package / "recipe.schema.json").write_text(schema_json(helps()), encoding="utf-8")
     (ROOT / "docs" / "keys.md").write_text(keys_md(), encoding="utf-8")
+    (ROOT / "tools" / "defaults.json").write_text(defaults_json(), encoding="utf-8")

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from rlhf_recipes.errors import briefly
-from rlhf_recipes.sources.hub import TIMEOUT, _bound, says_no
+from rlhf_recipes.sources.hub import TIMEOUT, bound, says_no
 from rlhf_recipes.text import masked, size
 
 MARKS = {"good": "✓", "note": "·", "doubt": "?", "fault": "✗"}
@@ -211,7 +211,7 @@ def hub() -> Answers:
         return
     trouble = "does not answer"
     change = "see the network and the proxy; what is cached, local folders and mirrors work"
-    _bound()
+    bound()
     try:
         answer = get_session().get(f"{where}/api/models?limit=1", timeout=TIMEOUT)
         if answer.is_server_error:

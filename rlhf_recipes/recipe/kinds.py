@@ -191,7 +191,7 @@ def extras_of(kind: Kind, written: Mapping[str, Any], learning_rate: float) -> d
             default = learning_rate if one is _RATE else one.default
             found[key] = written.get(key, default)
         else:
-            inner = {name: f.default for name, f in one.items()}
+            inner = {name: f.default for name, f in one.items() if isinstance(f, Field)}
             found[key] = inner | written.get(key, {})
     return found
 

@@ -63,7 +63,7 @@ class Repo:
         """
         from huggingface_hub import snapshot_download
 
-        _bound()
+        bound()
         scripts = ["*.py"] if self.kind == "dataset" else None
         words: dict[str, Any] = {"allow_patterns": list(self.wanted), "ignore_patterns": scripts}
         words |= {"repo_type": self.kind, "revision": commit}
@@ -87,7 +87,7 @@ class Repo:
         """A folder with a model's config.json at a commit, and perhaps no more of it."""
         from huggingface_hub import hf_hub_download
 
-        _bound()
+        bound()
         try:
             return Path(hf_hub_download(self.name, "config.json", revision=commit)).parent
         except Exception as error:
@@ -108,7 +108,7 @@ class Repo:
         """
         from huggingface_hub import HfApi, hf_hub_download
 
-        _bound()
+        bound()
         words = {"repo_type": self.kind, "revision": commit}
         try:
             found = HfApi().verify_repo_checksums(self.name, **words)
@@ -194,7 +194,7 @@ class Repo:
         return ADVICE.get(status, "check the network: the same command goes on where it broke off")
 
 
-def _bound() -> None:
+def bound() -> None:
     """Let no request of `huggingface_hub` wait for ever: some of them have no setting for it."""
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory

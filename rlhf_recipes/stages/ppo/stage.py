@@ -191,8 +191,14 @@ def answer_length(recipe: Recipe, name: str) -> int:
 
 
 def trial(recipe: Recipe, name: str) -> Trial:
-    """An update on no more answers than are sampled at a time, in two optimizer steps or more."""
     given = recipe.table(name).options
+    options = one_update(given)
+    less = shortened(recipe, name, options, minimum_accuracy=0.0)
+    return Trial(less, options["total_episodes"], min(given[ROLLOUT], VALIDATION_PROMPTS))
+
+
+def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
+    """An update on no more answers than are sampled at a time, in two optimizer steps or more."""
     rows, micros = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     minis = given["num_mini_batches"]
     if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
@@ -201,15 +207,13 @@ def trial(recipe: Recipe, name: str) -> Trial:
         each = min(each, max(min(each, STEPS), -(-sampled // (rows * minis))))
         micros = each * minis
     updates = 1 if minis * given["num_ppo_epochs"] > 1 else STEPS
-    options = {
+    return {
         "gradient_accumulation_steps": micros,
         "num_mini_batches": minis,
         "total_episodes": rows * micros * updates,
         "eval_steps": updates,
         "save_steps": updates,
     }
-    less = shortened(recipe, name, options, minimum_accuracy=0.0)
-    return Trial(less, options["total_episodes"], min(given[ROLLOUT], VALIDATION_PROMPTS))
 
 
 def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
