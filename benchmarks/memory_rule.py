@@ -26,7 +26,7 @@ from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.pipeline.rehearsal import Ahead, rehearse
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages.session import Session
-from tests.conftest import RECIPE, WORDS, word_tokenizer
+from tests.helpers.tiny import RECIPE, WORDS, word_tokenizer
 
 SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}

@@ -6,14 +6,15 @@ import json
 import os
 import pickle
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.canary import Canary
+from tests.helpers.canary import Canary
+from tests.helpers.tiny import RECIPE, WORDS, word_tokenizer
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -27,33 +28,6 @@ os.environ.update(
 )
 # A job in a script's background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-WORDS = "red green blue grey black white pink gold cat dog owl fox hen cow pig bat".split()
-
-
-def word_tokenizer() -> Any:
-    """Of WORDS and the words of a chat."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-    words = [*specials, "user", "assistant", "system", *WORDS]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        additional_special_tokens=specials[:3],
-        chat_template=TEMPLATE,
-    )
 
 
 @pytest.fixture(scope="session")
@@ -99,56 +73,6 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-RECIPE = """\
-title = "Tiny"
-stages = ["sft", "reward", "ppo"]
-seed = 7
-
-[model]
-name = "{model}"
-dtype = "float32"
-
-[lora]
-r = 4
-lora_alpha = 8
-
-[dataset]
-path = "{data}"
-max_prompt_tokens = 16
-max_answer_tokens = 8
-validation_fraction = 0.15
-test_fraction = 0.2
-judge_fraction = 0.2
-
-[sft]
-max_steps = 4
-per_device_train_batch_size = 8
-learning_rate = 1e-2
-gradient_checkpointing = false
-
-[reward]
-max_steps = 6
-per_device_train_batch_size = 8
-learning_rate = 1e-2
-gradient_checkpointing = false
-
-[ppo]
-total_episodes = 32
-response_length = 6
-per_device_train_batch_size = 8
-gradient_accumulation_steps = 2
-num_mini_batches = 2
-num_ppo_epochs = 2
-keep = "last"
-temperature = 1.0
-learning_rate = 1e-2
-gradient_checkpointing = false
-
-[evaluation]
-prompts = 12
-"""
-
-
 @pytest.fixture
 def tiny_recipe(tiny_model: Path, tiny_pairs: Path, tmp_path: Path) -> Path:
     """A recipe file for the whole chain on the tiny model: seconds."""
@@ -166,6 +90,33 @@ def canary(tmp_path: Path) -> Iterator[Canary]:
         canary.file.rmdir()
     yield canary
     assert not canary.touched
+
+
+def _unit(config: pytest.Config) -> bool:
+    return config.option.markexpr == "unit"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run of the unit tests does not import the modules whose tests train."""
+    if _unit(config) and collection_path.suffix == ".py":
+        if "pytestmark = pytest.mark.train" in collection_path.read_text(encoding="utf-8"):
+            return True
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What neither trains nor takes minutes is a unit test."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("train", "torture")):
+            item.add_marker("unit")
+
+
+@pytest.fixture(autouse=True)
+def no_torch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A unit test loads no torch; looked at where unit tests run alone."""
+    yield
+    if _unit(request.config) and "torch" in sys.modules:
+        pytest.exit(f"{request.node.nodeid} loaded torch: mark it with pytest.mark.train", 1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,6 +12,8 @@ from benchmarks import common, memory_by_size, ppo_vs_trl, recipe_vs_scripts
 from benchmarks.meter import held_bytes
 from rlhf_recipes.recipe.load import load_recipe
 
+pytestmark = pytest.mark.train
+
 
 def test_sides_run_in_turn_and_ratios_are_taken_pair_by_pair() -> None:
     order: list[str] = []

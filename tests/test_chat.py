@@ -25,7 +25,9 @@ from rlhf_recipes.pipeline.export import finished_stage
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages.session import Session
-from tests.conftest import RECIPE
+from tests.helpers.tiny import RECIPE
+
+pytestmark = pytest.mark.train
 
 LINE = re.compile(r"(\w+): (.*?)(?:  \(score ([+-]\d+\.\d\d)\))?")
 LORA = "[lora]\nr = 4\nlora_alpha = 8\n"

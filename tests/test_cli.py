@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,31 +14,18 @@ import pytest
 
 from rlhf_recipes.cli import main
 from rlhf_recipes.recipe.load import shipped_recipes
-from tests.counting import RECIPE, Counting, toy
+from tests.helpers.commands import command, environment
+from tests.helpers.counting import RECIPE, Counting, toy
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.train
+
 COMMANDS = "run plan check fork fetch recipes runs compare report doctor clean chat export".split()
-
-
-def environment(fault: str = "") -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "COUNTING": fault}
-
-
-def command(*words: str, cwd: Path, fault: str = "") -> subprocess.CompletedProcess[str]:
-    """`rlhf-recipes WORDS`, with stages that only count."""
-    return subprocess.run(
-        [sys.executable, "-m", "tests.counting", *words],
-        cwd=cwd,
-        env=environment(fault),
-        capture_output=True,
-        text=True,
-    )
 
 
 def hanging(cwd: Path) -> subprocess.Popen[str]:
     """`rlhf-recipes run toy.toml`, at its stage PPO."""
     running = subprocess.Popen(
-        [sys.executable, "-m", "tests.counting", "run", "toy.toml"],
+        [sys.executable, "-m", "tests.helpers.counting", "run", "toy.toml"],
         cwd=cwd,
         env=environment("hang:ppo"),
         stderr=subprocess.PIPE,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from tests.helpers.whole import command, digests
+
+pytestmark = pytest.mark.train
 
 # Golden: what programs read. These do not change without need.
 RESULTS = """
@@ -44,24 +45,6 @@ STAGE_FILES = {
     "ppo": ["adapter_config.json", "adapter_model.safetensors", "value"],
     "evaluation": ["answers.jsonl"],
 }
-
-
-def command(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`rlhf-recipes WORDS`, as a person types it into a pipe."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [sys.executable, "-m", "rlhf_recipes", *map(str, words)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def digests(runs: Path) -> dict[str, bytes]:
-    """The bytes of every weight file, by its place below the runs folder."""
-    return {str(f.relative_to(runs)): f.read_bytes() for f in runs.rglob("*.safetensors")}
 
 
 @pytest.fixture

@@ -23,7 +23,9 @@ from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.store import layout
-from tests.end_to_end.test_chain import command, digests
+from tests.helpers.whole import command, digests
+
+pytestmark = pytest.mark.train
 
 KINDS = ["sft", "reward", "ppo", "dpo", "evaluation"]
 POINTS = ["loading", "first", "middle", "last", "record"]

@@ -1,0 +1,83 @@
+"""The tiny recipe, and the words of its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+WORDS = "red green blue grey black white pink gold cat dog owl fox hen cow pig bat".split()
+
+
+def word_tokenizer() -> Any:
+    """Of WORDS and the words of a chat."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    words = [*specials, "user", "assistant", "system", *WORDS]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=specials[:3],
+        chat_template=TEMPLATE,
+    )
+
+
+RECIPE = """\
+title = "Tiny"
+stages = ["sft", "reward", "ppo"]
+seed = 7
+
+[model]
+name = "{model}"
+dtype = "float32"
+
+[lora]
+r = 4
+lora_alpha = 8
+
+[dataset]
+path = "{data}"
+max_prompt_tokens = 16
+max_answer_tokens = 8
+validation_fraction = 0.15
+test_fraction = 0.2
+judge_fraction = 0.2
+
+[sft]
+max_steps = 4
+per_device_train_batch_size = 8
+learning_rate = 1e-2
+gradient_checkpointing = false
+
+[reward]
+max_steps = 6
+per_device_train_batch_size = 8
+learning_rate = 1e-2
+gradient_checkpointing = false
+
+[ppo]
+total_episodes = 32
+response_length = 6
+per_device_train_batch_size = 8
+gradient_accumulation_steps = 2
+num_mini_batches = 2
+num_ppo_epochs = 2
+keep = "last"
+temperature = 1.0
+learning_rate = 1e-2
+gradient_checkpointing = false
+
+[evaluation]
+prompts = 12
+"""

@@ -1,0 +1,117 @@
+"""Memory by rule: what it says, what does not fit, and the words that make it fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from rlhf_recipes.errors import Interrupted, MachineError, UsageError
+from rlhf_recipes.models.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
+from rlhf_recipes.pipeline import fit, memory, rehearsal, runner
+from rlhf_recipes.pipeline.estimate import reckoning
+from rlhf_recipes.pipeline.plan import Plan, plan_run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Session
+
+pytestmark = pytest.mark.train
+
+
+def planned(file: Path, *changes: str) -> tuple[Plan, Session]:
+    plan = plan_run(load_recipe(file, set=changes), file.parent / "runs")
+    return plan, Session(plan.recipe, plan.model)
+
+
+def held(file: Path, *changes: str, stage: str = "ppo") -> Counter[str]:
+    plan, session = planned(file, *changes)
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), session)
+    room.card = False
+    return next(room.need(asked) for asked in plan.stages if asked.name == stage)
+
+
+def test_what_is_held_all_along_is_exact(tiny_recipe: Path, tiny_model: Path) -> None:
+    """Weights as the file has them; four adapters of PPO and two heads; AdamW's two moments."""
+    lm = 4 * sum(tensor.numel() for tensor in load_file(tiny_model / "model.safetensors").values())
+    lora = 4 * 2 * 4 * (32 + 32 + 32 + 16)  # float32, two layers, rank 4, of q_proj and v_proj
+    found = held(tiny_recipe, 'lora.target_modules=["q_proj", "v_proj"]')
+    head = 4 * (32 + 1)
+    assert found[WEIGHTS] == pytest.approx(lm, abs=200)  # and the rotary embedding's buffer
+    assert found[ADAPTERS] == 4 * lora + 2 * head
+    assert found[OPTIMIZER] == 2 * (2 * lora + head)
+
+
+def test_what_grows_with_what(tiny_recipe: Path) -> None:
+    def of(*changes: str, stage: str = "sft") -> Counter[str]:
+        return held(tiny_recipe, *changes, stage=stage)
+
+    sft = of()
+    twice = of("sft.per_device_train_batch_size=16")
+    assert twice[ACTIVATIONS] == pytest.approx(2 * sft[ACTIVATIONS], rel=0.05)
+    less = of("sft.gradient_checkpointing=true")
+    assert less[ACTIVATIONS] < 0.7 * sft[ACTIVATIONS]
+    assert of("sft.optim=sgd")[OPTIMIZER] == 0
+    whole = of("lora=false")
+    assert whole[ADAPTERS] == 0 and whole[OPTIMIZER] == 2 * whole[WEIGHTS]
+    packed = of("model.quantization=4bit")
+    assert packed[WEIGHTS] < 0.5 * sft[WEIGHTS]
+    dpo = ['stages=["sft", "dpo"]', "dpo.per_device_train_batch_size="]
+    four, eight = (of(dpo[0], f"{dpo[1]}{n}", stage="dpo") for n in (4, 8))
+    assert eight[LOGITS_ROLE] == pytest.approx(2 * four[LOGITS_ROLE], rel=0.05)
+    assert of(stage="evaluation").total() > sft[WEIGHTS]
+    assert of("ppo.response_length=1", stage="ppo").total() < of(stage="ppo").total()
+
+
+def test_a_size_of_memory() -> None:
+    for text, count in (("24GB", 24e9), ("80 gib", 80 * 2**30), ("1.5TB", 1.5e12)):
+        assert memory.read_size(text) == count
+    for text in ("24", "GB", "much", "-1GB"):
+        with pytest.raises(UsageError, match="as in --device 24GB"):
+            memory.read_size(text)
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_loaded(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the words that make it fit, in the line that says so; with them it is not refused."""
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rehearsal, "SHORT", 0.0)
+    monkeypatch.setattr(Session, "load_base", stop)
+    monkeypatch.setattr(fit, "LIBRARIES", 0.0)
+    recipe = load_recipe(tiny_recipe)
+    need = held(tiny_recipe, stage="sft").total()
+    monkeypatch.setattr(memory, "free", lambda: 0.8 * need)
+    with pytest.raises(MachineError) as caught:
+        runner.run(recipe, runs=tiny_recipe.parent / "runs", until="sft")
+    told = str(caught.value)
+    assert told.startswith("stage sft needs ")
+    assert "most of it for activations" in told and "this machine has" in told
+    assert "\n" not in told
+    said = told.partition("(add --set ")[2].partition(";")[0]
+    words = said.split(" --set ")
+    assert all("=" in word for word in words)
+    assert "batch_size" in words[0]  # what changes no result comes first
+    assert held(tiny_recipe, *words, stage="sft").total() <= 0.8 * need
+    with pytest.raises(Interrupted):  # it is at loading them
+        again = load_recipe(tiny_recipe, set=words)
+        runner.run(again, runs=tiny_recipe.parent / "runs", until="sft")
+
+
+def test_plan_says_what_it_takes_of_a_card_or_what_was_measured(tiny_recipe: Path) -> None:
+    plan, session = planned(tiny_recipe, 'stages=["sft"]', "evaluation=false")
+    first, *more = reckoning(plan, plan.stages, session, "24GB", False).splitlines()
+    assert first.split() == ["stage", "memory", "time", "of", "which"]
+    assert more[0].startswith("sft") and "activations" in more[0]
+    assert more[-1] == "by rule; a card with 24 GB has 23.3 GB"
+    small = reckoning(plan, plan.stages, session, "0.7005GB", False).splitlines()[-1]
+    assert "; sft does not fit: --set sft.per_device_train_batch_size=" in small
+    took, last = reckoning(plan, plan.stages, session, "", True).splitlines()
+    assert took.startswith("sft") and "s a step, about" in took
+    assert last == "measured, by a rehearsal"
+    with pytest.raises(UsageError):
+        reckoning(plan, plan.stages, session, "much", False)

@@ -1,0 +1,48 @@
+"""SIGKILL at any moment: the same command again ends with the bytes of a run in one piece."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.train
+
+LONGER = {
+    "[sft]\nmax_steps = 4": "[sft]\nmax_steps = 20",
+    "[reward]\nmax_steps = 6": "[reward]\nmax_steps = 20",
+    "total_episodes = 32": "total_episodes = 320",
+}
+
+
+@pytest.mark.parametrize("points", [4, pytest.param(20, marks=pytest.mark.torture)])
+def test_a_killed_run_ends_with_the_same_bytes(
+    tiny_recipe: Path, tmp_path: Path, points: int, record_property: Callable
+) -> None:
+    text = tiny_recipe.read_text()
+    for short, long in LONGER.items():
+        assert short in text
+        text = text.replace(short, long)
+    tiny_recipe.write_text(text)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.helpers.killing",
+            tiny_recipe,
+            tmp_path / "killed",
+            str(points),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    killed = [json.loads(line) for line in done.stdout.splitlines()]
+    wrong = [line for line in killed if line["differs"]]
+    record_property("cases", f"{len(killed) - len(wrong)} of {len(killed)}")
+    assert len(killed) >= (60 if points == 20 else 9)
+    assert wrong == []
