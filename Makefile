@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke chat unit test torture fuzz lint types ci bench gpu
+.PHONY: setup smoke chat unit train test torture fuzz lint types ci bench gpu
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ unit: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2
+
+# The tests that train, as `.ci/run` repeats them for other processors: ATEN_CPU_CAPABILITY=avx2.
+train: setup
+	$(BIN)/python -m pytest -q -n 2 -m train tests/models tests/stages tests/pipeline/test_induced.py
 
 # Every fault, everywhere: a quarter of an hour, and a table of the cases tried and passed.
 torture: setup
