@@ -284,9 +284,6 @@ def compare(
 def report(
     run: Run,
     open_: _flag("--open", "Show it in a browser.") = False,
-    best_of: Annotated[
-        int | None, Option(metavar="N", help="Measure the best of N answers first.")
-    ] = None,
     runs: Runs = None,
 ) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
@@ -295,10 +292,6 @@ def report(
     from rlhf_recipes.store.layout import REPORT
 
     folder = _find(run, runs)
-    if best_of is not None:
-        from rlhf_recipes.pipeline import later
-
-        later.best_of(run_folder=folder, count=best_of)
     _print(findings.shown(run_page.write(folder)))
     _print(f"\nreport   {folder / REPORT}")
     if open_:

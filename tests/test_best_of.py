@@ -1,4 +1,4 @@
-"""The best of n: its numbers from its answers, and the stage put into a run that is there."""
+"""The best of n: its numbers from its answers, and the stage added to a finished run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from statistics import fmean
 
 import pytest
 
-from rlhf_recipes.errors import RecipeError, UsageError
 from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.sampling import score_ids
-from rlhf_recipes.pipeline.later import best_of
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import answers
@@ -84,7 +82,7 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
     assert len({tuple(row["answers"]) for row in rows}) > 6
 
 
-# ---- in a run that is there
+# ---- in a finished run
 
 
 @pytest.fixture
@@ -92,67 +90,26 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Counting:
     return Counting(monkeypatch)
 
 
-def ran(recipe: Path, *changes: str, **options: object) -> Path:
-    return run(load_recipe(recipe, set=changes), runs=recipe.parent / "runs", **options).run_folder
-
-
-def test_a_run_gets_the_stage_that_it_lacks_and_nothing_else(
-    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_gets_the_stage_by_its_key_and_no_other_stage_runs(
+    tmp_path: Path, count: Counting
 ) -> None:
     recipe = toy(tmp_path)
-    folder = ran(recipe, "ppo.total_episodes=128", "evaluation.judge=independent")
-    written = (folder / "recipe.toml").read_bytes()
+
+    def ran(*changes: str) -> Path:
+        words = ["ppo.total_episodes=128", "evaluation.judge=independent", *changes]
+        return run(load_recipe(recipe, set=words), runs=tmp_path / "runs", name="mine").run_folder
+
+    folder = ran()
     before = json.loads((folder / "manifest.json").read_text())
     count.ran.clear()
-    monkeypatch.chdir(folder)
-    outcome = best_of(run_folder=Path("."), count=8)
-    assert count.ran == ["best_of"] and count.exported == ["ppo"]
-    assert outcome.run_folder == folder and outcome.results["best_of.loss"] == 0.25
-    assert (folder / "recipe.toml").read_bytes() == written
-
+    assert ran("evaluation.best_of=8") == folder and count.ran == ["best_of"]
     after = json.loads((folder / "manifest.json").read_text())
     *others, last = after["stages"]
     assert (last["name"], last["outcome"], after["outcome"]) == ("best_of", "ran", "finished")
     assert [s["key"] for s in others] == [s["key"] for s in before["stages"]]
-    assert after["recipe"] == before["recipe"] == str(recipe)
-    assert after["overrides"] == [*before["overrides"], "evaluation.best_of=8"]
-    assert load_recipe(folder / "resolved.toml").evaluation.best_of == 8
     results = json.loads((folder / "results.json").read_text())
     assert results["ppo.win_rate"] == 0.75 and results["best_of.steps"] == 2
-
-    best_of(run_folder=folder, count=8)
+    ran("evaluation.best_of=8")
     assert count.ran == ["best_of"]
-    best_of(run_folder=folder, count=16)
+    ran("evaluation.best_of=16")
     assert count.ran == ["best_of"] * 2
-    overrides = json.loads((folder / "manifest.json").read_text())["overrides"]
-    assert overrides == [*before["overrides"], "evaluation.best_of=16"]
-
-
-def test_no_other_stage_is_run_for_it(tmp_path: Path, count: Counting) -> None:
-    recipe = toy(tmp_path)
-    folder = ran(recipe, until="reward")
-    with pytest.raises(UsageError, match=r"ppo of .*/toy would have to run first: new \(rlhf-reci"):
-        best_of(run_folder=folder, count=4)
-    ran(recipe)
-    manifest = (folder / "manifest.json").read_bytes()
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "d"}\n')
-    with pytest.raises(UsageError, match="sft of .* would have to run first: pairs.jsonl changed"):
-        best_of(run_folder=folder, count=4)
-    assert count.ran == ["sft", "reward", "ppo", "evaluation"]
-    assert (folder / "manifest.json").read_bytes() == manifest
-
-
-def test_what_cannot_be_asked_is_refused(tmp_path: Path, count: Counting) -> None:
-    recipe = toy(tmp_path)
-    folder = ran(recipe)
-    with pytest.raises(RecipeError, match="evaluation.best_of=3: "):
-        best_of(run_folder=folder, count=3)
-    alone = ran(recipe, 'stages=["sft", "reward"]', name="alone")
-    with pytest.raises(RecipeError, match="evaluation.best_of.*no stage is of PPO"):
-        best_of(run_folder=alone, count=4)
-    unjudged = ran(recipe, "evaluation=false", name="unjudged")
-    with pytest.raises(RecipeError, match="evaluation"):
-        best_of(run_folder=unjudged, count=4)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UsageError, match="has no manifest.json that can be read .run it again"):
-        best_of(run_folder=folder, count=4)

@@ -291,7 +291,7 @@ def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
     ends = [f"ppo.{by}win_rate_{end}" for by in ("", "judge_") for end in ("low", "high")]
     run = told(tmp_path, dict.fromkeys(ends), kinds=["sft", "reward", "ppo", "evaluation"])
     text = "".join(page(run)[1].text)
-    assert "rlhf-recipes report told --best-of 16" in text
+    assert "rlhf-recipes run RECIPE --set evaluation.best_of=16 --name told" in text
     assert "71 % of 128 prompts (63–78)" in text  # Wilson's
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.errors import Interrupted, StageError
-from rlhf_recipes.pipeline import later, memory
+from rlhf_recipes.pipeline import memory
 from rlhf_recipes.pipeline.runner import RunOutcome, run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.report import run_page
@@ -110,17 +110,15 @@ def test_a_report_that_cannot_be_written_is_a_line_and_fails_nothing(
 def test_the_command_writes_it_again_and_opens_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder, opened, asked = told(tmp_path), [], []
+    folder, opened = told(tmp_path), []
     monkeypatch.setattr(webbrowser, "open", opened.append)
-    monkeypatch.setattr(later, "best_of", lambda **words: asked.append(words))
     for _ in range(2):
-        words = ["report", "told", "--runs", str(folder.parent), "--open", "--best-of", "8"]
+        words = ["report", "told", "--runs", str(folder.parent), "--open"]
         out, err = call(monkeypatch, capfd, *words)
         assert out[0].startswith("✓ PPO beat SFT on 71 % of 128 prompts (63–79) by a judge")
         assert out[-1] == f"report   {folder}/report.html" and err == []
         (folder / "report.html").unlink()
     assert opened == [f"file://{folder}/report.html"] * 2
-    assert asked == [{"run_folder": folder, "count": 8}] * 2
 
 
 def test_compare_writes_a_page_where_it_is_asked_to(
