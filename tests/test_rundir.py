@@ -19,8 +19,8 @@ from rlhf_recipes.store import files, layout, locks, provenance
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf_recipes import rundir
-with rundir.lock(Path(sys.argv[1]), "run x"):
+from rlhf_recipes.store import locks
+with locks.lock(Path(sys.argv[1]), "run x"):
     print("held", flush=True)
     time.sleep(60)
 """
