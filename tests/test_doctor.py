@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from rlhf_recipes import cli
+from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline import doctor
 from rlhf_recipes.sources import hub
 from tests.fake_hub import FakeHub
 
 
-def ask(question: Callable[..., doctor.Answers], *words: Path) -> list[doctor.Line]:
+def ask(question: Callable[..., doctor.Answers], *words: Path) -> list[Finding]:
     return [*doctor.answered("", partial(question, *words))]
 
 

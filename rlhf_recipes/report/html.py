@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from rlhf_recipes.findings import MARKS
 from rlhf_recipes.text import duration, size
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,5 +49,5 @@ def _environment() -> Environment:
         finalize=lambda value: UNSEEN.sub("", value) if type(value) is str else value,
     )
     made.filters |= {"words": words, "cut": cut, "size": size, "duration": duration}
-    made.globals["style"] = Markup(style())
+    made.globals |= {"style": Markup(style()), "marks": MARKS}
     return made
