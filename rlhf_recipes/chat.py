@@ -13,8 +13,6 @@ from typing import IO
 
 import torch
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 from transformers.generation.streamers import BaseStreamer
 
@@ -31,7 +29,6 @@ from rlhf_recipes.store.digests import derive_seed
 from rlhf_recipes.text import plain
 
 HELP = "an empty line forgets the conversation · Ctrl-C stops an answer · Ctrl-D ends"
-COLUMN = 30  # characters; where the terminal has fewer for each, answers follow one another
 
 
 def chat(*, run_folder: Path, stage: str | None, everyone: bool, screen: Screen) -> None:
@@ -58,12 +55,12 @@ def chat(*, run_folder: Path, stage: str | None, everyone: bool, screen: Screen)
 class _Speaker(BaseStreamer):
     """A policy, its turns, and its answer, which `generate` puts here token by token."""
 
-    def __init__(self, name: str, role: Role, tokens: Tokens):
-        self.name, self.role, self.tokens = plain(name), role, tokens
+    def __init__(self, name: str, role: Role, tokens: Tokens, out: IO[str]):
+        self.name, self.role, self.tokens, self.out = plain(name), role, tokens, out
         self.turns: Messages = []
 
-    def begin(self, out: IO[str] | None) -> None:
-        self.out, self.ids, self.shown, self.score = out, [], "", ""
+    def begin(self) -> None:
+        self.ids, self.shown, self.score = [], "", ""
 
     def put(self, value: torch.Tensor) -> None:
         if value.dim() > 1:
@@ -71,8 +68,7 @@ class _Speaker(BaseStreamer):
         self.ids += value.tolist()
         text = self.tokens.decode(self.ids).rstrip("\ufffd")  # half a character
         text = "".join(c if c == "\n" else " " if c.isspace() else plain(c) for c in text)
-        if self.out:
-            print(text[len(self.shown) :], end="", file=self.out, flush=True)
+        print(text[len(self.shown) :], end="", file=self.out, flush=True)
         self.shown = text
 
     def end(self) -> None: ...
@@ -93,7 +89,7 @@ class _Talk:
 
         self.tokens = tokens = session.tokens
         roles = {n: session.base.open(f"policy-{n}", out, seed=0) for n, out in outputs.items()}
-        self.speakers = [_Speaker(name, role, tokens) for name, role in roles.items()]
+        self.speakers = [_Speaker(name, role, tokens, screen.out) for name, role in roles.items()]
         self.reward = None
         if everyone and recipe.explorer:
             with contextlib.suppress(UsageError):  # it is from elsewhere: no scores
@@ -131,25 +127,17 @@ class _Talk:
             self._show()
 
     def _show(self) -> None:
-        """Everyone's next turn: in columns where there is room, else one after another."""
-        count, out = len(self.speakers), self.screen.out
-        columns = count > 1 and out.isatty() and self.console.width >= COLUMN * count
+        """Everyone's next turn, one after another."""
         self.asked += 1
         for speaker in self.speakers:
-            speaker.begin(None if columns else out)
-        # What others print goes to the log, not above the columns.
-        own = {"redirect_stdout": False, "redirect_stderr": False}
-        live = Live(console=self.console, get_renderable=self._table, **own)
-        with live if columns else contextlib.nullcontext():
-            for speaker in self.speakers:
-                if count > 1 and not columns:
-                    self.console.print(Text(f"{speaker.name}: ", "bold"), end="")
-                self._sample(speaker)
-                if not columns:
-                    print(f"  ({speaker.score})" if speaker.score else "", file=out, flush=True)
+            if len(self.speakers) > 1:
+                self.console.print(Text(f"{speaker.name}: ", "bold"), end="")
+            self._sample(speaker)
+            print(f"  ({speaker.score})" if speaker.score else "", file=self.screen.out, flush=True)
 
     def _sample(self, speaker: _Speaker) -> None:
         """The speaker's next turn, under draws that are everyone's; Ctrl-C ends it where it is."""
+        speaker.begin()
         prompt = self._prompt(speaker.turns)
         ids = torch.tensor([prompt], device=speaker.role.lm.device)
         torch.manual_seed(derive_seed(self.seed, "chat", self.asked))
@@ -168,11 +156,3 @@ class _Talk:
 
     def _prompt(self, turns: Messages) -> list[int]:
         return encode(self.tokens, [*self.start, *turns])[0]
-
-    def _table(self) -> Table:
-        width = self.console.width - 3  # a terminal writes ^C there
-        table = Table(box=None, width=width, show_footer=self.reward is not None)
-        for s in self.speakers:
-            table.add_column(Text(s.name, "bold"), Text(s.score, "dim"), ratio=1, overflow="fold")
-        table.add_row(*(Text(speaker.shown) for speaker in self.speakers))
-        return table

@@ -369,7 +369,9 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
 def chat(
     run: Run,
     stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    all_: Annotated[bool, Option("--all", help="The base and every policy, side by side.")] = False,
+    all_: Annotated[
+        bool, Option("--all", help="The base and every policy, one after another.")
+    ] = False,
     runs: Runs = None,
 ) -> None:
     """Talk to the model that a run made."""

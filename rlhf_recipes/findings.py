@@ -1,4 +1,4 @@
-"""A sentence of the verdict, and how shares are said in it."""
+"""A finding of the verdict, of `doctor` or of the data lint; and how shares are said in it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rlhf_recipes.stats import Share
-from rlhf_recipes.text import plain
+from rlhf_recipes.text import masked, plain
+
+# In the order in which the verdict says them.
+MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
+LEVELS = tuple(MARKS)
 
 
 @dataclass(frozen=True)
 class Finding:
     level: str  # of LEVELS
-    stage: str  # that it is about; of a fault, where to look first
+    about: str  # a stage (for a fault, where to look first), or what was looked at
     text: str
     change: str = ""  # what to do about it; words in `…` are keys
 
+    def __str__(self) -> str:
+        after = f"\n  → {self.change}" if self.change else ""
+        return masked(f"{MARKS[self.level]} {self.about:<10} {self.text}{after}")
+
 
 Found = Iterator[Finding]
-LEVELS = ("fault", "success", "doubt", "good", "note")  # the order in which they are said
 
 
 def percent(share: float) -> str:
@@ -34,11 +41,8 @@ def interval(share: Share) -> str:
     return f"{100 * share.low:.0f}–{100 * share.high:.0f}"
 
 
-MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}
-
-
 def shown(found: Iterable[Finding]) -> str:
-    """A sentence a line, and below it what to change."""
+    """A line for each, without what it is about, and below it what to change."""
     lines = []
     for one in found:
         lines.append(f"{MARKS[one.level]} {plain(one.text)}")

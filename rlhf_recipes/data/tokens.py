@@ -50,7 +50,7 @@ PAD_CANDIDATES = (
 )
 
 
-# What a template may take for one conversation; those of any use take a thousandth of it.
+# What a template may take for the trial in `settle`; a useful one takes a ten-thousandth of it.
 TEMPLATE_SECONDS = 5
 TEMPLATE_BYTES = 2**30
 OWN_TEMPLATE = 'chat_template = "plain" in [model] does without it'
@@ -80,8 +80,9 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
     """Give `tokenizer` a template, EOS and pad, in place.
 
     `template` is "own" or "plain". `vocabulary` is the number of rows of the model's embedding: a
-    pad id beyond it crashes `gather` in PPO. Raises ModelError where no token is free to pad with,
-    or where the template fails.
+    pad id beyond it crashes `gather` in PPO. A template may be a stranger's program: transformers
+    sandboxes it, and here it is tried once, within limits of time and memory. Raises ModelError
+    where no token is free to pad with, or where the template fails the trial.
     """
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if template == "own" and any(Path(name).name != name for name in named):
@@ -90,10 +91,14 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
     if tokenizer.chat_template is None or template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     try:
-        tokenizer.eos_token = _end_of_turn(tokenizer)
-        tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
+        with _bounded():
+            tokenizer.eos_token = _end_of_turn(tokenizer)
+            tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
     except TemplateError as error:
         raise ModelError(f"the model's chat template fails: {error}", OWN_TEMPLATE) from error
+    except (_OutOfTime, MemoryError) as error:
+        what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
+        raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
     tokenizer.padding_side = "left"
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     specials = tuple(sorted({*tokenizer.all_special_tokens, *added}))
@@ -115,18 +120,10 @@ def encode(tokens: Tokens, prompt: Messages, answer: str | None = None) -> tuple
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Messages, **words: Any) -> str:
-    """The text of a conversation by the model's template, which is a program of a stranger's.
-
-    transformers keeps it from all but text; here it is kept from running on, or taking all memory.
-    Raises TemplateError where it fails on these turns, ModelError where it takes too much.
-    """
+    """The text of a conversation by the model's template; TemplateError where it fails on these."""
     try:
-        with _bounded():
-            return tokenizer.apply_chat_template(turns, tokenize=False, **words)
-    except (_OutOfTime, MemoryError) as error:
-        what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
-        raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
-    except TemplateError:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **words)
+    except (TemplateError, MemoryError):
         raise
     except Exception as error:
         raise TemplateError(f"{type(error).__name__}: {error}") from error

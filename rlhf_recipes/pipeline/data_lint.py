@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.errors import RlhfRecipesError
-from rlhf_recipes.pipeline.doctor import Line
+from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import datasets
@@ -34,15 +34,15 @@ WAY_OUT = "see max_prompt_tokens and max_answer_tokens, or README.md for the sha
 SHOWN = 320  # characters of an example
 
 
-def data_lint(plan: Plan, session: Session) -> list[Line]:
+def data_lint(plan: Plan, session: Session) -> list[Finding]:
     """What a person should know of the rows. Reads what is on this machine, and brings nothing."""
     recipe = plan.recipe
     if gone := away(plan):
         change = f"rlhf-recipes fetch {recipe.path}"
-        return [Line("note", "rows", f"not looked at: {gone} is not on this machine", change)]
+        return [Finding("note", "rows", f"not looked at: {gone} is not on this machine", change)]
     try:
         if not any((session.model_folder / name).is_file() for name in TOKENIZER):
-            return [Line("note", "rows", "not looked at: the model's folder has no tokenizer")]
+            return [Finding("note", "rows", "not looked at: the model's folder has no tokenizer")]
         tables = {"": recipe.dataset}
         tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
         found = []
@@ -53,7 +53,8 @@ def data_lint(plan: Plan, session: Session) -> list[Line]:
                 found += [*_leaks(data, session.tokens), *_shown(data, session.tokens)]
         return [*found, *_lacks(plan, session)]
     except RlhfRecipesError as error:
-        return [Line("fault", "rows", error.message, WAY_OUT if "\n" in error.hint else error.hint)]
+        change = WAY_OUT if "\n" in error.hint else error.hint
+        return [Finding("fault", "rows", error.message, change)]
 
 
 def away(plan: Plan) -> str:
@@ -70,17 +71,17 @@ def _all(data: Data) -> list[Example]:
     return [*data.train, *data.validation, *data.test]
 
 
-def _counts(place: str, data: Data) -> Iterator[Line]:
+def _counts(place: str, data: Data) -> Found:
     sides = [f"{len(getattr(data, side)):,} {side}" for side in ("train", "validation", "test")]
     held = f", {len(data.judge):,} of the training rows for the judge alone" if data.judge else ""
-    yield Line("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
+    yield Finding("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
     reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
     if reasons:
         many = data.dropped.total() - data.dropped[WEIGHT] > 0.2 * data.rows
         yield _noted(many, f"{place}dropped", "; ".join(reasons), WAY_OUT)
 
 
-def _lacks(plan: Plan, session: Session) -> Iterator[Line]:
+def _lacks(plan: Plan, session: Session) -> Found:
     """Stages that would end, some hours in, because they find no rows of their kind."""
     recipe = plan.recipe
     held = {
@@ -92,16 +93,16 @@ def _lacks(plan: Plan, session: Session) -> Iterator[Line]:
     if none := [s.name for s in plan.stages if not (held[s.name] or s.done)]:
         change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
         text = f"none for {', '.join(none)}"
-        yield Line("fault", "rows", text, f"{change}: see `columns` and `test_fraction`")
+        yield Finding("fault", "rows", text, f"{change}: see `columns` and `test_fraction`")
 
 
-def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
+def _lengths(place: str, data: Data, recipe: Any) -> Found:
     rows = _all(data)
     groups = {"prompt": [len(e.prompt_ids) for e in rows]}
     groups["chosen"] = [len(e.chosen_ids) for e in rows if e.chosen_ids]
     groups["rejected"] = [len(e.rejected_ids) for e in rows if e.rejected_ids]
     said = [f"{name} {_spread(lengths)}" for name, lengths in groups.items() if lengths]
-    yield Line("note", f"{place}tokens", f"{'; '.join(said)} (half · 95 % · most)")
+    yield Finding("note", f"{place}tokens", f"{'; '.join(said)} (half · 95 % · most)")
     for stage in recipe.stages if not place else ():
         room = recipe.table(stage).options.get("response_length")
         over = sum(length > room for length in groups["chosen"]) if room else 0
@@ -111,7 +112,7 @@ def _lengths(place: str, data: Data, recipe: Any) -> Iterator[Line]:
             longest = sorted(groups["chosen"])[int(0.99 * (len(groups["chosen"]) - 1))]
             change = f"--set {stage}.response_length={longest}, or a lower max_answer_tokens"
             level = "doubt" if share > MANY else "note"
-            yield Line(level, "too long", f"{text}, {room}", change)
+            yield Finding(level, "too long", f"{text}, {room}", change)
 
 
 def _spread(lengths: Sequence[int]) -> str:
@@ -120,7 +121,7 @@ def _spread(lengths: Sequence[int]) -> str:
     return f"{half} · {ordered[int(0.95 * (len(ordered) - 1))]} · {most}"
 
 
-def _pairs(place: str, data: Data) -> Iterator[Line]:
+def _pairs(place: str, data: Data) -> Found:
     """Pairs that stand twice, that contradict one another, and what length alone would say."""
     pairs = [e for e in _all(data) if e.rejected_ids][:LOOKED]
     if not pairs:
@@ -140,12 +141,12 @@ def _pairs(place: str, data: Data) -> Iterator[Line]:
     yield _noted(not 1 - BIASED <= share <= BIASED, f"{place}length", text, change)
 
 
-def _noted(doubtful: bool, about: str, text: str, change: str) -> Line:
+def _noted(doubtful: bool, about: str, text: str, change: str) -> Finding:
     """What is there to be known, or where it is doubtful, what to do about it."""
-    return Line("doubt", about, text, change) if doubtful else Line("note", about, text)
+    return Finding("doubt", about, text, change) if doubtful else Finding("note", about, text)
 
 
-def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
+def _leaks(data: Data, tokens: Tokens) -> Found:
     """Prompts of test and validation that are nearly one of the training prompts."""
     train = {tuple(e.prompt_ids) for e in data.train}
     words = [_words(tokens.decode(list(ids))) for ids in sorted(train)[:LOOKED]]
@@ -167,7 +168,7 @@ def _leaks(data: Data, tokens: Tokens) -> Iterator[Line]:
             share = f"{len(near):,} of {len(prompts):,} {side} prompts are nearly a training prompt"
             change = f"as {_cut(near[0], 80)!r}: the {side} is easier than it looks"
             level = "doubt" if len(near) > MANY * len(prompts) else "note"
-            yield Line(level, "splits", share, change)
+            yield Finding(level, "splits", share, change)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -180,7 +181,7 @@ def _rarest(words: frozenset[str], count: Counter[str]) -> list[str]:
     return sorted((w for w in words if w in count), key=lambda w: (count[w], w))[:4]
 
 
-def _shown(data: Data, tokens: Tokens) -> Iterator[Line]:
+def _shown(data: Data, tokens: Tokens) -> Found:
     """Three rows as the model sees them, special tokens and line breaks visible."""
     rows = data.train or _all(data)
     for place in sorted({0, len(rows) // 2, len(rows) - 1} if rows else ()):
@@ -189,7 +190,7 @@ def _shown(data: Data, tokens: Tokens) -> Iterator[Line]:
         for mark, ids in ((" ▸ ", row.chosen_ids), (" ✗ ", row.rejected_ids)):
             parts += [mark + tokens.tokenizer.decode(ids)] if ids else []
         text = "".join(_cut(part.replace("\n", "⏎"), SHOWN) for part in parts)
-        yield Line("note", "example", text)
+        yield Finding("note", "example", text)
 
 
 def _cut(text: str, width: int) -> str:

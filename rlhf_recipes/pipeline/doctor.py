@@ -12,16 +12,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from rlhf_recipes.errors import briefly
+from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.sources.hub import TIMEOUT, bound, says_no
-from rlhf_recipes.text import masked, size
+from rlhf_recipes.text import size
 
-MARKS = {"good": "✓", "note": "·", "doubt": "?", "fault": "✗"}
 LEAST_MEMORY = 4 * 2**30
 LEAST_DISK = 10 * 2**30
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"  # in a clone
@@ -29,23 +28,10 @@ DRIVER = Path("/proc/driver/nvidia/version")
 # The oldest driver of a CUDA's major version on Linux, of NVIDIA's release notes.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
-
-@dataclass(frozen=True)
-class Line:
-    level: str  # of MARKS
-    about: str
-    text: str
-    change: str = ""  # what to do
-
-    def __str__(self) -> str:
-        after = f"\n  → {self.change}" if self.change else ""
-        return masked(f"{MARKS[self.level]} {self.about:<10} {self.text}{after}")
-
-
 Answers = Iterator[tuple[str, ...]]  # level, text, and what to do where there is something
 
 
-def doctor(runs: Path) -> list[Line]:
+def doctor(runs: Path) -> list[Finding]:
     """Every question and its answer, the heavy ones last."""
     questions = {
         "device": device,
@@ -59,18 +45,19 @@ def doctor(runs: Path) -> list[Line]:
     return [line for about, question in questions.items() for line in answered(about, question)]
 
 
-def short(runs: Path) -> list[Line]:
+def short(runs: Path) -> list[Finding]:
     """The three lines that matter before a run: where it computes, its memory, its disk."""
     questions = {"device": device, "memory": memory, "disk": partial(disk, runs)}
     return [next(answered(about, question)) for about, question in questions.items()]
 
 
-def answered(about: str, question: Callable[[], Answers]) -> Iterator[Line]:
+def answered(about: str, question: Callable[[], Answers]) -> Found:
     try:
         for level, *words in question():
-            yield Line(level, about, *words)
+            yield Finding(level, about, *words)
     except Exception as error:  # a library that is broken is what is asked about
-        yield Line("fault", about, briefly(error), "install the versions of constraints.txt again")
+        change = "install the versions of constraints.txt again"
+        yield Finding("fault", about, briefly(error), change)
 
 
 # ---- the questions ------------------------------------------------------------------------------

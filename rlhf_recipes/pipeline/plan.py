@@ -128,7 +128,7 @@ def _reasons(stage: PlannedStage, run_folder: Path) -> list[str]:
     """What differs from this stage of this run before, else from its nearest kin in any run."""
     work = stage.folder / "work"
     if work.exists():
-        steps = [int(path.name.rpartition("-")[2]) for path in work.glob(layout.CHECKPOINTS)]
+        steps = [layout.step_of(path) for path in work.glob(layout.CHECKPOINTS)]
         kept = f", has a checkpoint of step {max(steps)}" if steps else ""
         return [f"was not finished{kept}"]
     before = _last_of_run(stage.name, run_folder)

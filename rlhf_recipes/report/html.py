@@ -1,10 +1,8 @@
-"""What the pages share: one style, escaped text, and a policy that lets nothing run or load."""
+"""What the pages share: one style, escaped text, a policy that forbids scripts and loads."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from rlhf_recipes.findings import MARKS
 from rlhf_recipes.text import duration, size
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -21,10 +20,9 @@ UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 
 
 @functools.cache
-def style() -> tuple[str, str]:
-    """The one style sheet, and the digest that the page's policy lets it in by."""
-    text = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    return text, "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def style() -> str:
+    """The one style sheet."""
+    return (TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 
 def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
@@ -51,6 +49,5 @@ def _environment() -> Environment:
         finalize=lambda value: UNSEEN.sub("", value) if type(value) is str else value,
     )
     made.filters |= {"words": words, "cut": cut, "size": size, "duration": duration}
-    text, allowed = style()
-    made.globals |= {"style": Markup(text), "style_digest": allowed}
+    made.globals |= {"style": Markup(style()), "marks": MARKS}
     return made

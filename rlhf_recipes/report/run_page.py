@@ -42,7 +42,7 @@ def _made_from(facts: Facts) -> str:
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
     shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
-    return digest(to_json([versions(), style()[1], outcome, *shown]))
+    return digest(to_json([versions(), style(), outcome, *shown]))
 
 
 # ---- a run --------------------------------------------------------------------------------------

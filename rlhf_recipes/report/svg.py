@@ -1,7 +1,6 @@
 """The report's plots: SVG to stand inside a page, coloured by the page's own variables.
 
-A page that allows nothing takes no `style` attribute, no metadata and no link: matplotlib's SVG is
-rewritten into plain attributes. Each plot says in words what it shows, for who does not see it.
+Each plot says in words what it shows, for who does not see it.
 """
 
 from __future__ import annotations
@@ -9,13 +8,14 @@ from __future__ import annotations
 import io
 import logging
 import re
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import escape
 
 from rlhf_recipes.stats import Share
 
@@ -29,6 +29,7 @@ NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PPO: "ppo", SFT: "sft", BASE:
 Point = tuple[float, float]
 POINTS = 300  # of a curve: more cannot be told apart
 STYLE = Path(__file__).with_suffix(".mplstyle")
+NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # of metadata
 
 
 @dataclass
@@ -46,43 +47,25 @@ class Plot:
         import matplotlib
         from matplotlib.figure import Figure
 
-        drawn = io.BytesIO()
+        drawn = io.StringIO()
         with matplotlib.rc_context({"svg.hashsalt": self.name}, STYLE):
             figure = Figure(figsize=(330 / 72, height / 72), dpi=72, layout="constrained")
             yield figure.add_subplot()
-            figure.savefig(drawn, format="svg", metadata={"Date": None})
-        self.svg = _plain(drawn.getvalue(), self.alt)
+            figure.savefig(drawn, format="svg", metadata=NOTHING)
+        self.svg = _inline(drawn.getvalue(), self.alt)
 
 
-def _plain(drawn: bytes, alt: str) -> str:
-    root = ET.fromstring(drawn)
-    named = set(re.findall(r'(?:url\(|href=")#([^)"]+)', drawn.decode()))
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": alt}
-    for element in list(root.iter()):
-        element.tag = element.tag.rpartition("}")[2]
-        for child in list(element):
-            if child.tag.endswith(("}metadata", "}style")):
-                element.remove(child)
-        plain = {}
-        for key, value in element.attrib.items():
-            if key == "style":
-                plain |= _attributes(value)
-            elif key != "id" or value in named:
-                plain[key.rpartition("}")[2]] = value
-        element.attrib = plain
-    svg = ET.tostring(root, encoding="unicode")
+def _inline(drawn: str, alt: str) -> str:
+    """An SVG file as an element of the page: named for who does not see it, in the page's colours.
+
+    Ids of groups go, since they repeat on a page of several plots. So does the style sheet, since
+    it would apply to the whole page.
+    """
+    svg = f'<svg role="img" aria-label="{escape(alt)}"' + drawn.partition("<svg")[2]
+    svg = re.sub(r'(?<=<g) id="[^"]*"|<style.*?</style>', "", svg, flags=re.DOTALL)
     for colour, name in NAMES.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg
-
-
-def _attributes(style: str) -> dict[str, str]:
-    """The declarations of a `style` attribute as attributes; the letters are the page's."""
-    plain = dict(re.findall(r"([\w-]+): *([^;]+)", style))
-    if "font" in plain:
-        plain["font-size"] = re.search(r"([\d.]+)px", plain.pop("font"))[1]
-    plain.pop("font-family", None)
-    return plain
 
 
 # ---- shapes -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def verdict(facts: Facts) -> list[Finding]:
     """What the rules found: faults first, in the order of the stages; then success, then doubts."""
     place = {stage.name: at for at, stage in enumerate(facts.stages)}
     found = [finding for rule in (*RULES, *policy_rules.RULES) for finding in rule(facts)]
-    found.sort(key=lambda f: (LEVELS.index(f.level), place.get(f.stage, len(place))))
+    found.sort(key=lambda f: (LEVELS.index(f.level), place.get(f.about, len(place))))
     return found
 
 

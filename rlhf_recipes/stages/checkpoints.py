@@ -68,10 +68,6 @@ def newest(work: Path, start: str, note: Callable[[str], None]) -> Path | None:
     return None
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
 def _folders(work: Path) -> list[Path]:
     found = work.glob(layout.CHECKPOINTS)
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
@@ -123,7 +119,7 @@ class Resumable:
             sha.update(tensor.detach().float().cpu().numpy().tobytes())
         self.start = sha.hexdigest()
         found = newest(Path(self.args.output_dir), self.start, self.progress.note)
-        self.progress.resume(step_of(found) if found else 0)
+        self.progress.resume(layout.step_of(found) if found else 0)
         return found
 
     def _save_checkpoint(self, *_: Any) -> None:

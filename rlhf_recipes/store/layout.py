@@ -32,6 +32,10 @@ CHECKPOINTS = "checkpoint-*"  # in a stage's work/
 BEGUN = "begun"  # there, too: when the pass of `--fresh` began that the stage is computed in
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def runs_folder(given: Path | None = None) -> Path:
     """`--runs`, else RLHF_RECIPES_RUNS, else ./runs."""
     return given or Path(os.environ.get("RLHF_RECIPES_RUNS") or "runs")

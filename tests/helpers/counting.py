@@ -19,6 +19,7 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import DataError, GateError
 from rlhf_recipes.pipeline import runner
 from rlhf_recipes.stages import contract
+from rlhf_recipes.store import layout
 from rlhf_recipes.store.digests import digest
 
 STEPS = 3
@@ -106,7 +107,7 @@ def steady(context: contract.StageContext) -> contract.StageResult:
     read = [(source / "weights").read_text() for source in context.inputs.values()]
     start = digest([context.name, *read])
     kept = checkpoints.newest(work, start, context.progress.note)
-    step = checkpoints.step_of(kept) if kept else 0
+    step = layout.step_of(kept) if kept else 0
     weights = (kept / "weights").read_text() if kept else start
     context.progress.resume(step)
     beside = context.recipe.path.parent

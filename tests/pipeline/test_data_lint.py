@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf_recipes import cli
+from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline import data_lint
-from rlhf_recipes.pipeline.doctor import Line
 from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages.session import Session
@@ -27,7 +27,7 @@ PAIRS = [
 ]
 
 
-def linted(plan: Plan) -> list[Line]:
+def linted(plan: Plan) -> list[Finding]:
     return data_lint.data_lint(plan, Session(plan.recipe, plan.model))
 
 
@@ -35,7 +35,7 @@ class Lint:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder = model, folder
 
-    def __call__(self, rows: list[dict[str, Any]], *words: str) -> list[Line]:
+    def __call__(self, rows: list[dict[str, Any]], *words: str) -> list[Finding]:
         data, file = self.folder / "rows.jsonl", self.folder / "tiny.toml"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         file.write_text(RECIPE.format(model=self.model, data=data))

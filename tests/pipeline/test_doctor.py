@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rlhf_recipes import cli
+from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline import doctor
 from rlhf_recipes.sources import hub
 from tests.helpers.fake_hub import FakeHub
@@ -22,7 +23,7 @@ from tests.helpers.fake_hub import FakeHub
 pytestmark = pytest.mark.train
 
 
-def ask(question: Callable[..., doctor.Answers], *words: Path) -> list[doctor.Line]:
+def ask(question: Callable[..., doctor.Answers], *words: Path) -> list[Finding]:
     return [*doctor.answered("", partial(question, *words))]
 
 

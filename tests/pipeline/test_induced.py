@@ -126,15 +126,15 @@ def test_what_went_wrong_comes_first(made: Made, what: str) -> None:
     changes, data, said, words = FAILED[what]
     for seed in SEEDS.get(what, (7,)):
         first, *others = made(*changes, f"seed={seed}", data=data)
-        if (first.level, first.stage) == said and re.search(words, first.text):
+        if (first.level, first.about) == said and re.search(words, first.text):
             break
-    assert (first.level, first.stage) == said, first
+    assert (first.level, first.about) == said, first
     assert re.search(words, first.text), first
     if "never end" in what:
         assert "of SFT's answers end within their tokens: most are cut off." in others[0].text
-        assert (others[0].level, others[0].stage) == ("fault", "sft")
+        assert (others[0].level, others[0].about) == ("fault", "sft")
     if what == "a reward model that learned nothing":
-        assert [one.stage for one in others if one.level == "fault"] == ["ppo"]  # the gate
+        assert [one.about for one in others if one.level == "fault"] == ["ppo"]  # the gate
         assert (
             "The run ended early, 2 of 4 stages are done: stage ppo: the reward" in others[0].text
         )

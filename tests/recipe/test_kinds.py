@@ -101,7 +101,7 @@ def test_a_kind_is_one_entry_and_one_file(
 
     # ---- results, the verdict, the report
     assert outcome.results["echo.echoes"] == 7 and 0 <= outcome.results["echo.win_rate"] <= 1
-    assert any(finding.stage == "echo" for finding in outcome.verdict)
+    assert any(finding.about == "echo" for finding in outcome.verdict)
     report = (outcome.run_folder / "report.html").read_text()
     assert "echo" in report and outcome.model is not None
     assert [stage.did for stage in runner.run(recipe, runs=runs).stages] == ["cached"] * 4

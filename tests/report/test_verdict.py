@@ -19,7 +19,7 @@ def found(folder: Path, changes: dict[str, Any] | None = None, **words: Any) -> 
 
 
 def said(findings: list[Finding]) -> list[tuple[str, str]]:
-    return [(one.level, one.stage) for one in findings]
+    return [(one.level, one.about) for one in findings]
 
 
 def test_a_run_in_which_all_went_well(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_dpo_is_judged_too_and_told_of_its_own_keys(tmp_path: Path) -> None:
         changes = none | shares(f"dpo.{rate}", value, 0.08)
         kinds = ["sft", "dpo", "evaluation"]
         first = found(tmp_path / rate, changes, kinds=kinds, recipe=dpo)[0]
-        assert (first.level, first.stage) == ("fault", "dpo")
+        assert (first.level, first.about) == ("fault", "dpo")
         assert text in first.text and change in first.change
 
 
@@ -347,7 +347,7 @@ def test_a_run_that_did_not_come_to_its_end(
         not_run=("ppo", "judge", "evaluation", "best_of"),
     )
     (one,) = [one for one in findings if one.level == level]
-    assert (one.stage, one.text.startswith(text)) == ("ppo", True)
+    assert (one.about, one.text.startswith(text)) == ("ppo", True)
     assert one.change == ("lower it" if outcome == "failed" else one.change)
 
 

@@ -16,6 +16,7 @@ import pytest
 from rlhf_recipes import cli
 from rlhf_recipes import screen as progress
 from rlhf_recipes.errors import ModelError, RecipeError, StageError, UsageError
+from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline import doctor
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
@@ -125,7 +126,7 @@ def test_a_traceback_that_is_asked_for_holds_none(
 def test_the_doctor_tells_no_password_of_an_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], form: list
 ) -> None:
-    line = doctor.Line("doubt", "hub", f"{WRITTEN['a url' + chr(39) + 's']} does not answer")
+    line = Finding("doubt", "hub", f"{WRITTEN['a url' + chr(39) + 's']} does not answer")
     monkeypatch.setattr(doctor, "doctor", lambda runs: [line])
     monkeypatch.setattr(sys, "argv", ["rlhf-recipes", "doctor", *form])
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The best of n: its numbers from its answers, and the stage put into a run that is there."""
+"""The best of n: its numbers from its answers, and the stage added to a finished run."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
     assert len({tuple(row["answers"]) for row in rows}) > 6
 
 
-# ---- in a run that is there
+# ---- in a finished run
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.recipe.tables import Limits
 from rlhf_recipes.stages import checkpoints
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
+from rlhf_recipes.store import layout
 from tests.helpers.chains import Chain
 from tests.helpers.killed import Killed, build
 from tests.helpers.tiny import RECIPE
@@ -212,7 +213,7 @@ def test_the_last_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     write(tmp_path, 9, 999_999, 1_000_000)
     assert there(tmp_path) == ["checkpoint-1000000", "checkpoint-999999"]
     found = checkpoints.newest(tmp_path, "start", print)
-    assert checkpoints.step_of(found) == 1_000_000
+    assert layout.step_of(found) == 1_000_000
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])

@@ -23,6 +23,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages import checkpoints
 from rlhf_recipes.stages.sft import Trainer
+from rlhf_recipes.store import layout
 from tests.helpers.tiny import RECIPE
 
 pytestmark = pytest.mark.train
@@ -150,9 +151,9 @@ def test_every_kind_of_stage_ends_as_in_one_piece(whole: Go, go: Go, tmp_path: P
     ]:
         with interrupted(kind, step):
             go(CHAIN)
-        assert [checkpoints.step_of(folder) for folder in left(tmp_path, kind)] == saved
+        assert [layout.step_of(folder) for folder in left(tmp_path, kind)] == saved
         for folder in left(tmp_path, kind):
-            if checkpoints.step_of(folder) in damaged:
+            if layout.step_of(folder) in damaged:
                 file = folder / "optimizer.pt"
                 file.write_bytes(file.read_bytes()[:-100])
     found = go(CHAIN)
@@ -253,7 +254,7 @@ def test_what_is_no_number_ends_the_stage_and_no_checkpoint_holds_it(
             go(chain | {f"{kind}.save_steps": save_steps})
         assert caught.value.message == f"stage {kind}: {said} that are no numbers"
         assert "lower learning_rate" in caught.value.hint
-        assert checkpoints.step_of(left(tmp_path, kind)[-1]) == save_steps
+        assert layout.step_of(left(tmp_path, kind)[-1]) == save_steps
     assert go(chain) == whole(chain)
 
 
