@@ -14,28 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from trl import DPOConfig, RewardConfig, SFTConfig
-from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes.recipe.fields import Field, fields_of
-from rlhf_recipes.recipe.tables import KINDS
+from rlhf_recipes.recipe.schema import configs, schema_json
 from tools.make_docs import keys_md
-from tools.make_schema import schema_json
 
 ROOT = Path(__file__).parents[1]
 TABLE = tomllib.loads((ROOT / "tools" / "fields.toml").read_text(encoding="utf-8"))
 # fields.json's tables.
-CONFIGS = {
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "ppo": PPOConfig,
-    "dpo": DPOConfig,
-    "lora": LoraConfig,
-    "bitsandbytes": BitsAndBytesConfig,
-}
+CONFIGS = {**configs(), "bitsandbytes": BitsAndBytesConfig}
 
 
 def matches(names: str, field: str) -> bool:
@@ -122,20 +111,8 @@ def fields_json() -> str:
     return "{\n" + head + '"tables": {\n' + ",\n".join(tables) + "\n}\n}\n"
 
 
-def helps() -> dict[str, dict[str, str]]:
-    """What upstream says of its fields, by table."""
-    return {
-        table: {
-            field.name: " ".join(field.metadata["help"].split())
-            for field in dataclasses.fields(CONFIGS[table])
-            if field.metadata.get("help")
-        }
-        for table in (*KINDS, "lora")
-    }
-
-
 if __name__ == "__main__":  # in this order: the others read what the first writes
-    package = ROOT / "rlhf_recipes"
-    (package / "fields.json").write_text(fields_json(), encoding="utf-8")
-    (package / "recipe.schema.json").write_text(schema_json(helps()), encoding="utf-8")
-    (ROOT / "docs" / "keys.md").write_text(keys_md(), encoding="utf-8")
+    fields, docs = ROOT / "rlhf_recipes" / "recipe" / "fields.json", ROOT / "docs"
+    fields.write_text(fields_json(), encoding="utf-8")
+    (docs / "recipe.schema.json").write_text(schema_json(), encoding="utf-8")
+    (docs / "keys.md").write_text(keys_md(), encoding="utf-8")

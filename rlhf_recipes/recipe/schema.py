@@ -1,18 +1,21 @@
 """The JSON Schema that editors complete from (Taplo, Even Better TOML, Tombi).
 
-It knows keys, types, choices and ranges, by the table that checks a recipe; `check` knows the rest.
-What it says of a key is upstream's help; of our own, the comment in recipes/annotated.toml.
+It has keys, types, choices and ranges from the table that checks a recipe; `check` does the rest.
+The description of a key is upstream's help text; of our own keys, the comment in annotated.toml.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import re
-from pathlib import Path
+import warnings
 from typing import Any
 
 from rlhf_recipes.recipe.fields import Field, Keys
+from rlhf_recipes.recipe.load import find_recipe
 from rlhf_recipes.recipe.tables import KINDS, stage_keys, top_keys
 
-ANNOTATED = Path(__file__).parents[1] / "recipes" / "annotated.toml"
 TYPES = {
     "bool": {"type": "boolean"},
     "int": {"type": "integer"},
@@ -38,11 +41,34 @@ RANGES = {
 }
 
 
+def configs() -> dict[str, type]:
+    """The config class of each kind of stage and of LoRA; importing them takes some ten seconds."""
+    with warnings.catch_warnings(action="ignore"):  # trl.experimental announces itself
+        from peft import LoraConfig
+        from trl import DPOConfig, RewardConfig, SFTConfig
+        from trl.experimental.ppo import PPOConfig
+
+    stages = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "dpo": DPOConfig}
+    return {**stages, "lora": LoraConfig}
+
+
+def helps() -> dict[str, dict[str, str]]:
+    """What upstream says of its fields, by table."""
+    return {
+        table: {
+            field.name: " ".join(field.metadata["help"].split())
+            for field in dataclasses.fields(config)
+            if field.metadata.get("help")
+        }
+        for table, config in configs().items()
+    }
+
+
 def comments() -> dict[str, dict[str, str]]:
     """What the annotated recipe says of each key, by table ("" at the top) or kind of stage."""
     said: dict[str, dict[str, str]] = {"": {}}
     table, key = "", ""
-    for line in ANNOTATED.read_text(encoding="utf-8").split("\n"):
+    for line in find_recipe("annotated").read_text(encoding="utf-8").split("\n"):
         if header := re.match(r"\[+([\w.]+)\]+ *(?:# (.*))?", line):
             table, key = header[1], ""
             said.setdefault(table, {})
@@ -78,9 +104,10 @@ def table(keys: Keys, said: dict[str, str]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def schema_json(helps: dict[str, dict[str, str]]) -> str:
+def schema_json() -> str:
+    """The schema, as a file."""
     said = comments()
-    for name, texts in helps.items():
+    for name, texts in helps().items():
         said[name] |= texts
     top = table(top_keys(), said[""])
     places = top["properties"]
