@@ -248,6 +248,17 @@ def recipes(json: Json = False) -> None:
         _print(f"{file.stem:<15} {title}")
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, from which editors complete keys and values."""
+    from rlhf_recipes.pipeline.schema import schema_json
+    from rlhf_recipes.screen import quietly
+
+    with quietly():
+        text = schema_json()
+    print(text, end="")
+
+
 @app.command("runs")
 def runs_(runs: Runs = None, json: Json = False) -> None:
     """List what was run, the newest last."""

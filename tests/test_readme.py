@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = "run plan check fork fetch recipes runs compare report doctor clean chat export".split()
+COMMANDS = (
+    "run plan check fork fetch recipes schema runs compare report doctor clean chat export".split()
+)
 
 
 def helps() -> str:

@@ -7,7 +7,6 @@
 
 import dataclasses
 import fnmatch
-import importlib
 import inspect
 import json
 import tomllib
@@ -17,19 +16,13 @@ from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from rlhf_recipes.pipeline.schema import load_class, schema_json
 from rlhf_recipes.recipe.fields import Field, fields_of
 from rlhf_recipes.recipe.kinds import BITSANDBYTES, KINDS, LORA, listed
 from rlhf_recipes.store.fingerprint import defaults, shared_defaults
 from tools.make_docs import keys_md
-from tools.make_schema import schema_json
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(place: str) -> type:
-    """The class that "package.module:Name" names."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 TABLE = tomllib.loads((ROOT / "tools" / "fields.toml").read_text(encoding="utf-8"))
@@ -38,7 +31,7 @@ PLACES = {name: KINDS[name].config for name in listed()} | {
     "lora": LORA,
     "bitsandbytes": BITSANDBYTES,
 }
-CONFIGS = {name: load(place) for name, place in PLACES.items()}
+CONFIGS = {name: load_class(place) for name, place in PLACES.items()}
 
 
 def matches(names: str, field: str) -> bool:
@@ -131,18 +124,6 @@ def fields_json() -> str:
     return "{\n" + head + '"tables": {\n' + ",\n".join(tables) + "\n}\n}\n"
 
 
-def helps() -> dict[str, dict[str, str]]:
-    """What upstream says of its fields, by table."""
-    return {
-        table: {
-            field.name: " ".join(field.metadata["help"].split())
-            for field in dataclasses.fields(CONFIGS[table])
-            if field.metadata.get("help")
-        }
-        for table in (*listed(), "lora")
-    }
-
-
 def defaults_json() -> str:
     """Each kind's version and defaults. Stops where a default changed and the version did not."""
     file = ROOT / "tools" / "defaults.json"
@@ -159,8 +140,8 @@ def defaults_json() -> str:
 
 
 if __name__ == "__main__":  # in this order: the others read what the first writes
-    package = ROOT / "rlhf_recipes" / "recipe"
+    package, docs = ROOT / "rlhf_recipes" / "recipe", ROOT / "docs"
     (package / "fields.json").write_text(fields_json(), encoding="utf-8")
-    (package / "recipe.schema.json").write_text(schema_json(helps()), encoding="utf-8")
+    (docs / "recipe.schema.json").write_text(schema_json(), encoding="utf-8")
     (ROOT / "docs" / "keys.md").write_text(keys_md(), encoding="utf-8")
     (ROOT / "tools" / "defaults.json").write_text(defaults_json(), encoding="utf-8")

@@ -1,7 +1,8 @@
-"""An editor completes a recipe from the schema: Tombi's server is asked as an editor asks it."""
+"""An editor completes a recipe from `rlhf-recipes schema`: Tombi is asked as an editor asks it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import rlhf_recipes
+from rlhf_recipes import cli
 from rlhf_recipes.recipe.kinds import field_tables
 
-SCHEMA = Path(rlhf_recipes.__file__).parent / "recipe" / "recipe.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "recipe.schema.json"
 HERE = "|"  # the cursor
 
 
@@ -73,7 +74,9 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("editor")
-    (root / "recipe.schema.json").write_text(SCHEMA.read_text())
+    with (root / "recipe.schema.json").open("w") as file, contextlib.redirect_stdout(file):
+        cli.app(["schema"], standalone_mode=False)
+    assert (root / "recipe.schema.json").read_text() == SCHEMA.read_text()
     made = Server(root)
     yield made
     made.end()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.train
 
 GUARD = {"max_kl": 25.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5}
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "rlhf_recipes"
+SCHEMA = ROOT / "docs" / "recipe.schema.json"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def generator() -> ModuleType:
 
 def test_generated_files_are_those_of_the_installed_versions(generator: ModuleType) -> None:
     made = {
-        PACKAGE / "recipe" / "fields.json": generator.fields_json(),
-        PACKAGE / "recipe" / "recipe.schema.json": generator.schema_json(generator.helps()),
+        ROOT / "rlhf_recipes" / "recipe" / "fields.json": generator.fields_json(),
+        SCHEMA: generator.schema_json(),
         ROOT / "docs" / "keys.md": generator.keys_md(),
     }
     for file, text in made.items():
@@ -154,7 +154,7 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("table", [*listed(), "lora"])
 def test_the_schema_allows_what_the_validator_allows(table: str) -> None:
-    schema = json.loads((PACKAGE / "recipe" / "recipe.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     found = schema["$defs"].get(table) or schema["properties"]["lora"]["anyOf"][1]
     for name, field_ in field_tables()[table].items():
         assert (name in found["properties"]) == (field_.standing == "passed"), name
@@ -250,7 +250,7 @@ def test_the_configs_take_what_a_recipe_passes(generator: ModuleType, tmp_path: 
 
 
 def test_the_schema_knows_the_keys_that_may_be_set() -> None:
-    schema = json.loads((PACKAGE / "recipe" / "recipe.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     ppo = schema["$defs"]["ppo"]["properties"]
     passed = {name for name, f in field_tables()["ppo"].items() if f.standing == "passed"}
     own = {"kind", "policy", "reward_model", "reference", "dataset"}

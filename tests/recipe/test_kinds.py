@@ -108,8 +108,8 @@ def test_a_kind_is_one_entry_and_one_file(
 
 
 def test_a_kind_is_in_the_documentation_and_the_schema(echo: Kind) -> None:
+    from rlhf_recipes.pipeline.schema import table
     from tools.make_docs import keys_md
-    from tools.make_schema import table
 
     header = next(line for line in keys_md().split("\n") if line.startswith("| key | may be | sft"))
     assert "| echo |" in header

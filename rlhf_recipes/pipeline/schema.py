@@ -1,19 +1,23 @@
 """The JSON Schema that editors complete from (Taplo, Even Better TOML, Tombi).
 
-It knows keys, types, choices and ranges, by the table that checks a recipe; `check` knows the rest.
-What it says of a key is upstream's help; of our own, the comment in recipes/annotated.toml.
+It has keys, types, choices and ranges from the table that checks a recipe; `check` does the rest.
+The description of a key is upstream's help text; of our own keys, the comment in annotated.toml.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import importlib
 import json
 import re
-from pathlib import Path
+import warnings
 from typing import Any
 
 from rlhf_recipes.recipe.fields import Field, Keys
-from rlhf_recipes.recipe.kinds import listed
+from rlhf_recipes.recipe.kinds import KINDS, LORA, listed
+from rlhf_recipes.recipe.load import find_recipe
 from rlhf_recipes.recipe.tables import stage_keys, top_keys
 
-ANNOTATED = Path(__file__).parents[1] / "recipes" / "annotated.toml"
 TYPES = {
     "bool": {"type": "boolean"},
     "int": {"type": "integer"},
@@ -39,11 +43,37 @@ RANGES = {
 }
 
 
+def configs() -> dict[str, type]:
+    """The config class of each kind of stage and of LoRA; importing them takes some ten seconds."""
+    places = {name: KINDS[name].config for name in listed()} | {"lora": LORA}
+    with warnings.catch_warnings(action="ignore"):  # trl.experimental announces itself
+        return {name: load_class(place) for name, place in places.items()}
+
+
+def load_class(place: str) -> type:
+    """The class that "package.module:Name" names, in `recipe/kinds.py`."""
+    module, _, name = place.partition(":")
+    found: type = getattr(importlib.import_module(module), name)
+    return found
+
+
+def helps() -> dict[str, dict[str, str]]:
+    """What upstream says of its fields, by table."""
+    return {
+        table: {
+            field.name: " ".join(field.metadata["help"].split())
+            for field in dataclasses.fields(config)
+            if field.metadata.get("help")
+        }
+        for table, config in configs().items()
+    }
+
+
 def comments() -> dict[str, dict[str, str]]:
     """What the annotated recipe says of each key, by table ("" at the top) or kind of stage."""
     said: dict[str, dict[str, str]] = {"": {}}
     table, key = "", ""
-    for line in ANNOTATED.read_text(encoding="utf-8").split("\n"):
+    for line in find_recipe("annotated").read_text(encoding="utf-8").split("\n"):
         if header := re.match(r"\[+([\w.]+)\]+ *(?:# (.*))?", line):
             table, key = header[1], ""
             said.setdefault(table, {})
@@ -79,9 +109,10 @@ def table(keys: Keys, said: dict[str, str]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def schema_json(helps: dict[str, dict[str, str]]) -> str:
+def schema_json() -> str:
+    """The schema, as a file."""
     said = comments()
-    for name, texts in helps.items():
+    for name, texts in helps().items():
         said[name] |= texts
     top = table(top_keys(), said[""])
     places = top["properties"]
