@@ -46,10 +46,6 @@ class Kind:
         """Whether it trains a policy on answers that this policy samples: PPO and its kin."""
         return self.samples and self.makes == "policy"
 
-    @property
-    def pairs(self) -> bool:
-        return self.learns_from in PAIRED
-
 
 @dataclass(frozen=True)
 class Limits:
