@@ -169,3 +169,36 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path) -> None:
     assert find_recipe(str(file)) == file
     with pytest.raises(UsageError, match=r'no recipe smok \(did you mean "smoke"\?\) \(shipped: '):
         find_recipe("smok")
+
+
+def test_without_lora_the_learning_rates_are_upstreams(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "lora = false\nevaluation = false\n" + MINIMAL)
+    assert recipe.lora is None and recipe.evaluation is None
+    rates = [recipe.table(name).options["learning_rate"] for name in recipe.stages]
+    assert rates == [2e-5, 1e-4, 3e-6]
+
+
+def test_wiring_that_says_otherwise(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"ppo"]', '"ppo", "again", "last"]') + (
+        '[again]\nkind = "ppo"\npolicy = "sft"\nreference = "ppo"\nreward_model = "./model"\n'
+        '[last]\nkind = "sft"\ndataset = { path = "org/data", max_answer_tokens = 9 }\n'
+    )
+    recipe = load(tmp_path, text.replace("[dataset]", '[dataset]\nsystem = "s"'))
+    again, last = recipe.table("again"), recipe.table("last")
+    assert (again.kind, again.policy) == ("ppo", "sft")
+    assert (again.reward_model, again.reference) == ("./model", "ppo")
+    assert last.policy == "again"
+    own = last.dataset
+    assert (own.path, own.max_answer_tokens, own.max_prompt_tokens) == ("org/data", 9, 512)
+    assert (own.system, own.test_split, own.test_fraction) == ("s", None, 0.1)
+    text = MINIMAL.replace("[dataset]", '[dataset]\ntest_split = "t"')
+    own = load(tmp_path, text + '[sft]\ndataset = { path = "org/data" }\n').table("sft").dataset
+    assert (own.test_split, own.test_fraction) == (None, 0.0)
+
+
+def test_notes(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"sft", "reward", "ppo"', '"sft"').replace("org/base", "model")
+    assert load(tmp_path, text + "[ppo]\nkl_coef = 0.1\n").notes == (
+        'model.name: a hub id; for the folder write "./model"',
+        "[ppo] is not used: stages does not name it",
+    )
