@@ -21,6 +21,7 @@ from rlhf_recipes.recipe.tables import (
     SHARED_DATA_KEYS,
     DatasetTable,
     is_path,
+    keys_of,
     kinds_in,
     located,
     python_judge,
@@ -90,7 +91,9 @@ class Checker:
         if there:
             return f"unknown key here: it is one of [{'], ['.join(there)}]"
         if held:
-            return next(iter(held.values())).closed()
+            closed = next(iter(held.values()))
+            assert isinstance(closed, Field)  # else it is there, above
+            return closed.closed()
         if hint := elsewhere(name):
             return f"unknown key: {hint}"
         if len(self.problems) > ENOUGH:
@@ -119,7 +122,7 @@ class Checker:
         if written is None:
             self.problem(at, 'is missing: [model] with name = "…" names the base model')
             return {}
-        model = self.table(written, top_keys()["model"], at)
+        model = self.table(written, keys_of("model"), at)
         if not isinstance(written, dict):
             return {}
         if "name" not in written:
@@ -172,7 +175,8 @@ class Checker:
 
     def datasets(self) -> list[dict[str, Any]]:
         """[dataset], or each [[dataset]]; what a later one leaves out is as in the first."""
-        written, shared, tables = self.data.get("dataset"), {}, []
+        written, tables = self.data.get("dataset"), []
+        shared: dict[str, Any] = {}
         if written in (None, []):
             what = 'is missing: [dataset] with path = "…" names the preference data'
             self.problem(("dataset",), what)
@@ -182,7 +186,7 @@ class Checker:
         tested = any(isinstance(one, dict) and "test_split" in one for one in listed)
         for place, one in enumerate(listed):
             at = ("dataset", place) if many else ("dataset",)
-            values = self.table(one, top_keys()["dataset"], at)
+            values = self.table(one, keys_of("dataset"), at)
             self.data_source(one, values, at)
             if tested and "test_fraction" in values:
                 what = "leave it out: test_split says what the test is"
@@ -277,18 +281,20 @@ class Checker:
         costs = 2 * len(REPEATS.findall(text)) + text.count("|")
         if len(text) > 300 or costs > MAX_COSTS or REPEATED_GROUP.search(text):
             what = "is a regular expression that may take for ever: name the modules, in a list"
-            return self.problem(key, what)
+            self.problem(key, what)
+            return None
         try:
             with warnings.catch_warnings(action="ignore"):
                 return re.compile(text)
         except (re.error, RecursionError, OverflowError) as error:
-            return self.problem(key, f"is no regular expression: {error}")
+            self.problem(key, f"is no regular expression: {error}")
+            return None
 
     def evaluation(self) -> dict[str, Any] | None:
         written = self.data.get("evaluation", {})
         if written is False:
             return None
-        values = self.table(written, top_keys()["evaluation"], ("evaluation",))
+        values = self.table(written, keys_of("evaluation"), ("evaluation",))
         judge, key = values.get("judge", "none"), ("evaluation", "judge")
         listed = [judge] if isinstance(judge, str) else judge
         if len(set(listed)) != len(listed) or not 1 <= len(listed) <= 2:

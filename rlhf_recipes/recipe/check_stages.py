@@ -51,7 +51,8 @@ class StageChecker(Checker):
         """The stages that can be gone through; what is wrong with the others is noted."""
         valid: list[str] = []
         for i, name in enumerate(written):
-            key, table = ("stages", i), self.data.get(name)
+            key: Key = ("stages", i)
+            table = self.data.get(name)
             if name in valid:
                 self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
             elif name in RESERVED:
@@ -176,7 +177,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     if names == written:
         for table in tables:
             if "reward_model" in table.of.needs and table.reward_model is None:
-                key: Key = (table.name,) if table.name in data else ("stages",)
+                key = (table.name,) if table.name in data else ("stages",)
                 what = 'put a "reward" stage before it, or say reward_model = "…"'
                 checker.problem(key, f"{table.name} has nothing to score with: {what}")
         if asked:

@@ -25,7 +25,9 @@ from rlhf_recipes.text import cut, plain
 @dataclass
 class Edited:
     text: str
-    words: dict[tuple[str, ...], str] = field(default_factory=dict)  # a key's path -> its `--set …`
+    words: dict[tuple[str | int, ...], str] = field(
+        default_factory=dict
+    )  # a key's path -> its `--set …`
     problems: list[Problem] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)  # "seed 42 → 7", for people
 

@@ -189,11 +189,11 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The types and the choices that an annotation allows. What TOML cannot hold is left out."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = [_read_hint(part) for part in typing.get_args(hint)]
-        kinds = {kind for part in parts for kind in part[0]}
-        if kinds == {"dict", "str"}:
-            kinds.remove("str")  # TRL's stand-in for a dict on a command line
+        named = {kind for part in parts for kind in part[0]}
+        if named == {"dict", "str"}:
+            named.remove("str")  # TRL's stand-in for a dict on a command line
         # typing hands out the equal union that was made first: its order is that of the imports.
-        ordered = tuple(kind for kind in TYPE_NAMES if kind in kinds)
+        ordered = tuple(kind for kind in TYPE_NAMES if kind in named)
         return ordered, tuple(choice for part in parts for choice in part[1])
     if typing.get_origin(hint) is typing.Literal:
         values = typing.get_args(hint)

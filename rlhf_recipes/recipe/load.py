@@ -218,8 +218,8 @@ def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
         return "end what else holds memory, and the same command goes on"
     changes = " ".join(f"--set {stage}.{key}={value}" for key, value in words.items())
     # With `--set` alone the run would have another name, and be another pass of `--fresh`.
-    words = f"{changes} --name {shlex.quote(run)}"
-    return f"the same command with {words} needs less, and goes on from the last checkpoint"
+    named = f"{changes} --name {shlex.quote(run)}"
+    return f"the same command with {named} needs less, and goes on from the last checkpoint"
 
 
 # ---- files

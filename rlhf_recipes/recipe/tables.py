@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -49,7 +49,7 @@ def python_judge(text: str) -> tuple[str, str] | None:
 def move_judge(judge: str | list[str], moved: Callable[[str], str]) -> str | list[str]:
     """A judge, or each of several, with the path that it holds moved."""
     if not isinstance(judge, str):
-        return [move_judge(one, moved) for one in judge]
+        return [str(move_judge(one, moved)) for one in judge]
     if named := python_judge(judge):
         return f"python:{moved(named[0])}:{named[1]}"
     return moved(judge) if is_path(judge) else judge
@@ -142,9 +142,10 @@ class DatasetTable:
     @property
     def test_part(self) -> DatasetTable:
         """What determines the prompts of the table's test split, and nothing else."""
-        files, idle = self.data_files, dict.fromkeys(SHARED_DATA_KEYS, 0.0)
+        files = self.data_files
         if isinstance(files, dict) and self.test_split in files:
             files = {self.test_split: files[self.test_split]}
+        idle: dict[str, Any] = dict.fromkeys(SHARED_DATA_KEYS, 0.0)
         return replace(self, data_files=files, split=None, max_rows=None, more=(), **idle)
 
     def resolved(self, tested: bool) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class StageTable:
 
     def resolved(self, base: Path) -> dict[str, Any]:
         roles = {role: getattr(self, role) for role in ROLES}
-        if is_path(self.reward_model or ""):
+        if self.reward_model and is_path(self.reward_model):
             roles["reward_model"] = str(located(self.reward_model, base))
         own = self.dataset.resolved(False) if self.dataset else {}
         data = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
@@ -212,7 +213,7 @@ _TEXT = Field(("str",))
 _SOURCE = Field(("str",), effect="source")
 
 
-def dataset_keys() -> Keys:
+def dataset_keys() -> dict[str, Field | Keys]:
     return {**fields_of(DatasetTable), "columns": dict.fromkeys(COLUMNS.split(), _TEXT)}
 
 
@@ -235,7 +236,7 @@ def stage_keys(name: str) -> Keys:
 
 
 @cache
-def top_keys() -> Keys:
+def top_keys() -> dict[str, Field | Keys]:
     """Every key of a recipe but the stages' tables."""
     return {
         "title": Field(("str",), effect="neutral"),
@@ -252,16 +253,23 @@ def top_keys() -> Keys:
     }
 
 
+def keys_of(table: str) -> Keys:
+    """Every key of [model], [lora], [dataset] or [evaluation]."""
+    keys = top_keys()[table]
+    assert isinstance(keys, Mapping)
+    return keys
+
+
 def kinds_in(data: dict[str, Any]) -> dict[str, str]:
     """The kind of each stage that `stages` or a table names, where it can be told."""
     stages = data.get("stages")
     names = [*(stages if isinstance(stages, list) else []), *data]
-    known, kinds = listed(), {}
+    known, kinds = listed(), dict[str, str]()
     for name in dict.fromkeys(name for name in names if isinstance(name, str)):
         table = data.get(name)
         kind = table.get("kind") if isinstance(table, dict) else None
         if name in known or (kind in known and name not in top_keys()):
-            kinds[name] = name if name in known else kind
+            kinds[name] = name if name in known else str(kind)
     return kinds
 
 

@@ -194,8 +194,8 @@ def price(
         counts, nats, gains = zip(*best, strict=True) if best else ((), (), ())
         if best:
             axes.plot(nats, gains, "o-", color=SFT, markersize=4)
-            for n, *at in best[1:]:
-                _say(axes, str(n), at, (0, 6), ha="center", color=SFT, fontsize=10)
+            for n, at, gained in best[1:]:
+                _say(axes, str(n), (at, gained), (0, 6), ha="center", color=SFT, fontsize=10)
             _say(axes, f"best of {counts[-1]}", best[-1][1:], (9, -3), va="center", color=SFT)
         label, kl, gain, low, high = policy
         axes.plot([kl, kl], [low, high], color=PPO, linewidth=5, alpha=0.35)

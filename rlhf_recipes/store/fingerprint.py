@@ -18,7 +18,7 @@ from typing import Any
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve
 from rlhf_recipes.recipe.kinds import LORA, Kind, extras_of, kind_of
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, top_keys
+from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, keys_of, top_keys
 from rlhf_recipes.recipe.wiring import wiring, written_rules
 from rlhf_recipes.store.digests import canonical
 
@@ -67,7 +67,7 @@ def fingerprints(recipe: Recipe, known: Identities) -> Iterable[tuple[str, Value
                 "name": stage,  # its randomness is a function of the seed and of this
                 "version": kind.version,
                 "settings": settings(recipe, stage, known),
-                "model": known.base | changed(top_keys()["model"], recipe.model.resolved()),
+                "model": known.base | changed(keys_of("model"), recipe.model.resolved()),
                 "lora": recipe.lora is not None and changed(fields_for(LORA), recipe.lora),
                 "dataset": _rows(recipe, recipe.dataset_of(stage), kind, known),
                 **changed({"seed": top_keys()["seed"]}, {"seed": recipe.seed}),
@@ -86,7 +86,7 @@ def changed(keys: Keys, values: Values, kind: Kind | None = None, defaults: Valu
     `defaults` stand for the fields' own. A key that determines the results of some kinds alone
     counts for those.
     """
-    found = {}
+    found: Values = {}
     for name, value in values.items():
         field = keys.get(name)
         if field is None or value is None:
@@ -109,7 +109,8 @@ def _default(field: Field | Keys) -> Any:
 
 def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
     """The stage's own settings that determine its result. Of the batch only its size counts."""
-    kind, table, found = recipe.kind(stage), recipe.tables.get(stage), {}
+    kind, table = recipe.kind(stage), recipe.tables.get(stage)
+    found: Values = {}
     if table:
         fields, lora = fields_for(kind.config), recipe.lora is not None
         usual, _ = resolve(fields, {}, lora)
@@ -122,7 +123,7 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         asked, borrowed = {key: getattr(recipe.evaluation, key) for key in kind.reads}, {}
         if kind.borrows and recipe.explorer:
             borrowed = {key: recipe.explorer.options[key] for key in kind.borrows}
-        found |= changed(top_keys()["evaluation"], asked)
+        found |= changed(keys_of("evaluation"), asked)
         found |= {key: value for key, value in borrowed.items() if asked.get(key) is None}
         for role, (file, function) in written_rules(recipe).items():
             found[role] = {"function": function, "content": known.rules[file]}
@@ -138,16 +139,16 @@ def defaults(kind: Kind, lora: bool) -> Values:
         found = {key: v for key, v in options.items() if fields[key].effect == "result"}
         found["batch_size"] = _batch(options)
         for key, value in extras_of(kind, {}, options["learning_rate"]).items():
-            if isinstance(kind.extras[key], Mapping) or kind.extras[key].effect == "result":
+            field = kind.extras[key]
+            if isinstance(field, Mapping) or field.effect == "result":
                 found[key] = value
-    evaluation = top_keys()["evaluation"]
-    return found | {key: evaluation[key].default for key in kind.reads}
+    return found | {key: _default(keys_of("evaluation")[key]) for key in kind.reads}
 
 
 def shared_defaults() -> Values:
     """The defaults of the tables that all stages share: a change needs new versions of all."""
-    tables = {name: keys for name, keys in top_keys().items() if name in ("model", "dataset")}
-    tables |= {"lora": fields_for(LORA), "": {"seed": top_keys()["seed"]}}
+    tables = {name: keys_of(name) for name in ("model", "dataset", "lora")}
+    tables |= {"": {"seed": top_keys()["seed"]}}
     return {
         name: {k: _default(f) for k, f in keys.items() if _counts(f)}
         for name, keys in tables.items()
@@ -201,13 +202,13 @@ def _told(one: Values, other: Values) -> Values:
             rate = one["settings"].get("learning_rate", usual["learning_rate"])
             filled[key] = rate if key in usual and usual[key] == usual["learning_rate"] else value
     told = {**one, "settings": one["settings"] | filled}
-    for part, keys in (("model", top_keys()["model"]), ("dataset", dataset_keys())):
+    for part, keys in ((name, keys_of(name)) for name in ("model", "dataset")):
         lacking = [key for key in other[part] if key not in one[part] and key in keys]
         told[part] = one[part] | {key: _default(keys[key]) for key in lacking}
     if one["lora"] is not False and other["lora"] is not False:
         lacking = [key for key in other["lora"] if key not in one["lora"]]
         told["lora"] = one["lora"] | {key: _default(fields_for(LORA)[key]) for key in lacking}
-    return {**told, "seed": one.get("seed", top_keys()["seed"].default)}
+    return {**told, "seed": one.get("seed", _default(top_keys()["seed"]))}
 
 
 def difference(
@@ -228,8 +229,8 @@ def difference(
     elif canonical(old) == canonical(new):
         return []
     elif _is_digest(old) and _is_digest(new):
-        files = [(contents or {}).get(one) for one in (old, new)]
-        return (all(files) and difference(*files, where)) or [f"{where} changed"]
+        was, now = ((contents or {}).get(one) for one in (old, new))
+        return (was and now and difference(was, now, where)) or [f"{where} changed"]
     elif _is_digest(old or new) and None in (old, new):
         return [f"{where} {'added' if old is None else 'removed'}"]
     else:

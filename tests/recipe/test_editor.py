@@ -16,6 +16,8 @@ import pytest
 from rlhf_recipes import cli
 from rlhf_recipes.recipe.kinds import field_tables
 
+pytestmark = pytest.mark.train  # the schema's texts are upstream's
+
 SCHEMA = Path(__file__).parents[2] / "docs" / "recipe.schema.json"
 HERE = "|"  # the cursor
 
