@@ -18,7 +18,9 @@ from rlhf_recipes.recipe.load import shipped_recipes
 from tests.counting import RECIPE, Counting, toy
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = "run plan check fork fetch recipes runs compare report doctor clean chat export".split()
+COMMANDS = (
+    "run plan check fork fetch recipes schema runs compare report doctor clean chat export".split()
+)
 
 
 def environment(fault: str = "") -> dict[str, str]:
