@@ -19,7 +19,8 @@ from tests.helpers.counting import RECIPE, Counting, toy
 
 pytestmark = pytest.mark.train
 
-COMMANDS = "run plan check fork fetch recipes runs compare report doctor clean chat export".split()
+COMMANDS = "run plan check fork fetch recipes schema runs compare report doctor clean chat export"
+COMMANDS = COMMANDS.split()
 
 
 def hanging(cwd: Path) -> subprocess.Popen[str]:
