@@ -93,7 +93,9 @@ def test_what_is_sampled_and_measured_is_what_a_user_is_given(
     kl, nats = kl_and_nats(
         [models["sft"], models["base"], models["base"]], prompts, ids["sft"], 1.0
     )
-    near = 0.02 if chain.recipe.model.dtype == "bfloat16" else 1e-3
+    # The export rounds merged weights to 16 bit. How sums are rounded hangs on the processor: 0.6 %
+    # on one and 2.5 % on another.
+    near = 0.06 if chain.recipe.model.dtype == "bfloat16" else 1e-3
     assert metrics["sft.kl"] == pytest.approx(kl, rel=near)
     assert metrics["sft.nats_under_base"] == pytest.approx(nats, rel=near)
 
