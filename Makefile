@@ -35,9 +35,11 @@ unit: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2
 
-# The tests that train, as `.ci/run` repeats them for other processors: ATEN_CPU_CAPABILITY=avx2.
+# The tests whose outcome hangs on what was learned. `.ci/run` repeats them for other processors.
+LEARNED := test_stages test_evaluation test_gate test_dpo
 train: setup
-	$(BIN)/python -m pytest -q -n 2 -m train tests/models tests/stages tests/pipeline/test_induced.py
+	$(BIN)/python -m pytest -q -n 2 -m train tests/pipeline/test_induced.py \
+	  $(LEARNED:%=tests/stages/%.py)
 
 # Every fault, everywhere: a quarter of an hour, and a table of the cases tried and passed.
 torture: setup
