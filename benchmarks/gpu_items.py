@@ -53,16 +53,13 @@ def device(work: Path, quick: bool) -> Row:
 
 
 def _timed(run: Callable[[], Any], count: int = 5) -> float:
-    """Seconds of one, on the device's own clock where there is a card."""
-    import torch
-
+    """Seconds of one; a card's queue is empty before and after."""
     run()
     _sync()
     began = time.perf_counter()
     for _ in range(count):
         run()
     _sync()
-    del torch
     return (time.perf_counter() - began) / count
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rlhf_recipes.stats import Share
 from rlhf_recipes.text import masked, plain
+
+if TYPE_CHECKING:  # NumPy is no part of what a cached run loads
+    from rlhf_recipes.stats import Share
 
 # In the order in which the verdict says them.
 MARKS = {"fault": "✗", "success": "✓", "doubt": "?", "good": "✓", "note": "·"}

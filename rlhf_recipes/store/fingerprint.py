@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve
-from rlhf_recipes.recipe.kinds import LORA, Kind, extras_of, kind_of
+from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind, extras_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, keys_of, top_keys
 from rlhf_recipes.recipe.wiring import wiring, written_rules
@@ -194,18 +194,19 @@ def differences(
 
 def _told(one: Values, other: Values) -> Values:
     """A fingerprint with the defaults of those settings that the other fingerprint has."""
-    kind, lora = kind_of(one["kind"]), one["lora"] is not False
-    usual = defaults(kind, lora)
+    # Another version may have written it: of a kind that is not known here, or with lora = None.
+    lora = isinstance(one["lora"], dict)
+    usual = defaults(KINDS[one["kind"]], lora) if one["kind"] in KINDS else {}
     filled = {key: usual.get(key) for key in other["settings"] if key not in one["settings"]}
     for key, value in filled.items():
         if key.endswith("learning_rate") and key != "learning_rate":
-            rate = one["settings"].get("learning_rate", usual["learning_rate"])
-            filled[key] = rate if key in usual and usual[key] == usual["learning_rate"] else value
+            rate = one["settings"].get("learning_rate", usual.get("learning_rate"))
+            filled[key] = rate if value is not None else None
     told = {**one, "settings": one["settings"] | filled}
     for part, keys in ((name, keys_of(name)) for name in ("model", "dataset")):
         lacking = [key for key in other[part] if key not in one[part] and key in keys]
         told[part] = one[part] | {key: _default(keys[key]) for key in lacking}
-    if one["lora"] is not False and other["lora"] is not False:
+    if isinstance(one["lora"], dict) and isinstance(other["lora"], dict):
         lacking = [key for key in other["lora"] if key not in one["lora"]]
         told["lora"] = one["lora"] | {key: _default(fields_for(LORA)[key]) for key in lacking}
     return {**told, "seed": one.get("seed", _default(top_keys()["seed"]))}

@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.store.digests import canonical, derive_seed, digest
-from rlhf_recipes.store.fingerprint import difference
+from rlhf_recipes.store.fingerprint import (
+    Identities,
+    difference,
+    differences,
+    fingerprints,
+    tables_read,
+)
+from tests.helpers.counting import toy
 
 
 def test_the_encoding_is_the_same_for_ever() -> None:
@@ -72,3 +80,15 @@ def test_differences_of_lists_of_tables_and_of_files() -> None:
     files = {"a" * 64: {"x": "1" * 64, "y": "2" * 64}, "b" * 64: {"x": "3" * 64, "z": "2" * 64}}
     told = difference({"model": "a" * 64}, {"model": "b" * 64}, contents=files)
     assert told == ["model.x changed", "model.y removed", "model.z added"]
+
+
+def test_a_record_of_another_version_stops_no_comparison(tmp_path: Path) -> None:
+    """Of a kind that is not known here, or of when `lora = false` was kept as None."""
+    recipe = load_recipe(toy(tmp_path))
+    known = {table: {"content": "0" * 64} for table in tables_read(recipe)}
+    _, now = next(iter(fingerprints(recipe, Identities({}, {}, known, {}))))
+    assert differences(now, now) == []
+    assert differences(now | {"lora": None}, now) == ["lora unset → {}"]
+    assert differences(now | {"kind": "gone", "settings": {"x": 1}}, now) == [
+        'kind "gone" → "sft"', "settings.x 1 → unset", "settings.learning_rate unset → 0.001"
+    ]  # fmt: skip
