@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import ROOT, environment
+from benchmarks.gpu_models import recipe_for
 
 Row = dict[str, Any]
 CPU_SMOKE = {"reward.accuracy": [0.961, 0.971, 0.956], "ppo.win_rate": [0.912, 0.912, 0.891]}
-SHAPES = {
-    "0.5b": dict(hidden=896, inner=4864, layers=24, heads=14, kv=2, words=151936, tied=True),
-    "1.5b": dict(hidden=1536, inner=8960, layers=28, heads=12, kv=2, words=151936, tied=True),
-    "8b": dict(hidden=4096, inner=14336, layers=32, heads=32, kv=8, words=128256, tied=False),
-}
 
 
 def main() -> None:
@@ -204,131 +200,6 @@ def smoke3(work: Path, quick: bool) -> Row:
     return {"status": "ok" if good else "failed", **row, **({} if good else {"ended": ended})}
 
 
-# ---- models of random weights -------------------------------------------------------------------
-
-
-def made_model(work: Path, size: str, quick: bool) -> Path:
-    """A folder with a model of this shape in bfloat16, made once; quick: the smoke model."""
-    if quick:
-        return ROOT / "recipes" / "smoke" / "model"
-    folder = work / f"model-{size}"
-    if (folder / "config.json").exists():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shape = SHAPES[size]
-    # Llama's code for all: AutoTokenizer puts a tokenizer of its own on a "qwen2" model.
-    config = LlamaConfig(
-        vocab_size=shape["words"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["inner"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv"],
-        max_position_embeddings=8192,
-        tie_word_embeddings=shape["tied"],
-        eos_token_id=2,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = AutoModelForCausalLM.from_config(config)
-        torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    _tokenizer(shape["words"]).save_pretrained(folder)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return folder
-
-
-def _tokenizer(count: int) -> Any:
-    """Of so many words, w0, w1 and so on, with a ChatML template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<|im_start|>", "<|im_end|>", "<unk>", "user", "assistant", "system"]
-    words = [*special, *(f"w{i}" for i in range(count - len(special)))]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    turn = "<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> "
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=special[1:3],
-        chat_template="{% for m in messages %}"
-        + turn
-        + "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}",
-    )
-
-
-def _rows(file: Path, prompt: int, quick: bool) -> Path:
-    import random
-
-    draw = random.Random(0)
-    words = "red green blue cat dog owl".split() if quick else [f"w{i}" for i in range(5000)]
-    rows = [{"prompt": " ".join(draw.choices(words, k=prompt))} for _ in range(128)]
-    rows = [row | {"chosen": "w1 w2", "rejected": "w3"} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-RECIPE = """\
-stages = ["sft", "reward", "ppo"]
-[model]
-name = "{model}"
-dtype = "{dtype}"
-quantization = "{bits}"
-[lora]
-r = 16
-[dataset]
-path = "{rows}"
-max_prompt_tokens = {prompt}
-validation_fraction = 0.0
-test_fraction = 0.0
-judge_fraction = 0.0
-[ppo]
-total_episodes = {episodes}
-response_length = {length}
-per_device_train_batch_size = {micro}
-gradient_accumulation_steps = {steps}
-local_rollout_forward_batch_size = {sampled}
-num_ppo_epochs = 1
-gradient_checkpointing = {checkpointing}
-num_sample_generations = 0
-[evaluation]
-prompts = 32
-"""
-
-
-def _recipe(work: Path, size: str, quick: bool, **given: Any) -> Path:
-    words = {
-        "model": made_model(work, size, quick),
-        "dtype": "float32" if quick else "bfloat16",
-        "bits": "none",
-        "prompt": 600,
-        "episodes": 192,
-        "length": 64,
-        "micro": 8,
-        "steps": 8,
-        "sampled": 64,
-        "checkpointing": "false",
-        **given,
-    }
-    if quick:
-        words |= {"episodes": 16, "length": 4, "micro": 4, "steps": 2, "sampled": 8, "bits": "none"}
-    words["rows"] = _rows(
-        work / f"rows-{size}.jsonl", 8 if quick else given.get("words", 60), quick
-    )
-    file = work / f"recipe-{size}.toml"
-    file.write_text(RECIPE.format(**words))
-    return file
-
-
 # ---- PPO against TRL's --------------------------------------------------------------------------
 
 
@@ -348,7 +219,7 @@ def _against_trl(work: Path, quick: bool, size: str, **given: Any) -> Row:
 
     place = work / f"against-{size}"
     place.mkdir()
-    recipe = _recipe(work, size, quick, **given)
+    recipe = recipe_for(work, size, quick, **given)
     child(module("benchmarks.ppo_vs_trl", "--worker", "untrained", recipe, place))
     row: Row = {"status": "ok"}
     for side in ("ours", "trl"):
@@ -388,7 +259,7 @@ def sampling(work: Path, quick: bool) -> Row:
         bandwidth = 2 * block.numel() / _timed(lambda: block.clone())
         del block
     for bits in ("none",) if quick else ("none", "4bit"):
-        session = Session(load_recipe(_recipe(work, "1.5b", quick, bits=bits)), {})
+        session = Session(load_recipe(recipe_for(work, "1.5b", quick, bits=bits)), {})
         policy = session.base.open("policy", None, seed=0, trainable=True)
         held = sum(p.numel() * p.element_size() for p in policy.lm.parameters())
         length = 4 if quick else 64
@@ -413,7 +284,7 @@ def learning(work: Path, quick: bool) -> Row:
     from rlhf_recipes.recipe.load import load_recipe
     from rlhf_recipes.stages.session import Session
 
-    session = Session(load_recipe(_recipe(work, "1.5b", quick)), {})
+    session = Session(load_recipe(recipe_for(work, "1.5b", quick)), {})
     policy = session.base.open("policy", None, seed=0, trainable=True)
     rows, width = (2, 16) if quick else (16, 1024)
     ids = torch.randint(8, 60, (rows, width), device=policy.lm.device)
@@ -454,7 +325,7 @@ def memory_8b(work: Path, quick: bool) -> Row:
 
     shape = dict(bits="4bit", words=480, length=512, micro=2, steps=8, sampled=16, episodes=16)
     began = time.monotonic()
-    file = _recipe(work, "8b", quick, **shape, checkpointing="true")
+    file = recipe_for(work, "8b", quick, **shape, checkpointing="true")
     row: Row = {"make_s": time.monotonic() - began}
     if torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(0).total_memory
