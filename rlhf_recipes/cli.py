@@ -424,9 +424,6 @@ def main() -> NoReturn:
     Nothing that a command makes is for others to write, whatever this process's umask was.
     """
     os.umask(os.umask(0o077) | 0o022)
-    # Read as torch loads. Threads that spin as they wait starve others: beside seven processes on
-    # two cores, the smoke recipe's SFT took over 280 s with spinning, and 35 s without.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Wherever it is typed: a person adds it to the end of the line that failed.
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     # typer carries click inside; its UsageError is exported only as the base of BadParameter.

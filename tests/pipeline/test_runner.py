@@ -459,3 +459,20 @@ def test_a_moved_runs_folder_stays_whole(tmp_path: Path, count: Counting) -> Non
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     run(load_recipe(recipe), runs=tmp_path / "elsewhere")
     assert count.ran == STAGES
+
+
+@pytest.mark.parametrize(
+    ("busy", "given", "policy"),
+    [(90.0, None, "PASSIVE"), (3.0, None, None), (90.0, "ACTIVE", "ACTIVE")],
+)
+def test_threads_sleep_as_they_wait_where_others_are_busy(
+    monkeypatch: pytest.MonkeyPatch, busy: float, given: str | None, policy: str | None
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(runner.psutil, "cpu_percent", lambda interval: busy)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    runner._share_cores()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
