@@ -15,12 +15,16 @@ def names() -> dict[str, dict[str, list[str]]]:
 
 
 @cache
-def _answers() -> list[tuple[str, re.Pattern[str]]]:
+def _answers() -> tuple[list[str], re.Pattern[str]]:
+    """What to say, and one pattern whose groups stand in the same order."""
     said = {f"here that is {ours}": theirs for ours, theirs in names()["renamed"].items()}
     said |= {f"nothing here does that: {why}": t for why, t in names()["absent"].items()}
-    return [(s, re.compile("|".join(map(fnmatch.translate, t)))) for s, t in said.items()]
+    groups = ("|".join(map(fnmatch.translate, theirs)) for theirs in said.values())
+    return list(said), re.compile("|".join(f"({group})" for group in groups))
 
 
 def elsewhere(name: str) -> str:
     """What stands here for another tool's key, or why nothing does; empty where none is known."""
-    return next((said for said, pattern in _answers() if pattern.match(name)), "")
+    said, pattern = _answers()
+    found = pattern.match(name)
+    return said[found.lastindex - 1] if found and found.lastindex else ""

@@ -7,6 +7,7 @@ and a text that nests deeply or names a key of many parts costs tomllib its stac
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 KeyPath = tuple[str | int, ...]
@@ -37,6 +38,7 @@ def parse(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
+@lru_cache(maxsize=1)
 def _beyond(text: str) -> str:
     """What is too deep or too long, in the form of tomllib's messages."""
     levels = [0]  # at the start of each array and table that is open
