@@ -170,6 +170,8 @@ def plan(
         from rlhf_recipes.pipeline.estimate import reckoning
 
         _print(f"\n{reckoning(made, pending, session, device, measure)}")
+    if any(line.level == "fault" for line in found):
+        raise Exit(1)
 
 
 @app.command()
@@ -184,6 +186,9 @@ def check(
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
     from dataclasses import asdict
+
+    from rlhf_recipes.data.dataset import check_rows
+    from rlhf_recipes.screen import quietly
 
     found = []
     for word in recipes:
@@ -204,12 +209,20 @@ def check(
 
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
+            try:
+                with quietly():
+                    check_rows(loaded.dataset)
+            except errors.RlhfRecipesError as error:
+                entry["rows"] = str(error)
+                said[-1] = f"{file}: dataset: {error}"
         if not json:
             _print("\n".join(said))
     if json:
         _print_json({"recipes": found})
     if any(entry["problems"] for entry in found):
         raise Exit(2)
+    if any("rows" in entry for entry in found):
+        raise Exit(1)
 
 
 @app.command()

@@ -34,7 +34,7 @@ ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_].*?(?:\x07|\x1b\\|$)|.
 def plain(text: str) -> str:
     """Hostile text as one printable line: no control sequence, no line break, no bidi trick."""
     text = " ".join(ESCAPES.sub("", text).split())
-    return "".join(c for c in text if c.isprintable())
+    return text if text.isprintable() else "".join(c for c in text if c.isprintable())
 
 
 def duration(seconds: float) -> str:

@@ -7,26 +7,28 @@ stage, in every dataset, for ever. What is dropped is counted by reason.
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data.rows import (
-    SHAPES,
-    Example,
-    Unusable,
-    answered,
-    encoded,
-    pairs,
-    unique_prompts,
-)
+from rlhf_recipes.data.files import rows_of
+from rlhf_recipes.data.rows import Example, answered, encoded, pairs, unique_prompts
+from rlhf_recipes.data.shapes import ALONE, SHAPES, Row, guess, understand
 from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.data.turns import BAD, Unusable
 from rlhf_recipes.errors import DataError, ModelError, machine_error
+from rlhf_recipes.recipe.tables import form_of
 from rlhf_recipes.sources import trust
 from rlhf_recipes.sources.resolve import dataset_place
 from rlhf_recipes.store.digests import digest
+
+LOOKED = 200  # rows, where only their shape is asked for
 
 
 @dataclass
@@ -40,6 +42,31 @@ class Data:
     dropped: Counter[str] = field(default_factory=Counter)
     rows: int = 0  # read, dropped ones included
     tested: set[str] = field(default_factory=set)  # the prompts of the test side
+    # Of each reason for dropping, the first row: its number, its columns, what can be done.
+    first: dict[str, tuple[int, dict[str, Any], str]] = field(default_factory=dict)
+    read_as: dict[str, None] = field(default_factory=dict)  # what is not plain in the files
+    columns: Counter[tuple[str, str]] = field(default_factory=Counter)  # ours, and the file's
+    unused: Counter[str] = field(default_factory=Counter)  # columns with something to read
+
+    @contextlib.contextmanager
+    def counted(self, table: Any, number: int, columns: dict[str, Any]) -> Iterator[None]:
+        """Count a row, and with its reason where it is dropped; say where an error was met."""
+        self.rows += 1
+        try:
+            yield
+        except Unusable as reason:
+            self.dropped[str(reason)] += 1
+            self.first.setdefault(str(reason), (number, columns, reason.way))
+        except DataError as error:
+            raise DataError(f"{table.path}, row {number}: {error.message}", error.hint) from None
+
+    def spoken(self) -> list[str]:
+        """How the rows were read, a line for each thing that a person may not expect."""
+        said = [*self.read_as]
+        other = [f"{ours} from {theirs}" for ours, theirs in self.columns if ours != theirs]
+        said += [f"columns: {', '.join(other)}"] if other else []
+        said += [f"columns that are not used: {', '.join(self.unused)}"] if self.unused else []
+        return said
 
     @property
     def reward_train(self) -> list[Example]:
@@ -79,6 +106,10 @@ def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
         ]
         data.rows += read.rows
         data.dropped += read.dropped
+        data.columns += read.columns
+        data.unused += read.unused
+        data.read_as |= read.read_as
+        data.first = read.first | data.first
     data.tested = {*tested, *(prompt for side, prompt, _ in kept if side == "test")}
     for side, prompt, example in kept:
         if side != "test" and prompt in data.tested:
@@ -93,31 +124,44 @@ def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
 def _read(table: Any, tokens: Tokens) -> tuple[list[tuple[str | None, str, Example]], Data]:
     """The usable rows of one table, and what became of all; "test" for those of its test split."""
     data, kept, left_out = Data(), [], 0
-    sides = [(_load_split(table, table.split or "train"), None)]
-    if table.test_split:
-        sides.append((_load_split(table, table.test_split), "test"))
-    names, found = table.columns or {}, sides[0][0].column_names
-    if lacking := sorted(set(names.values()) - set(found)):
-        what = f"has no column {', '.join(lacking)}; its columns are {', '.join(found)}"
-        raise DataError(f"{table.path} {what}")
-    for rows, side in sides:
-        for row in rows:
-            data.rows += 1
-            try:
-                named = {ours: row.get(theirs) for ours, theirs in names.items()}
-                prompt, example = encoded(row | named, table, tokens)
-            except Unusable as reason:
-                data.dropped[str(reason)] += 1
-                continue
-            if table.weight and _fraction("weight", prompt) >= table.weight:
-                left_out += 1
-                continue
-            kept.append((side, prompt, example))
+    sides: list[tuple[str, str | None]] = [(table.split or "train", None)]
+    sides += [(table.test_split, "test")] if table.test_split else []
+    found: dict[str, None] = {}  # the columns, in order
+    names = table.columns or {}
+    for split, side in sides:
+        for number, columns in enumerate(_load_split(table, split, data.read_as), 1):
+            found |= dict.fromkeys(columns)
+            with data.counted(table, number, columns):
+                row = Row(columns, names)
+                prompt, example = encoded(row, table, tokens)
+                if example.chosen_ids is None and row.unused():
+                    data.first.setdefault(ALONE, (number, columns, guess(columns)))
+                data.columns.update(row.used.items())
+                data.unused.update(row.unused())
+                if table.weight and _fraction("weight", prompt) >= table.weight:
+                    left_out += 1
+                    continue
+                kept.append((side, prompt, example))
             if table.max_rows and side is None and len(kept) == table.max_rows:
                 break
-    _check_share(data, found, table)
+    if lacking := sorted({name for name in names.values() if name} - found.keys()):
+        what = f"has no column {', '.join(lacking)}; its columns are {', '.join(found)}"
+        raise DataError(f"{table.path} {what}")
+    _check_share(data, table)
     data.dropped["beyond the dataset's weight"] = left_out
     return kept, data
+
+
+def check_rows(table: Any) -> None:
+    """Raise DataError where `load_data` would, as far as the first rows of its files can tell."""
+    for one in (table, *table.more):
+        if one.is_local:
+            data = Data()
+            rows = _load_split(one, one.split or "train", data.read_as)
+            for number, columns in enumerate(itertools.islice(rows, LOOKED), 1):
+                with data.counted(one, number, columns):
+                    understand(Row(columns, one.columns))
+            _check_share(data, one)
 
 
 def _side(prompt: str, test: float, table: Any) -> str:
@@ -133,10 +177,10 @@ def _fraction(purpose: str, prompt: str) -> float:
     return int(digest([purpose, prompt])[:13], 16) / 16**13
 
 
-def _load_split(table: Any, split: str) -> Any:
-    """A `datasets.Dataset`. Raises DataError where a file holds no rows, or asks for more."""
+def _load_split(table: Any, split: str, read_as: dict[str, None]) -> Iterator[dict[str, Any]]:
+    """The rows of a split. Raises DataError where a file holds none, or asks for more."""
     try:
-        return _read_split(table, split)
+        yield from _read_split(table, split, read_as)
     except Exception as error:
         if isinstance(error, (DataError, ModelError)) or machine_error(error):
             raise
@@ -146,14 +190,17 @@ def _load_split(table: Any, split: str) -> Any:
         ) from error
 
 
-def _read_split(table: Any, split: str) -> Any:
-    """Local files go through the builder that their suffix names."""
+def _read_split(table: Any, split: str, read_as: dict[str, None]) -> Iterable[dict[str, Any]]:
+    """JSON and tables are read as they are written; `datasets` says of a folder which they are."""
     from datasets import load_dataset_builder
 
     place = dataset_place(table)
-    builder = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if place.suffix in builder:
-        made = load_dataset_builder(builder[place.suffix], data_files=glob.escape(str(place)))
+    form = form_of(place) if place.is_file() else ""
+    if form in ("json", "csv"):
+        trust.check_files(place, [str(place)])
+        return _part({"train": [place]}, form, split, read_as)
+    if form:
+        made = load_dataset_builder(form, data_files=glob.escape(str(place)))
         mode = None
     else:
         words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
@@ -164,21 +211,64 @@ def _read_split(table: Any, split: str) -> Any:
         # What `datasets` keeps of a folder is found by its name and patterns alone, not by its
         # bytes: a folder of ours is read anew. A snapshot's name is its commit.
         mode = "reuse_cache_if_exists" if table.is_local else None
-    trust.check_reader(place, type(made).__module__)
+    form = type(made).__module__.rpartition(".")[2]
+    trust.check_reader(place, form)
     trust.check_files(place, *(made.config.data_files or {}).values())
+    if form in ("json", "csv"):
+        files = {name: list(map(Path, held)) for name, held in made.config.data_files.items()}
+        return _part(files, form, split, read_as)
     made.download_and_prepare(download_mode=mode)
     rows = made.as_dataset(split=split)
-    return rows.select_columns(trust.plain_columns(rows.features.to_dict()))
+    plain = trust.plain_columns(rows.features.to_dict())
+    if left := [name for name in rows.column_names if name not in plain]:
+        read_as[f"without {', '.join(left)}: pictures and sounds are not read"] = None
+    return rows.select_columns(plain)
 
 
-def _check_share(data: Data, columns: list[str], table: Any) -> None:
-    dropped = sum(data.dropped.values())
+def _part(
+    files: dict[str, list[Path]], form: str, split: str, read_as: dict[str, None]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a split, or of parts of some: "train", "train[:100]+test[10%:]"."""
+
+    def rows(name: str) -> Iterator[dict[str, Any]]:
+        if name not in files:
+            raise DataError(f"there is no split {name!r}: there is {', '.join(files)}")
+        for file in files[name]:
+            found, how = rows_of(file, form)
+            if how:
+                read_as[f"{file.name} has {how}"] = None
+            yield from found
+
+    if not re.search(r"[\[+]", split):
+        yield from rows(split)
+        return
+    from datasets import ReadInstruction
+
+    names = {re.split(r"[\[(]", part)[0].strip() for part in split.split("+")}
+    held = {name: list(rows(name)) for name in names}
+    counts = {name: len(every) for name, every in held.items()}
+    for part in ReadInstruction.from_spec(split).to_absolute(counts):
+        yield from held[part.splitname][part.from_ : part.to]
+
+
+def _check_share(data: Data, table: Any) -> None:
+    dropped = data.dropped.total() - data.dropped[BAD]
     if data.rows == 0:
         raise DataError(f"{table.path} holds no rows")
     if dropped * 2 > data.rows:
         reasons = ", ".join(f"{n} × {why}" for why, n in data.dropped.most_common(3))
+        most = next(why for why, _ in data.dropped.most_common() if why != BAD)
+        number, columns, way = data.first[most]
+        held = "; ".join(f"{name}: {_cut(value)}" for name, value in list(columns.items())[:8])
         raise DataError(
             f"{table.path}: {dropped} of {data.rows} rows are unusable ({reasons}); "
-            f"its columns are {', '.join(columns)}",
-            f"the shapes that are understood:\n{SHAPES}",
+            f"row {number} has {held}",
+            f"{way}{way and '; or '}the shapes that are understood:\n{SHAPES}"
+            if most.startswith("no ")
+            else way or "nothing can be learned from such a row: take them out, or mend them",
         )
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]} …"

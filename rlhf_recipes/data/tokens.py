@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import TemplateError
 
+from rlhf_recipes.data.turns import Messages
 from rlhf_recipes.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Messages = list[dict[str, str]]
 
 # For a base model that brings none. Only tokens that exist already, so nothing has to be learned
 # before SFT starts; an answer ends in EOS.
@@ -49,6 +48,8 @@ PAD_CANDIDATES = (
     "</s>",
 )
 
+
+THINK = "<think>"
 
 # What a template may take for the trial in `settle`; a useful one takes a ten-thousandth of it.
 TEMPLATE_SECONDS = 5
@@ -105,18 +106,33 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
     return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials)
 
 
-def encode(tokens: Tokens, prompt: Messages, answer: str | None = None) -> tuple[list, list]:
+def encode(tokens: Tokens, prompt: Messages, answer: Any = None) -> tuple[list, list]:
     """Ids of a prompt, generation prompt included, and of its answer, EOS included.
 
     The two are tokenized apart, as they are in a rollout: PPO appends what it samples to exactly
-    these prompt ids, so SFT and the reward model see the ids that PPO will see.
+    these prompt ids, so SFT and the reward model see the ids that PPO will see. An answer is a
+    text, or an assistant's turn with thoughts, which reads as the template writes it. Raises
+    TemplateError where the template does not take the turns.
     """
     text = render(tokens.tokenizer, prompt, add_generation_prompt=True)
     prompt_ids = tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
     if answer is None:
         return prompt_ids, []
+    if not isinstance(answer, str):
+        answer = _written(tokens, prompt, text, answer)
+    if text.rstrip().endswith(THINK):  # the template has begun the thoughts
+        answer = answer.lstrip().removeprefix(THINK).lstrip("\n")
     answer_ids = tokens.tokenizer(answer, add_special_tokens=False)["input_ids"]
     return prompt_ids, [*answer_ids, tokens.eos_id]
+
+
+def _written(tokens: Tokens, prompt: Messages, before: str, turn: dict[str, str]) -> str:
+    """What the template writes for an answer with thoughts, from the generation prompt on."""
+    whole = render(tokens.tokenizer, [*prompt, turn])
+    thoughts = next(text for name, text in turn.items() if name not in ("role", "content"))
+    if not whole.startswith(before) or thoughts.strip() not in whole:
+        raise TemplateError("it has no place for an answer's thoughts")
+    return whole[len(before) :].rpartition(tokens.tokenizer.eos_token)[0]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Messages, **words: Any) -> str:

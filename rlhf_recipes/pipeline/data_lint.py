@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.data.shapes import ALONE
 from rlhf_recipes.errors import RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.sources import mirror
@@ -30,7 +31,9 @@ NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
 BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
 MANY = 0.05
 WEIGHT = "beyond the dataset's weight"  # as data.py says it
-WAY_OUT = "see max_prompt_tokens and max_answer_tokens, or README.md for the shapes of rows"
+MARKUP = re.compile(
+    r"\[/?INST\]|<</?SYS>>|<\|\w+\|>|<(start|end)_of_turn>|^### ?\w+:", re.MULTILINE
+)
 SHOWN = 320  # characters of an example
 
 
@@ -50,11 +53,14 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
             data = session.data(table)
             found += [*_counts(place, data), *_lengths(place, data, recipe), *_pairs(place, data)]
             if not place:
-                found += [*_leaks(data, session.tokens), *_shown(data, session.tokens)]
+                found += [
+                    *_marked(data),
+                    *_leaks(data, session.tokens),
+                    *_shown(data, session.tokens),
+                ]
         return [*found, *_lacks(plan, session)]
     except RlhfRecipesError as error:
-        change = WAY_OUT if "\n" in error.hint else error.hint
-        return [Finding("fault", "rows", error.message, change)]
+        return [Finding("fault", "rows", error.message, error.hint.partition("; or the shapes")[0])]
 
 
 def away(plan: Plan) -> str:
@@ -78,7 +84,13 @@ def _counts(place: str, data: Data) -> Found:
     reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
     if reasons:
         many = data.dropped.total() - data.dropped[WEIGHT] > 0.2 * data.rows
-        yield _noted(many, f"{place}dropped", "; ".join(reasons), WAY_OUT)
+        first = next(
+            (data.first[why] for why, _ in data.dropped.most_common() if why in data.first), None
+        )
+        way = (first[2] or f"look at row {first[0]}") if first else ""
+        yield _noted(many, f"{place}dropped", "; ".join(reasons), way)
+    for words in data.spoken():
+        yield Finding("note", f"{place}read", words)
 
 
 def _lacks(plan: Plan, session: Session) -> Found:
@@ -93,7 +105,8 @@ def _lacks(plan: Plan, session: Session) -> Found:
     if none := [s.name for s in plan.stages if not (held[s.name] or s.done)]:
         change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
         text = f"none for {', '.join(none)}"
-        yield Finding("fault", "rows", text, f"{change}: see `columns` and `test_fraction`")
+        _, _, way = session.data(recipe.dataset).first.get(ALONE, (0, {}, ""))
+        yield Finding("fault", "rows", text, way or f"{change}: see `columns` and `test_fraction`")
 
 
 def _lengths(place: str, data: Data, recipe: Any) -> Found:
@@ -144,6 +157,16 @@ def _pairs(place: str, data: Data) -> Found:
 def _noted(doubtful: bool, about: str, text: str, change: str) -> Finding:
     """What is there to be known, or where it is doubtful, what to do about it."""
     return Finding("doubt", about, text, change) if doubtful else Finding("note", about, text)
+
+
+def _marked(data: Data) -> Found:
+    """Prompts that another chat template has gone over already."""
+    rows = _all(data)
+    marked = [e.prompt for e in rows if MARKUP.search(e.prompt)]
+    if marked:
+        text = f"{len(marked):,} of {len(rows):,} prompts hold a template's marks"
+        change = f"give turns alone, not {_cut(marked[0], 60)!r}: the model's template is added"
+        yield Finding("doubt", "markup", text, change)
 
 
 def _leaks(data: Data, tokens: Tokens) -> Found:

@@ -15,11 +15,11 @@ from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve, show, suggest
 from rlhf_recipes.recipe.kinds import LORA
 from rlhf_recipes.recipe.tables import (
-    DATA_SUFFIXES,
     INDEPENDENT,
     INHERITED_DATA_KEYS,
     SHARED_DATA_KEYS,
     DatasetTable,
+    form_of,
     is_path,
     keys_of,
     kinds_in,
@@ -221,13 +221,14 @@ class Checker:
             return
         if not exists(table.file):
             self.problem(key, f"no such file or folder: {table.file}")
-        elif isfile(table.file) and table.file.suffix not in DATA_SUFFIXES:
-            self.problem(key, f"must end in {', '.join(DATA_SUFFIXES)}, or be a folder")
+        elif isfile(table.file) and not form_of(table.file):
+            what = "must end in .jsonl, .json, .csv, .tsv or .parquet, packed (.gz, .zst) or not"
+            self.problem(key, f"{what}, or be a folder")
         split = values.get("split", "train")
         if isfile(table.file) and re.split(r"[\[+]", split)[0] != "train":
             self.problem((*at, "split"), 'of a file is "train", or a part of it: leave it out')
         idle = ["revision"]
-        if table.file.suffix in DATA_SUFFIXES:
+        if form_of(table.file):
             idle += ["name", "data_dir", "data_files"]
         for name in idle:
             if name in values:

@@ -24,9 +24,19 @@ from rlhf_recipes.recipe.kinds import (
 
 INDEPENDENT = "independent"  # the judge that the stage `judge` trains
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-# What data.py reads of a row.
-COLUMNS = "prompt chosen rejected completion messages conversations response_a response_b winner"
+DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2))?$", re.IGNORECASE)
+FORMS = {"jsonl": "json", "ndjson": "json", "tsv": "csv"}
+# What is read of a row, and may be called otherwise in a file.
+COLUMNS = (
+    "prompt chosen rejected completion messages conversations response_a response_b winner"
+    " responses scores ranks system label"
+)
+
+
+def form_of(path: str | Path) -> str:
+    """What a file of rows is by its name: json, csv or parquet; empty for another name."""
+    found = DATA_FILE.search(str(path))
+    return FORMS.get(found[1].lower(), found[1].lower()) if found else ""
 
 
 def is_path(text: str) -> bool:
@@ -132,7 +142,7 @@ class DatasetTable:
 
     @property
     def is_local(self) -> bool:
-        return is_path(self.path) or self.path.endswith(DATA_SUFFIXES)
+        return is_path(self.path) or bool(form_of(self.path))
 
     @property
     def file(self) -> Path:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.recipe.kinds import listed, makes
-from rlhf_recipes.recipe.tables import DATA_SUFFIXES, is_path
+from rlhf_recipes.recipe.tables import form_of, is_path
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.html import page
 from rlhf_recipes.store import files
@@ -61,7 +61,7 @@ def _card(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
 def named(place: Any) -> tuple[str, bool]:
     """What a recipe names, and whether that is on the hub; of a path, the last part alone."""
     text = str(place or "unknown")
-    local = is_path(text) or text.endswith(DATA_SUFFIXES) or not place
+    local = is_path(text) or form_of(text) != "" or not place
     return (Path(text).name or text, False) if local else (text, True)
 
 

@@ -74,6 +74,8 @@ def load_rows(context: StageContext) -> Data:
     shown = ", ".join(f"{count} {side}" for side, count in sides.items() if side != "judge")
     why = "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
     context.progress.note(f"{data.rows} rows: {shown}{'; ' + why if why else ''}")
+    for words in data.spoken():
+        context.progress.note(f"rows: {words}")
     return data
 
 

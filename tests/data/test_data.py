@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlhf_recipes.data.dataset import Data, load_data
-from rlhf_recipes.data.rows import Unusable, answered, normalise, pairs, understand, unique_prompts
+from rlhf_recipes.data.rows import answered, pairs, unique_prompts
 from rlhf_recipes.data.tokens import Tokens, settle
 from rlhf_recipes.errors import DataError
 from rlhf_recipes.recipe.tables import DatasetTable
@@ -19,7 +19,7 @@ from tests.helpers.tiny import TEMPLATE, WORDS
 
 pytestmark = pytest.mark.train
 
-ASK = [{"role": "user", "content": "red"}]
+TALK = [{"role": who, "content": "red"} for who in ("user", "assistant", "user")]
 
 
 @pytest.fixture
@@ -41,136 +41,6 @@ def write(folder: Path, rows: list[dict]) -> Path:
 
 def keys(examples: list) -> set[tuple[int, ...]]:
     return {tuple(e.prompt_ids) for e in examples}
-
-
-def says(who: str, what: str) -> dict[str, str]:
-    return {"role": who, "content": what}
-
-
-BLUE, CAT = says("assistant", "blue"), says("assistant", "cat")
-TALK = [*ASK, says("assistant", "owl"), says("user", "pig")]  # a prompt of three turns
-HH = "\n\nHuman: red\n\nAssistant: {}"
-HH_TALK = HH.format("owl") + "\n\nHuman: pig\n\nAssistant: {}"
-SHAREGPT = [{"from": "human", "value": "red"}, {"from": "gpt", "value": "owl"}]
-GPT_BLUE, GPT_CAT = {"from": "gpt", "value": "blue"}, {"from": "gpt", "value": "cat"}
-AB, BA = {"response_a": "blue", "response_b": "cat"}, {"response_a": "cat", "response_b": "blue"}
-SHAPES = {
-    "texts": {"prompt": "red", "chosen": "blue", "rejected": "cat"},
-    "messages": {"prompt": ASK, "chosen": [BLUE], "rejected": [CAT]},
-    "implicit messages": {"chosen": [*ASK, BLUE], "rejected": [*ASK, CAT]},
-    "implicit texts": {"chosen": "red blue", "rejected": "red cat", "score": 0.5},
-    "UltraFeedback": {
-        "prompt": "red",
-        "messages": [*ASK, BLUE],
-        "chosen": [*ASK, BLUE],
-        "rejected": [*ASK, CAT],
-        "score_chosen": 8.5,
-    },
-    "HH-RLHF": {"chosen": HH.format("blue"), "rejected": HH.format("cat")},
-    "HH-RLHF's prompt": {"prompt": HH.format(""), "chosen": "blue", "rejected": "cat"},
-    "ShareGPT": {"conversations": SHAREGPT[:1], "chosen": GPT_BLUE, "rejected": GPT_CAT},
-    "a": {"prompt": "red", "winner": "a", **AB},
-    "model_a": {"prompt": ASK, "winner": "model_a", **AB},
-    "1.0": {"prompt": "red", "winner": 1.0, **AB},
-    "B": {"prompt": "red", "winner": "B", **BA},
-    "response_b": {"prompt": "red", "winner": "response_b", **BA},
-    "2": {"prompt": "red", "winner": 2, **BA},
-    "an arena's": {
-        "response_a": [*ASK, CAT],
-        "response_b": [*ASK, BLUE],
-        "winner": "model_b",
-        "chosen": None,
-    },
-}
-
-
-@pytest.mark.parametrize("row", SHAPES.values(), ids=SHAPES)
-def test_one_pair_in_every_shape_is_the_same_pair(row: dict) -> None:
-    assert normalise(row) == (ASK, "blue", "cat")
-
-
-TALKS = {
-    "messages": {"prompt": TALK, "chosen": [BLUE], "rejected": [CAT]},
-    "implicit messages": {"chosen": [*TALK, BLUE], "rejected": [*TALK, CAT]},
-    "its first turn as the prompt": {
-        "prompt": "red",
-        "chosen": [*TALK, BLUE],
-        "rejected": [*TALK, CAT],
-    },
-    "turns after the prompt": {
-        "prompt": "red",
-        "chosen": [*TALK[1:], BLUE],
-        "rejected": [*TALK[1:], CAT],
-    },
-    "HH-RLHF": {"chosen": HH_TALK.format("blue"), "rejected": HH_TALK.format("cat")},
-    "HH-RLHF's prompt": {"prompt": HH_TALK.format(""), "chosen": "blue", "rejected": "cat"},
-    "ShareGPT": {
-        "conversations": [*SHAREGPT, {"from": "human", "value": "pig"}],
-        "chosen": GPT_BLUE,
-        "rejected": GPT_CAT,
-    },
-    "winner": {"prompt": TALK, "winner": "b", **BA},
-}
-
-
-@pytest.mark.parametrize("row", TALKS.values(), ids=TALKS)
-def test_a_prompt_of_several_turns(row: dict) -> None:
-    assert normalise(row) == (TALK, "blue", "cat")
-
-
-def test_a_system_message_of_the_prompt_is_kept() -> None:
-    prompt = [says("system", "owl"), *ASK]
-    row = {"prompt": prompt, "chosen": [*ASK, BLUE], "rejected": [*ASK, CAT]}
-    assert normalise(row) == (prompt, "blue", "cat")
-
-
-@pytest.mark.parametrize(
-    ("row", "found"),
-    [
-        ({"prompt": "red", "completion": "blue"}, (ASK, "blue", None)),
-        ({"prompt": "red", "chosen": "blue", "rejected": None}, (ASK, "blue", None)),
-        ({"messages": [*TALK, BLUE], "prompt": "red"}, (TALK, "blue", None)),
-        ({"conversations": [*SHAREGPT[:1], GPT_BLUE]}, (ASK, "blue", None)),
-        ({"chosen": HH_TALK.format("blue")}, (TALK, "blue", None)),
-        ({"prompt": "red"}, (ASK, None, None)),
-        ({"prompt": TALK, "chosen": None, "rejected": None}, (TALK, None, None)),
-        ({"prompt": "red", "chosen": None, "rejected": "cat"}, (ASK, None, None)),
-        ({"prompt": HH_TALK.format("")}, (TALK, None, None)),
-        ({"conversations": SHAREGPT[:1], "chosen": None, "rejected": None}, (ASK, None, None)),
-        ({"prompt": "red", "winner": None, **AB}, (ASK, None, None)),
-    ],
-)
-def test_a_row_that_is_no_pair_is_what_it_has(row: dict, found: tuple) -> None:
-    assert normalise(row) == found
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"text": "red"}, "no shape that is understood"),
-        ({"chosen": "a", "rejected": "b"}, "no prompt"),
-        ({"prompt": [{"speaker": "me"}], "completion": "a"}, "no shape that is understood"),
-        ({"prompt": "red", "completion": []}, "no shape that is understood"),
-        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
-        ({"question": "red", "chosen": "I am", "rejected": "I was"}, "no prompt"),
-        ({"prompt": [*ASK, BLUE]}, "the prompt does not end on the user's turn"),
-        ({"chosen": HH, "rejected": HH_TALK}, "the two answers are to different prompts"),
-        ({"chosen": HH.format(""), "rejected": HH}, "the answer is not the assistant's turn"),
-        ({"prompt": "red", "winner": "tie", **AB}, "a tie"),
-        ({"prompt": "red", "winner": "tie (bothbad)", **AB}, "a tie"),
-        ({"prompt": "red", "winner": "Both", **AB}, "a tie"),
-        ({"prompt": "red", "winner": "neither", **AB}, "a tie"),
-        ({"prompt": "red", "winner": 0, **AB}, "the winner is not a, b or tie"),
-        ({"prompt": "red", "completion": "a", "label": False}, "its label calls bad"),
-        (
-            {"conversations": [{"from": "gpt", "value": "x"}], "chosen": "a", "rejected": "b"},
-            "the prompt does not end on the user's turn",
-        ),
-    ],
-)
-def test_an_unusable_row_says_why(row: dict, reason: str) -> None:
-    with pytest.raises(Unusable, match=reason):
-        understand(row)
 
 
 def test_dropped_rows_are_counted_by_reason(tmp_path: Path, tokens: Tokens) -> None:
@@ -198,11 +68,15 @@ def test_dropped_rows_are_counted_by_reason(tmp_path: Path, tokens: Tokens) -> N
 def test_more_than_half_bad_stops_with_the_columns_and_the_shapes(
     tmp_path: Path, tokens: Tokens
 ) -> None:
-    file = write(tmp_path, [{"question": "red", "good": "blue"}] * 3)
+    file = write(tmp_path, [{"good": "nice red", "bad": "sad blue"}] * 3)
     with pytest.raises(DataError) as error:
         load_data(table(file), tokens)
-    assert "3 of 3 rows are unusable (3 × no shape that is understood)" in str(error.value)
-    assert "question, good" in str(error.value) and "prompt + chosen + rejected" in str(error.value)
+    assert str(error.value).startswith(
+        f"{file}: 3 of 3 rows are unusable (3 × no shape that is understood); "
+        "row 1 has good: 'nice red'; bad: 'sad blue' "
+        '(--set \'dataset.columns={chosen = "good", rejected = "bad"}\''
+    )
+    assert "prompt + chosen + rejected" in str(error.value)
 
 
 def test_no_prompt_is_on_two_sides_whatever_the_file(

@@ -141,13 +141,14 @@ def test_a_stage_s_own_rows_and_what_is_not_here(look: Lint, tmp_path: Path) -> 
 def test_rows_that_cannot_be_used_are_a_line_of_the_plan(
     look: Lint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (line,) = look([{"question": "\x1b[2J"}] * 3)
+    (line,) = look([{"title": "red \x1b[2J"}] * 3)
     assert line.level == "fault" and "3 of 3 rows are unusable" in line.text
-    assert line.change == data_lint.WAY_OUT
+    assert "row 1 has title: 'red \\x1b[2J'" in line.text
+    assert line.change.startswith("the shapes that are understood")
     monkeypatch.setattr(sys, "argv", ["rlhf-recipes", "plan", str(tmp_path / "tiny.toml")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 0
+    assert ended.value.code == 1
     told = capsys.readouterr()
     assert "✗ rows       " in told.out and "sft         runs  new" in told.out
 

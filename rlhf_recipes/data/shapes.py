@@ -1,0 +1,405 @@
+"""The shapes that rows come in: which columns hold the prompt, the answers, and what was preferred.
+
+The names are those that people's files have: TRL's, Alpaca's, ShareGPT's, OpenAI's, the arenas' and
+the rated lists of UltraFeedback and Nectar. Case and spaces in a name do not count.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf_recipes.data.labels import is_good, parsed, preferred, word_of
+from rlhf_recipes.data.turns import (
+    BAD,
+    TRANSCRIPT,
+    WHO,
+    Messages,
+    Unusable,
+    as_messages,
+    readable,
+    text_of,
+    unfolded,
+)
+
+SHAPES = """\
+  prompt + chosen + rejected        texts, or lists of {role, content}
+  chosen + rejected                 lists of {role, content} that share their first turns, or texts
+                                    that do: "\\n\\nHuman: …\\n\\nAssistant: …"
+  conversations + chosen + rejected ShareGPT: lists of {from, value}
+  prompt + response_a + response_b + winner   a, b or tie
+  prompt + responses + scores       of several answers, the best and the worst; or ranks
+  prompt + completion, or messages  demonstrations: answers for SFT, prompts for PPO; with a label,
+                                    those that it calls good
+  prompt                            for PPO and the evaluation
+  Alpaca's instruction, input and output, and question, query, answer, response are known as well"""
+
+NOUNS = ("response", "answer", "output", "completion", "messages", "conversations")
+
+
+def _of(*words: str) -> tuple[str, ...]:
+    """chosen, chosen_response, response_chosen, …"""
+    both = [[f"{word}_{noun}", f"{noun}_{word}"] for word in words for noun in NOUNS]
+    return (*words, *(name for names in both for name in names))
+
+
+# What a file may call a column, best first.
+NAMES = {
+    "prompt": (
+        "prompt",
+        "instruction",
+        "question",
+        "query",
+        "input",
+        "context_messages",
+        "context",
+        "history",
+    ),
+    "conversations": ("conversations", "conversation"),
+    "chosen": _of("chosen", "preferred", "accepted"),
+    "rejected": _of("rejected", "non_preferred", "dispreferred"),
+    "completion": ("completion", "output", "response", "answer"),
+    "system": ("system", "system_prompt", "system_message"),
+    "label": ("label", "kto_tag", "thumb", "thumbs", "vote", "rating", "feedback"),
+    "winner": ("winner", "preference", "better_response_id", "choice"),
+    "responses": ("responses", "completions", "answers", "outputs", "output", "generations"),
+    "scores": ("scores", "ratings", "overall_scores"),
+    "ranks": ("ranks", "rankings", "ranking"),
+}
+STEMS = ("response", "conversation", "answer", "completion", "output", "human_ref")
+# Inside one of several answers: its text, and what says how good it is.
+TEXTS = ("response", "text", "content", "answer", "output", "completion", "value")
+POINTS = ("overall_score", "score", "rating")
+ALONE = "a prompt alone, though other columns hold texts"
+VERDICT = re.compile(r"left|right|(model|response|answer|output|completion)[-_ ]?[ab012]", re.I)
+MEDIA = re.compile(r"(image|video|audio)s?")
+
+Shaped = tuple[Messages, Any, Any]
+
+
+class Row:
+    """A row's columns by their plain names; `used` notes which of the file's are what.
+
+    `named` is the recipe's `columns`: ours = the file's, or "" for none.
+    """
+
+    def __init__(self, columns: Mapping[str, Any], named: Mapping[str, str] | None = None):
+        self.named = named or {}
+        self.columns = columns
+        self.used: dict[str, str] = {}
+        self.theirs = {_plain(name): name for name in columns} | dict(self.named)
+        for ours, theirs in self.named.items():
+            self.theirs[ours] = theirs if theirs in columns else self.theirs.get(_plain(theirs), "")
+
+    def __contains__(self, name: str) -> bool:
+        return self.columns.get(self.theirs.get(name, "")) is not None
+
+    def take(self, ours: str, where: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The first value that there is under our name, or under what files call it."""
+        for name in (ours,) if ours in self.named else NAMES.get(ours, (ours,)):
+            if name in self and where(value := self.columns[self.theirs[name]]):
+                self.used[ours] = self.theirs[name]
+                return value
+        return None
+
+    def unused(self) -> list[str]:
+        """The columns with something to read that are no part of the row."""
+        used = {name for names in self.used.values() for name in names.split(" + ")}
+        held = ((name, value) for name, value in self.columns.items() if name not in used)
+        return [name for name, value in held if isinstance(value, str | list | Mapping) and value]
+
+
+def _plain(name: str) -> str:
+    words = name.replace("\ufeff", "").lower().replace("-", " ").split()
+    return re.sub(r"(?<=[a-z])(?=\d$)", "_", "_".join(words))  # response1 is response_1
+
+
+def normalise(row: Row) -> Shaped:
+    """Prompt, chosen and rejected answer of a row in any shape of SHAPES; None is what it lacks.
+
+    An answer is a text, or the assistant's turn where it holds thoughts beside its text. Raises
+    Unusable, what `understand` catches, and DataError for a label that says nothing.
+    """
+    if media := next((name for name in row.columns if MEDIA.fullmatch(_plain(name))), None):
+        if row.columns[media]:
+            raise Unusable(f"a picture or a sound beside the text (column {media})")
+    given, chosen, rejected = _compared(row)
+    if chosen is None:
+        rejected = row.take("rejected")
+        chosen = row.take("chosen")
+        chosen = row.take("completion") if chosen is None else chosen
+    if given is None:
+        given = _asked(row)
+    if chosen is None:
+        turns = row.take("messages") or row.take("conversations")
+        *given, last = as_messages(turns or given)
+        if last["role"] == "user" or not turns:
+            return _prompt(row, [*given, last]), None, None
+        chosen = last
+    elif not given and _is_text(chosen):
+        given, chosen, rejected = _common_start(row, chosen, rejected)
+    if rejected is None:
+        _only_good(row)
+    if _is_text(given) and all(
+        isinstance(one, str) and one.startswith(given) for one in (chosen, rejected)
+    ):
+        chosen, rejected = (one.removeprefix(given).lstrip() for one in (chosen, rejected))
+    prompt, answer = _answer(as_messages(given), chosen)
+    if rejected is not None:
+        other, rejected = _answer(as_messages(given), rejected)
+        if other != prompt:
+            raise Unusable("the two answers are to different prompts")
+    return _prompt(row, prompt), answer, rejected
+
+
+def understand(row: Row) -> Shaped:
+    """`normalise`, with a row that has a shape's keys and not its contents Unusable too."""
+    try:
+        return normalise(row)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Unusable("no shape that is understood", guess(row.columns)) from error
+
+
+# ---- prompts
+
+
+def _asked(row: Row) -> Any:
+    """What stands before the answers: a text or turns; [] where no column holds it."""
+    if given := row.take("conversations"):
+        return given
+    given = row.take("prompt")
+    if given is None and (given := row.take("messages", where=_asks)) is None:
+        return []
+    called = _plain(row.used.get("prompt", ""))
+    if called == "instruction" and (more := row.take("input", where=_has_words)):
+        given = f"{given}\n\n{more}"
+        row.used["prompt"] += f" + {row.used.pop('input')}"
+    if past := row.take("history", where=lambda value: isinstance(value, list)):
+        said = [turn for asked, answer in past for turn in (("user", asked), ("assistant", answer))]
+        given = [{"role": role, "content": text} for role, text in said] + as_messages(given)
+    return given
+
+
+def _prompt(row: Row, prompt: Messages) -> Messages:
+    """`prompt` with the row's system message, where it is one that can be answered."""
+    if not prompt:
+        raise Unusable("no prompt")
+    if prompt[-1]["role"] != "user":
+        raise Unusable("the prompt does not end on the user's turn")
+    if not prompt[-1]["content"].strip():
+        raise Unusable("empty prompt")
+    if not all(turn["content"].strip() for turn in prompt):
+        raise Unusable("an empty turn before the answer")
+    if prompt[0]["role"] != "system" and (system := row.take("system", where=_has_words)):
+        return [{"role": "system", "content": system}, *prompt]
+    return prompt
+
+
+def _asks(value: Any) -> bool:
+    """Whether these are turns that wait for an answer."""
+    return as_messages(value)[-1]["role"] == "user"
+
+
+def _has_words(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_text(value: Any) -> bool:
+    value = unfolded(value)
+    return isinstance(value, str) and not TRANSCRIPT.match(value)
+
+
+def _common_start(row: Row, *answers: Any) -> tuple[str, str, str]:
+    """TRL's implicit prompt: the words that both texts begin with, if no other column may be it."""
+    start = re.match(r"(.*\s)?", os.path.commonprefix(answers), re.DOTALL)[0]
+    if not start.strip() or row.unused():
+        raise Unusable("no prompt", guess(row.columns))
+    return start.strip(), *(answer[len(start) :] for answer in answers)
+
+
+# ---- answers
+
+
+def _answer(given: Messages, value: Any) -> tuple[Messages, Any]:
+    """Prompt and answer, where `value` is a text, a turn, or turns: all, or those after `given`."""
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        value = value[0]  # of several rejected ones, the first
+    if _is_text(value):
+        return given, readable(unfolded(value))
+    *own, answer = as_messages(value)
+    if answer["role"] != "assistant":
+        raise Unusable("the answer is not the assistant's turn")
+    if own and own[0]["role"] == "assistant":
+        own = [*given, *own]
+    return max(given, own, key=_said), answer if len(answer) > 2 else answer["content"]
+
+
+def _said(turns: Messages) -> int:
+    return sum(turn["role"] != "system" for turn in turns)
+
+
+def _only_good(row: Row) -> None:
+    """Pass over an answer that is not said to be good, where the file says so of its answers."""
+    label = row.take("label")
+    if label is not None and not is_good(label):
+        raise Unusable(BAD)
+    names = () if "label" in row.named else NAMES["label"]
+    if label is None and any(_plain(name) in names for name in row.columns):
+        raise Unusable("an answer whose label is empty")
+
+
+def _compared(row: Row) -> tuple[Any, Any, Any]:
+    """Chosen and rejected of a row that compares answers; and its prompt, where they hold it."""
+    if all(any(name in row for name in NAMES[ours]) for ours in ("chosen", "rejected")):
+        return None, None, None
+    pair = _by_winner(row) or _by_rank(row)
+    if pair is None:
+        return None, None, None
+    asked = next((row.columns[row.theirs[n]] for n in NAMES["prompt"] if n in row), None)
+    rounds = [parsed(one) if isinstance(one, str) else one for one in (asked, *pair)]
+    if not all(isinstance(one, list) and one and isinstance(one[0], str) for one in rounds):
+        return None, *pair
+    row.take("prompt")  # an arena's, of several rounds, each a text
+    if len({len(one) for one in rounds}) > 1 or not all(map(_is_text, sum(rounds, []))):
+        raise Unusable("rounds without a text")
+    talks = [
+        [
+            {"role": role, "content": text}
+            for both in zip(rounds[0], said, strict=True)
+            for role, text in zip(("user", "assistant"), both, strict=True)
+        ]
+        for said in rounds[1:]
+    ]
+    if talks[0][:-1] != talks[1][:-1]:
+        raise Unusable("the two answers are to different prompts")
+    return talks[0][:-1], talks[0][-1:], talks[1][-1:]
+
+
+def _by_winner(row: Row) -> tuple[Any, Any] | None:
+    """The better and the worse of two answers, by a column that names the better."""
+    ends = [(stem, a, b) for stem in STEMS for a, b in ("ab", "12", "01")]
+    pairs = ((f"{stem}_{a}", f"{stem}_{b}", a, b) for stem, a, b in ends)
+    both = [pair for pair in pairs if pair[0] in row and pair[1] in row]
+    if not both:
+        return None
+    one, other, a, b = both[0]
+    winner = row.take("winner")
+    if winner is None:
+        winner = _said_otherwise(row, a, b)
+    if winner is None:
+        if any(_plain(name) in NAMES["winner"] for name in row.columns):
+            return None  # not judged: a prompt
+        told = (name for name, value in row.columns.items() if VERDICT.fullmatch(word_of(value)))
+        way = (
+            f"--set 'dataset.columns={{winner = \"{next(told, '…')}\"}}' names the column that does"
+        )
+        raise Unusable("two answers, and nothing says which is better", way)
+    for mark in (a, b):  # a model's name
+        if f"model_{mark}" in row and row.columns[row.theirs[f"model_{mark}"]] == winner:
+            winner = mark
+    try:
+        order = preferred(winner, a, b)
+    except ValueError:
+        raise Unusable(f"the winner is not {a}, {b} or tie") from None
+    if not order:
+        raise Unusable("a tie")
+    pair = row.take(one), row.take(other)
+    return pair[::order]
+
+
+def _said_otherwise(row: Row, a: str, b: str) -> Any:
+    """The winner by a column for each outcome, or by the answers' scores; None where neither is."""
+    for name in ("model_a", "model_b", "tie"):
+        if str(row.take(f"winner_{name}")) in ("1", "1.0"):
+            return name
+    scores = [row.take(f"score_{mark}") for mark in (a, b)]
+    if (second := row.take("overall_preference")) is not None:  # below 0, the first is better
+        scores = [0, second]
+    if None in scores:
+        return None
+    one, other = map(float, scores)
+    return "tie" if one == other else a if one > other else b
+
+
+def _by_rank(row: Row) -> tuple[Any, Any] | None:
+    """The best and the worst of several answers that are rated or ranked."""
+    several = row.take("responses", where=_several)
+    if several is None:
+        return None
+    scores, ranks = row.take("scores"), row.take("ranks")
+    if scores or ranks:
+        points = [float(one) for one in scores or ranks]
+    elif isinstance(several[0], Mapping):
+        ranks = several[0].get("rank")
+        said = ("rank",) if ranks is not None else POINTS
+        held = [[one[name] for name in said if one.get(name) is not None] for one in several]
+        points = [float(of_one[0]) for of_one in held]
+    elif _plain(row.used["responses"]) == "output":  # Alpaca's, best first
+        points = [float(-place) for place in range(len(several))]
+    else:
+        raise Unusable("several answers without scores or ranks")
+    if ranks and not scores:
+        points = [-point for point in points]
+    if max(points) == min(points):
+        raise Unusable("a tie")
+    pair = [several[points.index(most(points))] for most in (max, min)]
+    return tuple(
+        next(one[n] for n in TEXTS if one.get(n) is not None) if isinstance(one, Mapping) else one
+        for one in pair
+    )
+
+
+def _several(value: Any) -> bool:
+    """Whether these are answers to choose from, not one answer's turns."""
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and not any(isinstance(one, Mapping) and any(who in one for who in WHO) for one in value)
+    )
+
+
+# ---- what a person could name
+
+HINTS = {
+    "chosen": r"chosen|good|better|best|win|prefer|accept|pos",
+    "rejected": r"reject|bad|worse|worst|los|neg",
+    "prompt": r"prompt|question|instruct|quer|input|user|ask|problem",
+    "completion": r"complet|answer|respon|output|reply|target|assistant|solution|summar",
+}
+ASIDE = re.compile(
+    r"(^|_)(u?u?ids?|source|date|time|created|updated|lang|model|status|split|url|text)"
+)
+
+
+def guess(columns: Mapping[str, Any]) -> str:
+    """The `--set` that names the columns, as far as their names tell; empty where they do not."""
+    if list(columns) == ["text"]:
+        return "give each turn by itself: messages, a list of {role, content}"
+    free = [n for n, value in columns.items() if _readable(value) and not ASIDE.search(_plain(n))]
+    found: dict[str, str] = {}
+    for ours, pattern in HINTS.items():
+        fits = [name for name in free if re.search(pattern, name.lower())]
+        if fits and (ours != "completion" or "chosen" not in found):
+            found[ours] = free.pop(free.index(fits[0]))
+    if "prompt" not in found and found and free:
+        found["prompt"] = free.pop(0)
+    if not found and len(free) in (2, 3):
+        found = dict(
+            zip(
+                ("prompt", "completion") if len(free) == 2 else ("prompt", "chosen", "rejected"),
+                free,
+                strict=True,
+            )
+        )
+    named = ", ".join(f'{ours} = "{theirs}"' for ours, theirs in sorted(found.items()))
+    return f"--set 'dataset.columns={{{named}}}', if that is what they are" if found else ""
+
+
+def _readable(value: Any) -> bool:
+    """Whether a column may hold what people say."""
+    said = text_of(value)
+    return isinstance(said, list | Mapping) or (
+        isinstance(said, str) and bool(re.search(r"[^\W\d]{2}", said))
+    )
