@@ -29,8 +29,8 @@ from rlhf_recipes.stages.answers import (
     trial,
 )
 from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
-from rlhf_recipes.stages.training import write_json
 from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.store.files import write_json
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 

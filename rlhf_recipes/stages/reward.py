@@ -42,9 +42,9 @@ from rlhf_recipes.stages.training import (
     steps_of,
     trainer_config,
     trial,
-    write_json,
 )
 from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.store.files import write_json
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 

@@ -6,13 +6,11 @@ its work counted.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -30,6 +28,7 @@ from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.stages.checkpoints import Resumable
 from rlhf_recipes.stages.contract import Planned, StageContext, Trial, Work
 from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.store.files import write_json
 
 Config = TypeVar("Config")
 
@@ -147,10 +146,6 @@ def need(rows: list, what: str, context: StageContext) -> list:
             "see the dropped rows in the log, the fractions in [dataset], and its columns = { … }",
         )
     return rows
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps({"format": 1, **value}, indent=2))
 
 
 class Stock(Resumable):
