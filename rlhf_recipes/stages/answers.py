@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.reward_model import open_foreign, open_reward
@@ -27,8 +27,7 @@ from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.judges import load_judge
 from rlhf_recipes.stages.session import Session
-from rlhf_recipes.stages.training import FORWARD, load_rows, need
-from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.stages.training import FORWARD, load_rows
 
 BATCH = 16  # sequences a forward
 SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
@@ -49,16 +48,14 @@ class Setting:
 
 def test_prompts(context: StageContext) -> list[Example]:
     """The first prompts of the test side."""
-    test = need(load_rows(context).test, "prompts on the test side", context)
-    return unique_prompts(test)[: context.recipe.evaluation.prompts]
+    _, prompts = load_rows(context)
+    return prompts[: context.recipe.evaluation.prompts]
 
 
 def setting_of(context: StageContext) -> Setting:
     """The evaluation's own words, else those that the last PPO stage samples with."""
-    recipe = context.recipe
-    temperature = recipe.asked_with("temperature") or 0.7
-    seed = derive_seed(recipe.seed, context.name)
-    return Setting(answer_length(recipe, context.name), temperature, seed)
+    temperature = context.recipe.asked_with("temperature") or 0.7
+    return Setting(answer_length(context.recipe, context.name), temperature, context.seed())
 
 
 def answer_length(recipe: Recipe, name: str) -> int:

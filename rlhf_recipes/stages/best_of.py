@@ -28,7 +28,7 @@ from rlhf_recipes.stages.answers import (
     test_prompts,
     trial,
 )
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+from rlhf_recipes.stages.contract import StageContext, StageResult, Work
 from rlhf_recipes.store.digests import derive_seed
 from rlhf_recipes.store.files import write_json
 
@@ -92,8 +92,8 @@ def run(context: StageContext) -> StageResult:
 # ---- what its memory and its work are counted from
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    return asked_work(recipe, stage.name, data, answers=recipe.evaluation.best_of, passes=0)
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    return asked_work(recipe, name, data, answers=recipe.evaluation.best_of, passes=0)
 
 
 def memory(sim: Sim) -> Iterator[Held]:

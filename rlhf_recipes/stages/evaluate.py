@@ -24,6 +24,7 @@ from rlhf_recipes.models.role import Role, logits, logprobs
 from rlhf_recipes.models.sampling import join
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import BASE
+from rlhf_recipes.recipe.wiring import wiring
 from rlhf_recipes.stages.answers import (
     BATCH,
     SCORERS,
@@ -38,7 +39,7 @@ from rlhf_recipes.stages.answers import (
     test_prompts,
     trial,
 )
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+from rlhf_recipes.stages.contract import StageContext, StageResult, Work
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -231,9 +232,9 @@ def _summary(metrics: dict[str, float], last: str, recipe: Recipe) -> str:
 # ---- what its memory and its work are counted from
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    policies = 1 + sum(role.startswith("policy:") for role in stage.inputs)
-    return asked_work(recipe, stage.name, data, answers=policies, passes=3)
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    policies = 1 + sum(role.startswith("policy:") for role in wiring(recipe)[name])
+    return asked_work(recipe, name, data, answers=policies, passes=3)
 
 
 def memory(sim: Sim) -> Iterator[Held]:

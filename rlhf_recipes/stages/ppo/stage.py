@@ -28,7 +28,7 @@ from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.sources import resolve as sources
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.ppo.losses import Rollout
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.reward import measure
@@ -39,11 +39,9 @@ from rlhf_recipes.stages.training import (
     batch,
     float32,
     load_rows,
-    need,
     shortened,
     trainer_config,
 )
-from rlhf_recipes.store.digests import derive_seed
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -54,8 +52,7 @@ VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
-    data = load_rows(context)
-    prompts = unique_prompts(need(data.train, "prompts on the train side", context))
+    data, prompts = load_rows(context)
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
     # ---- a reward model that is worth it
@@ -74,7 +71,7 @@ def run(context: StageContext) -> StageResult:
 
     # ---- four roles on one base
     start = context.inputs.get("policy")
-    seed = derive_seed(recipe.seed, context.name, "lora")
+    seed = context.seed("lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     # An adapter even where nothing was trained before: that of DoRA rounds the bare base.
     start_of_reference = context.inputs.get("reference", start)
@@ -216,8 +213,8 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    options, prompts = recipe.table(stage.name).options, data.learned("prompts")
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    options, prompts = recipe.table(name).options, data.learned("prompts")
     size = batch(options)
     steps = math.ceil(options["total_episodes"] / size)
     read = fmean(len(e.prompt_ids) for e in prompts) + options["response_length"]

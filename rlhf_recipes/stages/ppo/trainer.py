@@ -39,6 +39,7 @@ from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, policy_loss, value_loss
+from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
@@ -97,14 +98,9 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         )
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        """The optimizer that `optim` names, one group for the policy and one for the value."""
         policy, value = self.policy_model.trainable(), self.value_model.trainable()
-        kind, words = self.get_optimizer_cls_and_kwargs(self.args)
-        groups = [
-            {"params": policy},
-            {"params": value, "lr": self.value_learning_rate or self.args.learning_rate},
-        ]
-        self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **words)
+        rate = self.value_learning_rate or self.args.learning_rate
+        self.optimizer = two_rates(self.args, policy, value, rate)
         return self.optimizer
 
     # ---- the loop -------------------------------------------------------------------------------
