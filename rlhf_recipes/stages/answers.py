@@ -35,6 +35,8 @@ TOKENS = 2**15  # of prompts and answers at a time: 4.3 GB of keys and values in
 
 # Who scores, by what their numbers are called: "win_rate", "judge_win_rate", "judge2_win_rate".
 SCORERS = {"": "scores", "judge_": "judged", "judge2_": "judged2"}  # and in answers.jsonl
+Answered = Sequence[tuple[Example, list[int]]]
+Tell = Callable[[int], object]  # of so many answers more that were scored
 
 
 @dataclass(frozen=True)
@@ -93,40 +95,28 @@ def ask(
 
 
 def score(
-    context: StageContext,
-    rows: Sequence[tuple[Example, list[int]]],
-    tell: Callable[[int], object] = lambda count: None,
+    context: StageContext, rows: Answered, tell: Tell = lambda count: None
 ) -> dict[str, list[float]]:
     """What the reward model and each judge say of every answer, by SCORERS' keys.
 
     Equal answers to a prompt are scored once, so that they tie. Models score to four digits, which
-    are all that answers.jsonl keeps: what is computed from them can be computed again. `tell` hears
-    of so many more each time.
+    are all that answers.jsonl keeps: what is computed from them can be computed again. The reward
+    model is what was optimised last, else the first one, if there is one.
     """
     recipe, said = context.recipe, {}
     keys = [(tuple(example.prompt_ids), tuple(ids)) for example, ids in rows]
     once = dict(zip(keys, rows, strict=True))
-    asked = {"reward_model": reward_model_name(recipe), **recipe.evaluation.judges}
+    scorer = wiring(recipe)[EVALUATION].get("reward_model")
+    asked = {"reward_model": scorer, **recipe.evaluation.judges}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
-        if asked.get(role):
-            scores = _scores(context, role, asked[role], list(once.values()), tell)
+        if name := asked.get(role):
+            scores = _scores(context, role, name, list(once.values()), tell)
             found = dict(zip(once, scores, strict=True))
             said[prefix] = [found[key] for key in keys]
     return said
 
 
-def reward_model_name(recipe: Recipe) -> str:
-    """What was optimised last, else the first reward model; "" without either."""
-    return wiring(recipe)[EVALUATION].get("reward_model", "")
-
-
-def _scores(
-    context: StageContext,
-    role: str,
-    name: str,
-    rows: Sequence[tuple[Example, list[int]]],
-    tell: Callable[[int], object],
-) -> list[float]:
+def _scores(context: StageContext, role: str, name: str, rows: Answered, tell: Tell) -> list[float]:
     """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
     recipe, tokens = context.recipe, context.session.tokens
     if judge := load_judge(name, recipe.model.base):

@@ -7,17 +7,17 @@ trained or selected on these prompts. Intervals are of 95 %, over prompts drawn 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from rlhf_recipes import stats
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
-from rlhf_recipes.data.tokens import Tokens
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.role import Role, logits, logprobs
@@ -96,7 +96,7 @@ def run(context: StageContext) -> StageResult:
     context.progress.update(len(policies) + 2, len(policies) + 2)
 
     # ---- output
-    _write_answers(context.folder / "output" / "answers.jsonl", examples, given, session.tokens)
+    _write_answers(context, examples, given)
     metrics = {f"{name}.{key}": n for name in numbers for key, n in numbers[name].items()}
     metrics["evaluation.prompts"] = len(examples)
     return StageResult(metrics, _summary(metrics, list(policies)[-1], recipe))
@@ -180,14 +180,19 @@ def exact_kl(
         part = slice(first, first + size)
         prompts = [e.prompt_ids for e in examples[part]]
         rows = join(prompts, answers[part], 0, policy.lm.device)
-        both = []
-        for role in (policy, start):
-            with role.active():
-                out = logits(role, rows.ids, rows.mask, rows.answer, setting.temperature)
-            both.append(torch.log_softmax(out, dim=-1))
-        kl = (both[0].exp() * (both[0] - both[1])).sum(-1)
+        kl = _kl((policy, start), rows.ids, rows.mask, rows.answer, setting.temperature)
         total += (kl * rows.mask[:, -rows.answer :]).sum().item()
     return total / len(answers)
+
+
+def _kl(roles: Sequence[Role], *given: Any) -> torch.Tensor:
+    """KL of the first of two roles to the second [batch, answer]; `given` is as for `logits`."""
+    both = []
+    for role in roles:
+        with role.active():
+            out = logits(role, *given)
+        both.append(torch.log_softmax(out, dim=-1))
+    return (both[0].exp() * (both[0] - both[1])).sum(-1)
 
 
 @torch.no_grad()
@@ -204,12 +209,13 @@ def nats_a_token(base: Role, examples: list[Example], answers: list[list[int]]) 
 
 
 def _write_answers(
-    file: Path, examples: list[Example], given: dict[str, Answers], tokens: Tokens
+    context: StageContext, examples: list[Example], given: dict[str, Answers]
 ) -> None:
-    with file.open("w") as out:
+    decode = context.session.tokens.decode
+    with (context.folder / "output" / "answers.jsonl").open("w") as out:
         for i, example in enumerate(examples):
             row = {"prompt": example.prompt}
-            row["answers"] = {name: tokens.decode(a.ids[i]) for name, a in given.items()}
+            row["answers"] = {name: decode(a.ids[i]) for name, a in given.items()}
             for who, key in SCORERS.items():
                 said = {name: a.said[who][i] for name, a in given.items() if who in a.said}
                 row |= {key: said} if said or not who else {}
@@ -243,11 +249,6 @@ def memory(sim: Sim) -> Iterator[Held]:
     lengths, prompts = sim.lengths, sim.recipe.evaluation.prompts
     rows = min(BATCH, prompts, max(1, LOGITS // (lengths.answer * sim.vocabulary)))
     with sim.model("policy", "start", quantized=False) as (tracker, both), torch.no_grad():
-        given, found = (*ids_of(rows, lengths.row), lengths.answer, 1.0), []
-        for role in both:
-            with role.active():
-                out = logits(role, *given)
-            found.append(torch.log_softmax(out, dim=-1))
-        (found[0].exp() * (found[0] - found[1])).sum(-1)
+        _kl(both, *ids_of(rows, lengths.row), lengths.answer, 1.0)
         yield tracker.most
     yield from scoring_memory(sim)

@@ -196,13 +196,11 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     def prompts(self, update: int) -> list[list[int]]:
         """The ids of this update's prompts: the next `batch_size` of an endless permutation."""
         count, size = self.train_dataset_len, self.args.batch_size
-        chosen, orders = [], {}
-        for place in range((update - 1) * size, update * size):
-            epoch, index = divmod(place, count)
-            if epoch not in orders:
-                orders[epoch] = self._permutation(count, "epoch", epoch)
-            chosen.append(self.train_dataset[int(orders[epoch][index])]["input_ids"])
-        return chosen
+        first, end = (update - 1) * size, update * size
+        epochs = range(first // count, math.ceil(end / count))
+        order = torch.cat([self._permutation(count, "epoch", epoch) for epoch in epochs]).tolist()
+        start = first % count
+        return [self.train_dataset[row]["input_ids"] for row in order[start : start + size]]
 
     def _permutation(self, size: int, *place: str | int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, *place))
