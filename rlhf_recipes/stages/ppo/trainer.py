@@ -93,9 +93,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
         self.is_fsdp_xla_v1_enabled = False  # loading an optimizer asks; PPO's constructor forgot
-        self.together = self._device.type == "cpu" and self.policy_model.pairs_with(
-            self.value_model
-        )
+        paired = self.policy_model.pairs_with(self.value_model)
+        self.together = paired and self._device.type == "cpu"
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         policy, value = self.policy_model.trainable(), self.value_model.trainable()
@@ -250,21 +249,16 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     def _opinions(self, chunk: Sequences) -> dict[str, torch.Tensor]:
         ids, mask, answer = chunk.ids, chunk.mask, chunk.answer
         policy, reference = self.policy_model, self.ref_model
+        temperature, seen = self.args.temperature, {}
         with policy.active():
-            old, entropy = logprobs(policy, ids, mask, answer, self.args.temperature)
+            seen["logprobs"], seen["entropy"] = logprobs(policy, ids, mask, answer, temperature)
         with reference.active():
-            ref, _ = logprobs(reference, ids, mask, answer, self.args.temperature)
+            seen["ref_logprobs"], _ = logprobs(reference, ids, mask, answer, temperature)
         with self.value_model.active():
-            value = values(self.value_model, ids, mask, answer)
+            seen["values"] = values(self.value_model, ids, mask, answer)
         with self.reward_model.active():
-            scores = score(self.reward_model, ids, mask, chunk.last)
-        return {
-            "logprobs": old,
-            "ref_logprobs": ref,
-            "values": value,
-            "scores": scores,
-            "entropy": entropy,
-        }
+            seen["scores"] = score(self.reward_model, ids, mask, chunk.last)
+        return seen
 
     @property
     def _device(self) -> torch.device:
