@@ -48,16 +48,15 @@ class Setting:
     seed: int
 
 
-def test_prompts(context: StageContext) -> list[Example]:
-    """The first prompts of the test side."""
-    _, prompts = load_rows(context)
-    return prompts[: context.recipe.evaluation.prompts]
+def asked(context: StageContext) -> tuple[list[Example], Setting]:
+    """The first prompts of the test side, and how they are asked.
 
-
-def setting_of(context: StageContext) -> Setting:
-    """The evaluation's own words, else those that the last PPO stage samples with."""
-    temperature = context.recipe.asked_with("temperature") or 0.7
-    return Setting(answer_length(context.recipe, context.name), temperature, context.seed())
+    That is by the evaluation's own words, else those that the last PPO stage samples with.
+    """
+    recipe, (_, prompts) = context.recipe, load_rows(context)
+    length, temperature = answer_length(recipe, context.name), recipe.asked_with("temperature")
+    setting = Setting(length, temperature or 0.7, context.seed())
+    return prompts[: recipe.evaluation.prompts], setting
 
 
 def answer_length(recipe: Recipe, name: str) -> int:
@@ -107,9 +106,9 @@ def score(
     keys = [(tuple(example.prompt_ids), tuple(ids)) for example, ids in rows]
     once = dict(zip(keys, rows, strict=True))
     scorer = wiring(recipe)[EVALUATION].get("reward_model")
-    asked = {"reward_model": scorer, **recipe.evaluation.judges}
+    names = {"reward_model": scorer, **recipe.evaluation.judges}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
-        if name := asked.get(role):
+        if name := names.get(role):
             scores = _scores(context, role, name, list(once.values()), tell)
             found = dict(zip(once, scores, strict=True))
             said[prefix] = [found[key] for key in keys]

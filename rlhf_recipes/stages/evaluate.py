@@ -31,12 +31,11 @@ from rlhf_recipes.stages.answers import (
     Setting,
     answer_length,
     ask,
+    asked,
     asked_work,
     sampling_memory,
     score,
     scoring_memory,
-    setting_of,
-    test_prompts,
     trial,
 )
 from rlhf_recipes.stages.contract import StageContext, StageResult, Work
@@ -61,7 +60,7 @@ class Answers:
 
 def run(context: StageContext) -> StageResult:
     recipe, session, eos = context.recipe, context.session, context.session.tokens.eos_id
-    examples, setting = test_prompts(context), setting_of(context)
+    examples, setting = asked(context)
     policies = {BASE: None} | {
         role.removeprefix("policy:"): folder
         for role, folder in context.inputs.items()
@@ -77,9 +76,8 @@ def run(context: StageContext) -> StageResult:
     # ---- how far it went, and what is said of it
     numbers = _distances(context, policies, examples, ids, setting)
     context.progress.update(len(policies) + 1, len(policies) + 2)
-    said = score(
-        context, [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
-    )
+    both = [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
+    said = score(context, both)
     given: dict[str, Answers] = {}
     for place, name in enumerate(policies):
         part = slice(place * len(examples), (place + 1) * len(examples))

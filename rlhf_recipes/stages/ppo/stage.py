@@ -46,6 +46,7 @@ from rlhf_recipes.stages.training import (
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
 ROLLOUT = "local_rollout_forward_batch_size"
+SHOWN = {"score": "objective/scores", "KL": "objective/kl", "length": "val/length"}
 VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 
 
@@ -155,12 +156,7 @@ class Report:
         self.shown = {tuple(example.prompt_ids): example.prompt for example in prompts}
 
     def __call__(self, trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float]) -> None:
-        state = trainer.state
-        shown = {
-            "score": metrics["objective/scores"],
-            "KL": metrics["objective/kl"],
-            "length": metrics["val/length"],
-        }
+        state, shown = trainer.state, {name: metrics[key] for name, key in SHOWN.items()}
         self.context.progress.update(state.global_step, state.max_steps, **shown, **metrics)
         count = trainer.args.num_sample_generations
         every = math.ceil(state.max_steps / count) if count else 0
