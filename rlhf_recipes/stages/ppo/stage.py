@@ -28,20 +28,11 @@ from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.sources import resolve as sources
+from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.ppo.losses import Rollout
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.reward import measure
-from rlhf_recipes.stages.training import (
-    BACKWARD,
-    FORWARD,
-    STEPS,
-    batch,
-    float32,
-    load_rows,
-    shortened,
-    trainer_config,
-)
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -53,7 +44,7 @@ VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
-    data, prompts = load_rows(context)
+    data, prompts = training.load_rows(context)
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
     # ---- a reward model that is worth it
@@ -83,14 +74,14 @@ def run(context: StageContext) -> StageResult:
         value.add_head(load_head(value.lm, scorer))
     else:
         value.add_head(zero_head(value.lm))
-    float32(*policy.trainable(), *value.trainable())
+    training.float32(*policy.trainable(), *value.trainable())
 
     # ---- training
     report = Report(context, prompts)
     if table.extras["keep"] == "best" and not validation:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
     trainer = PPOTrainer(
-        args=trainer_config(PPOConfig, context, stop_token="eos"),
+        args=training.trainer_config(PPOConfig, context, stop_token="eos"),
         processing_class=session.tokens.tokenizer,
         model=policy,
         ref_model=reference,
@@ -186,7 +177,7 @@ def answer_length(recipe: Recipe, name: str) -> int:
 def trial(recipe: Recipe, name: str) -> Trial:
     given = recipe.table(name).options
     options = one_update(given)
-    less = shortened(recipe, name, options, minimum_accuracy=0.0)
+    less = training.shortened(recipe, name, options, minimum_accuracy=0.0)
     return Trial(less, options["total_episodes"], min(given[ROLLOUT], VALIDATION_PROMPTS))
 
 
@@ -196,10 +187,10 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
     minis = given["num_mini_batches"]
     if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
         sampled = min(given[ROLLOUT], rows * micros)
-        each, minis = micros // minis, min(minis, STEPS)
-        each = min(each, max(min(each, STEPS), -(-sampled // (rows * minis))))
+        each, minis = micros // minis, min(minis, training.STEPS)
+        each = min(each, max(min(each, training.STEPS), -(-sampled // (rows * minis))))
         micros = each * minis
-    updates = 1 if minis * given["num_ppo_epochs"] > 1 else STEPS
+    updates = 1 if minis * given["num_ppo_epochs"] > 1 else training.STEPS
     return {
         "gradient_accumulation_steps": micros,
         "num_mini_batches": minis,
@@ -211,12 +202,12 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def work(recipe: Recipe, name: str, data: Data) -> Work:
     options, prompts = recipe.table(name).options, data.learned("prompts")
-    size = batch(options)
+    size = training.batch(options)
     steps = math.ceil(options["total_episodes"] / size)
     read = fmean(len(e.prompt_ids) for e in prompts) + options["response_length"]
-    learns = options["num_ppo_epochs"] * 2 * (FORWARD + BACKWARD)
+    learns = options["num_ppo_epochs"] * 2 * (training.FORWARD + training.BACKWARD)
     looks = _looks(options, steps) * min(VALIDATION_PROMPTS, len(data.validation))
-    seen = 5 * FORWARD * read  # the sampling, and the opinions of four roles
+    seen = 5 * training.FORWARD * read  # the sampling, and the opinions of four roles
     return Work(steps, size * (seen + learns * read), looks * seen)
 
 
@@ -231,7 +222,7 @@ def _looks(options: Mapping[str, Any], updates: int) -> int:
 def memory(sim: Sim) -> Iterator[Held]:
     """The sampling, the opinions of the roles, and the learning of policy and value."""
     lengths, options = sim.lengths, sim.options
-    temperature, size = options["temperature"], batch(options)
+    temperature, size = options["temperature"], training.batch(options)
     rows = min(options["per_device_train_batch_size"], size // options["num_mini_batches"])
     looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
     sampled = min(options[ROLLOUT], max(size, looked_at))
