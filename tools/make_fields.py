@@ -9,6 +9,7 @@ import dataclasses
 import fnmatch
 import inspect
 import json
+import pkgutil
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from rlhf_recipes.pipeline.schema import load_class, schema_json
+from rlhf_recipes.pipeline.schema import schema_json
 from rlhf_recipes.recipe.fields import Field, fields_of
 from rlhf_recipes.recipe.kinds import BITSANDBYTES, KINDS, LORA, listed
 from rlhf_recipes.store.fingerprint import defaults, shared_defaults
@@ -31,7 +32,7 @@ PLACES = {name: KINDS[name].config for name in listed()} | {
     "lora": LORA,
     "bitsandbytes": BITSANDBYTES,
 }
-CONFIGS = {name: load_class(place) for name, place in PLACES.items()}
+CONFIGS = {name: pkgutil.resolve_name(place) for name, place in PLACES.items()}
 
 
 def matches(names: str, field: str) -> bool:

@@ -95,14 +95,11 @@ def _counts(place: str, data: Data) -> Found:
 
 def _lacks(plan: Plan, session: Session) -> Found:
     """Stages that would end, some hours in, because they find no rows of their kind."""
-    recipe = plan.recipe
-    held = {
-        stage.name: session.data(recipe.dataset_of(stage.name)).learned(
-            recipe.kind(stage.name).learns_from
-        )
-        for stage in plan.stages
-    }
-    if none := [s.name for s in plan.stages if not (held[s.name] or s.done)]:
+    recipe, none = plan.recipe, []
+    for name in (stage.name for stage in plan.stages if not stage.done):
+        data = session.data(recipe.dataset_of(name))
+        none += [] if data.learned(recipe.kind(name).learns_from) else [name]
+    if none:
         change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
         text = f"none for {', '.join(none)}"
         _, _, way = session.data(recipe.dataset).first.get(ALONE, (0, {}, ""))

@@ -60,6 +60,10 @@ def answered(about: str, question: Callable[[], Answers]) -> Found:
         yield Finding("fault", about, briefly(error), change)
 
 
+def _good_unless(wrong: bool, text: str, change: str) -> tuple[str, ...]:
+    return ("doubt", text, change) if wrong else ("good", text)
+
+
 # ---- the questions ------------------------------------------------------------------------------
 
 
@@ -129,16 +133,12 @@ def memory() -> Answers:
     if torch.cuda.is_available():
         free, whole = torch.cuda.mem_get_info()
         text = f"{size(free)} of the card's {size(whole)} free"
-        if free < 0.8 * whole:
-            yield "doubt", text, "end what else uses the card: `nvidia-smi` lists it"
-        else:
-            yield "good", text
+        change = "end what else uses the card: `nvidia-smi` lists it"
+        yield _good_unless(free < 0.8 * whole, text, change)
     held = psutil.virtual_memory()
     text = f"{size(held.available)} of {size(held.total)} free"
-    if held.available < LEAST_MEMORY:
-        yield "doubt", text, "end what else runs, or take a smaller model"
-    else:
-        yield "good", text
+    change = "end what else runs, or take a smaller model"
+    yield _good_unless(held.available < LEAST_MEMORY, text, change)
 
 
 def four_bit() -> Answers:
@@ -224,9 +224,7 @@ def disk(runs: Path) -> Answers:
     except OSError as error:  # a file, another's folder, a disk that is read-only or full
         yield "fault", f"{there} cannot be written to ({error.strerror})", elsewhere
         return
-    if free < LEAST_DISK:
-        yield "doubt", room, f"`rlhf-recipes clean` removes what no run needs; {elsewhere}"
-    else:
-        yield "good", room
+    change = f"`rlhf-recipes clean` removes what no run needs; {elsewhere}"
+    yield _good_unless(free < LEAST_DISK, room, change)
     if runs.is_dir() and runs.stat().st_mode & 0o002:
         yield "doubt", f"anyone on this machine may change what is in {runs}", f"chmod o-w {runs}"

@@ -64,8 +64,7 @@ def _by_rule(
 
 
 def _measured(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> str:
-    name = f"run {plan.run_folder.name}"
-    with signals.at_once(), locks.lock(plan.run_folder, name):
+    with signals.at_once(), locks.lock(plan.run_folder, f"run {plan.run_folder.name}"):
         bring(plan.recipe, plan.model)
         found = runner.rehearsed(plan, stages, screen)
     return "\n".join([*(took.line() for took in found), "measured, by a rehearsal"])

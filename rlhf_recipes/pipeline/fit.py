@@ -1,29 +1,42 @@
-"""Whether stages fit the memory there is, by the rule of `footprint`, and what makes them fit."""
+"""What stages need of memory, by rule; whether they fit the memory there is, and what makes them.
+
+By rule: a stage's step on tensors that have a shape and no content. The roles are those of the
+stage and the passes are its own (`memory` in the stage's module), on a model built from
+`config.json`. Every live tensor counts, under its purpose, and the moment with the most bytes is
+the answer. The step runs on a few of the model's layers, twice: each further layer adds as much as
+the last one did.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.rows import sequences
 from rlhf_recipes.errors import MachineError, ModelError, RecipeError
 from rlhf_recipes.models import load as models
-from rlhf_recipes.models.fake_model import Sim
+from rlhf_recipes.models.fake_model import Held, Lengths, Sim
 from rlhf_recipes.pipeline import memory, rehearsal
-from rlhf_recipes.pipeline.memory_estimate import footprint, lengths_of
 from rlhf_recipes.pipeline.plan import PlannedStage
 from rlhf_recipes.pipeline.rehearsal import Ahead
 from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.load import Recipe, changed
 from rlhf_recipes.screen import Screen
+from rlhf_recipes.stages.contract import module_of
+from rlhf_recipes.stages.ppo.stage import VALIDATION_PROMPTS
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.text import duration, size
 
+SHALLOW, DEEP = 2, 4  # layers
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
 LOOSE = 1.04  # an allocator holds a little more than it hands out
 LIBRARIES = 0.4e9  # of a process, that are loaded only as it trains; and what malloc keeps
@@ -33,6 +46,46 @@ KERNELS = 0.9e9
 # Operations a second: of a core, in 16 bit and in 32; of a card's unit at a clock's tick, by its
 # generation; and the share of a card's that training sees.
 CORE, CORE_32, TICK, SHARE = 1.7e11, 6e10, {7: 1024, 8: 1024, 9: 4096}, 0.3
+
+
+def lengths_of(recipe: Recipe, stage: PlannedStage, data: Data | None) -> Lengths:
+    """Of a stage's longest rows; without any, of the longest that the recipe lets in."""
+    prompt, answer = recipe.dataset.max_prompt_tokens, recipe.dataset.max_answer_tokens
+    kind, row, looked_at = recipe.kind(stage.name), prompt + answer, VALIDATION_PROMPTS
+    if data and (found := data.learned(kind.learns_from)):
+        prompt = max(len(example.prompt_ids) for example in found)
+        answer = max(len(example.chosen_ids or ()) for example in found)
+        row = max(max(sequences(example, kind.learns_from)) for example in found)
+        looked_at = min(VALIDATION_PROMPTS, len(data.validation))
+    if kind.samples:
+        answer = module_of(stage.kind).answer_length(recipe, stage.name)
+        row = prompt + answer
+    return Lengths(prompt, row, answer, looked_at)
+
+
+def footprint(sim: Sim) -> Held:
+    """The bytes that a stage needs when it needs most, by role; without those of the libraries."""
+    layers = sim.config.get_text_config().num_hidden_layers
+    if layers <= DEEP:
+        phases = _phases(sim, layers)
+    else:
+        few, more = (_phases(sim, n) for n in (SHALLOW, DEEP))
+        phases = [
+            Counter({r: m[r] + (m[r] - f[r]) * (layers - DEEP) / (DEEP - SHALLOW) for r in m})
+            for f, m in zip(few, more, strict=True)
+        ]
+    most = max(phases, key=Counter.total)
+    return Counter({role: round(count) for role, count in most.items() if count > 0})
+
+
+def _phases(sim: Sim, layers: int) -> list[Held]:
+    """The most of each part of the stage, on a model of so many layers."""
+    config = copy.deepcopy(sim.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return list(module_of(sim.recipe.kind(sim.name).name).memory(replace(sim, config=config)))
 
 
 class Room:
@@ -62,9 +115,8 @@ class Room:
         with contextlib.suppress(Exception):  # whatever it is, the stage says it better
             data = self.session and self.session.data(recipe.dataset_of(stage.name))
         most = lengths_of(recipe, stage, data)
-        foreign = "reward_model" in recipe.kind(stage.name).roles and (
-            "reward_model" not in stage.inputs
-        )
+        role = "reward_model"
+        foreign = role in recipe.kind(stage.name).roles and role not in stage.inputs
         return footprint(Sim(recipe, stage.name, foreign, most, self.card, self.config))
 
     def holds(self, need: Counter[str]) -> bool:

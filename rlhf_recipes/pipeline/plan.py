@@ -103,12 +103,11 @@ def plan_run(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: bool
 
 
 def _looked_up(stage: PlannedStage, made: Plan, fresh: bool) -> PlannedStage:
-    done = not fresh and (layout.read_record(stage.folder) or {}).get("key") == stage.key
-    if done or fresh:
-        reasons = ["cached" if done else "computed afresh"]
-    else:
-        reasons = _reasons(stage, made.run_folder)
-    return replace(stage, reasons=tuple(reasons), done=done)
+    if fresh:
+        return replace(stage, reasons=("computed afresh",))
+    if (layout.read_record(stage.folder) or {}).get("key") == stage.key:
+        return replace(stage, reasons=("cached",), done=True)
+    return replace(stage, reasons=tuple(_reasons(stage, made.run_folder)))
 
 
 def run_name(recipe: Recipe, name: str | None) -> str:
@@ -155,9 +154,7 @@ def _last_of_run(stage: str, run_folder: Path) -> dict[str, Any] | None:
 
 
 def _differences(
-    old: dict[str, Any],
-    stage: PlannedStage,
-    contents: Mapping[str, dict[str, str]] | None = None,
+    old: dict[str, Any], stage: PlannedStage, contents: Mapping[str, dict[str, str]] | None = None
 ) -> list[str]:
     new, changed = stage.payload, []
     for role in dict.fromkeys([*new["inputs"], *old["inputs"]]):

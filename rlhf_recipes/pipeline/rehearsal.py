@@ -198,4 +198,4 @@ def work_of(recipe: Recipe, stage: PlannedStage, data: Data) -> Work:
     """What the stage computes on these rows; next to nothing where there are none."""
     if not data.learned(recipe.kind(stage.name).learns_from):
         return Work(1, 1.0)
-    return module_of(stage.kind).work(recipe, stage, data)
+    return module_of(stage.kind).work(recipe, stage.name, data)

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -35,7 +34,6 @@ from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import Recipe, layout_settings, smaller_layout
 from rlhf_recipes.screen import Screen, StageProgress
 from rlhf_recipes.sources.fetch import bring
-from rlhf_recipes.stages import contract
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import files, layout, locks, provenance
 from rlhf_recipes.store.fingerprint import difference
@@ -190,8 +188,7 @@ class _Run:
         with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
             bring(self.plan.recipe, self.plan.model)
         with self.screen.quiet():
-            loaded = isinstance(contract.module_of(stage.kind), ModuleType)
-            for line in doctor.short(self.plan.runs) if loaded else ():  # it asks torch
+            for line in doctor.short(self.plan.runs):
                 self.screen.line(f"  {line}", "dim")
         pending = [other for other in self.rehearses if self._record(other) is None]
         if pending and not any((stage.folder / "work").glob(layout.CHECKPOINTS)):

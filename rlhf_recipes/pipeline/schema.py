@@ -7,8 +7,8 @@ The description of a key is upstream's help text; of our own keys, the comment i
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
+import pkgutil
 import re
 import warnings
 from typing import Any
@@ -24,10 +24,8 @@ TYPES = {
     "float": {"type": "number"},
     "str": {"type": "string"},
     "dict": {"type": "object"},
-    "list[str]": {"type": "array", "items": {"type": "string"}},
-    "list[int]": {"type": "array", "items": {"type": "integer"}},
-    "list[float]": {"type": "array", "items": {"type": "number"}},
 }
+TYPES |= {f"list[{one}]": {"type": "array", "items": TYPES[one]} for one in ("str", "int", "float")}
 RANGES = {
     "above 0": {"exclusiveMinimum": 0},
     "a whole number, or a share below 1": {
@@ -47,14 +45,7 @@ def configs() -> dict[str, type]:
     """The config class of each kind of stage and of LoRA; importing them takes some ten seconds."""
     places = {name: KINDS[name].config for name in listed()} | {"lora": LORA}
     with warnings.catch_warnings(action="ignore"):  # trl.experimental announces itself
-        return {name: load_class(place) for name, place in places.items()}
-
-
-def load_class(place: str) -> type:
-    """The class that "package.module:Name" names, in `recipe/kinds.py`."""
-    module, _, name = place.partition(":")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
+        return {name: pkgutil.resolve_name(place) for name, place in places.items()}
 
 
 def helps() -> dict[str, dict[str, str]]:

@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.reward_model import open_foreign, open_reward
@@ -27,8 +27,7 @@ from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.judges import load_judge
 from rlhf_recipes.stages.session import Session
-from rlhf_recipes.stages.training import FORWARD, load_rows, need
-from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.stages.training import FORWARD, load_rows
 
 BATCH = 16  # sequences a forward
 SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
@@ -36,6 +35,8 @@ TOKENS = 2**15  # of prompts and answers at a time: 4.3 GB of keys and values in
 
 # Who scores, by what their numbers are called: "win_rate", "judge_win_rate", "judge2_win_rate".
 SCORERS = {"": "scores", "judge_": "judged", "judge2_": "judged2"}  # and in answers.jsonl
+Answered = Sequence[tuple[Example, list[int]]]
+Tell = Callable[[int], object]  # of so many answers more that were scored
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,15 @@ class Setting:
     seed: int
 
 
-def test_prompts(context: StageContext) -> list[Example]:
-    """The first prompts of the test side."""
-    test = need(load_rows(context).test, "prompts on the test side", context)
-    return unique_prompts(test)[: context.recipe.evaluation.prompts]
+def asked(context: StageContext) -> tuple[list[Example], Setting]:
+    """The first prompts of the test side, and how they are asked.
 
-
-def setting_of(context: StageContext) -> Setting:
-    """The evaluation's own words, else those that the last PPO stage samples with."""
-    recipe = context.recipe
-    temperature = recipe.asked_with("temperature") or 0.7
-    seed = derive_seed(recipe.seed, context.name)
-    return Setting(answer_length(recipe, context.name), temperature, seed)
+    That is by the evaluation's own words, else those that the last PPO stage samples with.
+    """
+    recipe, (_, prompts) = context.recipe, load_rows(context)
+    length, temperature = answer_length(recipe, context.name), recipe.asked_with("temperature")
+    setting = Setting(length, temperature or 0.7, context.seed())
+    return prompts[: recipe.evaluation.prompts], setting
 
 
 def answer_length(recipe: Recipe, name: str) -> int:
@@ -96,40 +94,28 @@ def ask(
 
 
 def score(
-    context: StageContext,
-    rows: Sequence[tuple[Example, list[int]]],
-    tell: Callable[[int], object] = lambda count: None,
+    context: StageContext, rows: Answered, tell: Tell = lambda count: None
 ) -> dict[str, list[float]]:
     """What the reward model and each judge say of every answer, by SCORERS' keys.
 
     Equal answers to a prompt are scored once, so that they tie. Models score to four digits, which
-    are all that answers.jsonl keeps: what is computed from them can be computed again. `tell` hears
-    of so many more each time.
+    are all that answers.jsonl keeps: what is computed from them can be computed again. The reward
+    model is what was optimised last, else the first one, if there is one.
     """
     recipe, said = context.recipe, {}
     keys = [(tuple(example.prompt_ids), tuple(ids)) for example, ids in rows]
     once = dict(zip(keys, rows, strict=True))
-    asked = {"reward_model": reward_model_name(recipe), **recipe.evaluation.judges}
+    scorer = wiring(recipe)[EVALUATION].get("reward_model")
+    names = {"reward_model": scorer, **recipe.evaluation.judges}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
-        if asked.get(role):
-            scores = _scores(context, role, asked[role], list(once.values()), tell)
+        if name := names.get(role):
+            scores = _scores(context, role, name, list(once.values()), tell)
             found = dict(zip(once, scores, strict=True))
             said[prefix] = [found[key] for key in keys]
     return said
 
 
-def reward_model_name(recipe: Recipe) -> str:
-    """What was optimised last, else the first reward model; "" without either."""
-    return wiring(recipe)[EVALUATION].get("reward_model", "")
-
-
-def _scores(
-    context: StageContext,
-    role: str,
-    name: str,
-    rows: Sequence[tuple[Example, list[int]]],
-    tell: Callable[[int], object],
-) -> list[float]:
+def _scores(context: StageContext, role: str, name: str, rows: Answered, tell: Tell) -> list[float]:
     """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
     recipe, tokens = context.recipe, context.session.tokens
     if judge := load_judge(name, recipe.model.base):

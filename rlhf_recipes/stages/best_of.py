@@ -20,24 +20,23 @@ from rlhf_recipes.stages.answers import (
     SCORERS,
     answer_length,
     ask,
+    asked,
     asked_work,
     sampling_memory,
     score,
     scoring_memory,
-    setting_of,
-    test_prompts,
     trial,
 )
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
-from rlhf_recipes.stages.training import write_json
+from rlhf_recipes.stages.contract import StageContext, StageResult, Work
 from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.store.files import write_json
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
 
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
-    examples, setting = test_prompts(context), setting_of(context)
+    examples, setting = asked(context)
     count = recipe.evaluation.best_of
     ppo = recipe.explorer
     start = ppo.policy or BASE
@@ -54,13 +53,13 @@ def run(context: StageContext) -> StageResult:
     for answers in ask(session, context.inputs.get("policy"), examples, setting, seeds):
         draws.append(answers)
         tell(len(answers))
-    asked = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
-    said = score(context, asked, tell)
+    drawn = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
+    said = score(context, drawn, tell)
     context.progress.update(total, total)
     penalty, eos = ppo.options["missing_eos_penalty"] or 0.0, session.tokens.eos_id
-    ended = [ids[-1] == eos for _, ids in asked]
+    ended = [ids[-1] == eos for _, ids in drawn]
     rewards = [s if end else s - penalty for s, end in zip(said[""], ended, strict=True)]
-    rows = [slice(first, first + count) for first in range(0, len(asked), count)]  # one a prompt
+    rows = [slice(first, first + count) for first in range(0, len(drawn), count)]  # one a prompt
 
     # ---- gains
     curve = {"n": [2**power for power in range(count.bit_length())]}
@@ -79,7 +78,7 @@ def run(context: StageContext) -> StageResult:
     output = context.folder / "output"
     with (output / "answers.jsonl").open("w") as out:
         for example, row in zip(examples, rows, strict=True):
-            texts = [session.tokens.decode(ids) for _, ids in asked[row]]
+            texts = [session.tokens.decode(ids) for _, ids in drawn[row]]
             found = {SCORERS[who]: values[row] for who, values in said.items()}
             line = {"prompt": example.prompt, "answers": texts, "ended": ended[row], **found}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -92,8 +91,8 @@ def run(context: StageContext) -> StageResult:
 # ---- what its memory and its work are counted from
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    return asked_work(recipe, stage.name, data, answers=recipe.evaluation.best_of, passes=0)
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    return asked_work(recipe, name, data, answers=recipe.evaluation.best_of, passes=0)
 
 
 def memory(sim: Sim) -> Iterator[Held]:

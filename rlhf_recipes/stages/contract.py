@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from rlhf_recipes.recipe.kinds import kind_of
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.store.digests import derive_seed
 
 if TYPE_CHECKING:
     from rlhf_recipes.data.dataset import Data
@@ -49,6 +50,10 @@ class StageContext:
     session: Session  # tokenizer, rows and the one base model, loaded once a run
     key: str = ""  # the stage's
 
+    def seed(self, *place: str) -> int:
+        """Of the stage's own draws, for one place of use."""
+        return derive_seed(self.recipe.seed, self.name, *place)
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -78,17 +83,6 @@ class Work(NamedTuple):
         return self.steps * self.step + self.beside
 
 
-class Planned(Protocol):
-    """A stage of a plan, as far as its module needs to know it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def inputs(self) -> Mapping[str, str]: ...  # role -> the stage that serves it
-
-
 class StageModule(Protocol):
     """What the module of a kind exports."""
 
@@ -98,7 +92,7 @@ class StageModule(Protocol):
     def trial(self, recipe: Recipe, name: str) -> Trial:
         """The recipe with as little of the stage as still takes the memory of all of it."""
 
-    def work(self, recipe: Recipe, stage: Planned, data: Data) -> Work:
+    def work(self, recipe: Recipe, name: str, data: Data) -> Work:
         """How much the stage computes on these rows; of rows there is at least one."""
 
     def memory(self, sim: Sim) -> Iterator[Held]:

@@ -21,27 +21,23 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import entropy_from_logits
 
-from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, pairs
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
 from rlhf_recipes.models.role import Role
-from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
-from rlhf_recipes.stages.training import Stock, load_rows, need, steps_of, trainer_config, trial
-from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.training import Stock, load_rows, trainer_config, trial, work
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
 
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
-    data = load_rows(context)
-    train = need(_rows(data.reward_train), "pairs on the train side", context)
-    validation = _rows(data.validation)
+    data, train = load_rows(context)
+    validation = pairs(data.validation)
 
     # ---- policy and reference
     base, start = session.base, context.inputs.get("policy")
-    seed = derive_seed(recipe.seed, context.name, "lora")
+    seed = context.seed("lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
     weights = [parameter.data for parameter in policy.trainable()]
@@ -52,12 +48,11 @@ def run(context: StageContext) -> StageResult:
         context,
         policy,
         shown,
+        train,
+        validation,
         model=policy.lm if recipe.lora is None else base.peft,
         ref_model=Reference(reference),
         args=trainer_config(DPOConfig, context, max_length=None),
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(validation) if validation else None,
-        processing_class=session.tokens.tokenizer,
     )
     for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
         parameter.data = unrounded
@@ -80,6 +75,10 @@ def run(context: StageContext) -> StageResult:
 
 
 class Trainer(Stock, DPOTrainer):
+    def row(self, example: Example) -> dict[str, list[int]]:
+        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return {part: getattr(example, part) for part in parts}
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
@@ -104,18 +103,7 @@ class Reference(nn.Module):
             return role.lm(**inputs)
 
 
-def _rows(examples: list[Example]) -> list[dict[str, list[int]]]:
-    return [
-        {"prompt_ids": e.prompt_ids, "chosen_ids": e.chosen_ids, "rejected_ids": e.rejected_ids}
-        for e in pairs(examples)
-    ]
-
-
-# ---- what its memory and its work are counted from
-
-
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    return steps_of(recipe, stage, data, references=1)
+# ---- what its memory is counted from
 
 
 def memory(sim: Sim) -> Iterator[Held]:

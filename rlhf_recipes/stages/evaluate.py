@@ -7,38 +7,38 @@ trained or selected on these prompts. Intervals are of 95 %, over prompts drawn 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from rlhf_recipes import stats
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
-from rlhf_recipes.data.tokens import Tokens
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.role import Role, logits, logprobs
 from rlhf_recipes.models.sampling import join
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import BASE
+from rlhf_recipes.recipe.wiring import wiring
 from rlhf_recipes.stages.answers import (
     BATCH,
     SCORERS,
     Setting,
     answer_length,
     ask,
+    asked,
     asked_work,
     sampling_memory,
     score,
     scoring_memory,
-    setting_of,
-    test_prompts,
     trial,
 )
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
+from rlhf_recipes.stages.contract import StageContext, StageResult, Work
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -60,7 +60,7 @@ class Answers:
 
 def run(context: StageContext) -> StageResult:
     recipe, session, eos = context.recipe, context.session, context.session.tokens.eos_id
-    examples, setting = test_prompts(context), setting_of(context)
+    examples, setting = asked(context)
     policies = {BASE: None} | {
         role.removeprefix("policy:"): folder
         for role, folder in context.inputs.items()
@@ -76,9 +76,8 @@ def run(context: StageContext) -> StageResult:
     # ---- how far it went, and what is said of it
     numbers = _distances(context, policies, examples, ids, setting)
     context.progress.update(len(policies) + 1, len(policies) + 2)
-    said = score(
-        context, [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
-    )
+    both = [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
+    said = score(context, both)
     given: dict[str, Answers] = {}
     for place, name in enumerate(policies):
         part = slice(place * len(examples), (place + 1) * len(examples))
@@ -95,7 +94,7 @@ def run(context: StageContext) -> StageResult:
     context.progress.update(len(policies) + 2, len(policies) + 2)
 
     # ---- output
-    _write_answers(context.folder / "output" / "answers.jsonl", examples, given, session.tokens)
+    _write_answers(context, examples, given)
     metrics = {f"{name}.{key}": n for name in numbers for key, n in numbers[name].items()}
     metrics["evaluation.prompts"] = len(examples)
     return StageResult(metrics, _summary(metrics, list(policies)[-1], recipe))
@@ -179,14 +178,19 @@ def exact_kl(
         part = slice(first, first + size)
         prompts = [e.prompt_ids for e in examples[part]]
         rows = join(prompts, answers[part], 0, policy.lm.device)
-        both = []
-        for role in (policy, start):
-            with role.active():
-                out = logits(role, rows.ids, rows.mask, rows.answer, setting.temperature)
-            both.append(torch.log_softmax(out, dim=-1))
-        kl = (both[0].exp() * (both[0] - both[1])).sum(-1)
+        kl = _kl((policy, start), rows.ids, rows.mask, rows.answer, setting.temperature)
         total += (kl * rows.mask[:, -rows.answer :]).sum().item()
     return total / len(answers)
+
+
+def _kl(roles: Sequence[Role], *given: Any) -> torch.Tensor:
+    """KL of the first of two roles to the second [batch, answer]; `given` is as for `logits`."""
+    both = []
+    for role in roles:
+        with role.active():
+            out = logits(role, *given)
+        both.append(torch.log_softmax(out, dim=-1))
+    return (both[0].exp() * (both[0] - both[1])).sum(-1)
 
 
 @torch.no_grad()
@@ -203,12 +207,13 @@ def nats_a_token(base: Role, examples: list[Example], answers: list[list[int]]) 
 
 
 def _write_answers(
-    file: Path, examples: list[Example], given: dict[str, Answers], tokens: Tokens
+    context: StageContext, examples: list[Example], given: dict[str, Answers]
 ) -> None:
-    with file.open("w") as out:
+    decode = context.session.tokens.decode
+    with (context.folder / "output" / "answers.jsonl").open("w") as out:
         for i, example in enumerate(examples):
             row = {"prompt": example.prompt}
-            row["answers"] = {name: tokens.decode(a.ids[i]) for name, a in given.items()}
+            row["answers"] = {name: decode(a.ids[i]) for name, a in given.items()}
             for who, key in SCORERS.items():
                 said = {name: a.said[who][i] for name, a in given.items() if who in a.said}
                 row |= {key: said} if said or not who else {}
@@ -231,9 +236,9 @@ def _summary(metrics: dict[str, float], last: str, recipe: Recipe) -> str:
 # ---- what its memory and its work are counted from
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    policies = 1 + sum(role.startswith("policy:") for role in stage.inputs)
-    return asked_work(recipe, stage.name, data, answers=policies, passes=3)
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    policies = 1 + sum(role.startswith("policy:") for role in wiring(recipe)[name])
+    return asked_work(recipe, name, data, answers=policies, passes=3)
 
 
 def memory(sim: Sim) -> Iterator[Held]:
@@ -242,11 +247,6 @@ def memory(sim: Sim) -> Iterator[Held]:
     lengths, prompts = sim.lengths, sim.recipe.evaluation.prompts
     rows = min(BATCH, prompts, max(1, LOGITS // (lengths.answer * sim.vocabulary)))
     with sim.model("policy", "start", quantized=False) as (tracker, both), torch.no_grad():
-        given, found = (*ids_of(rows, lengths.row), lengths.answer, 1.0), []
-        for role in both:
-            with role.active():
-                out = logits(role, *given)
-            found.append(torch.log_softmax(out, dim=-1))
-        (found[0].exp() * (found[0] - found[1])).sum(-1)
+        _kl(both, *ids_of(rows, lengths.row), lengths.answer, 1.0)
         yield tracker.most
     yield from scoring_memory(sim)

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from rlhf_recipes import stats
@@ -33,18 +32,10 @@ from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
-from rlhf_recipes.stages.training import (
-    Stock,
-    float32,
-    load_rows,
-    need,
-    steps_of,
-    trainer_config,
-    trial,
-    write_json,
-)
-from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.stages import training as stock
+from rlhf_recipes.stages.contract import StageContext, StageResult, Work
+from rlhf_recipes.stages.training import Stock, float32, load_rows, trainer_config, trial, two_rates
+from rlhf_recipes.store.files import write_json
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -56,33 +47,30 @@ REREAD = 4  # but at most so often
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
-    data = load_rows(context)
-    side = "the judge's share of the train side" if context.kind == JUDGE else "the train side"
-    train = data.learned(recipe.kind(context.name).learns_from)
-    need(train, f"pairs {'in' if context.kind == JUDGE else 'on'} {side}", context)
+    data, train = load_rows(context)
     validation = pairs(data.validation)
 
     # ---- reward model
-    base = session.base
-    seed = derive_seed(recipe.seed, context.name, "lora")
-    reward = base.open("reward", context.inputs.get("policy"), seed=seed, trainable=True)
+    base, start = session.base, context.inputs.get("policy")
+    reward = base.open("reward", start, seed=context.seed("lora"), trainable=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.seed, context.name, "head"))
+        torch.manual_seed(context.seed("head"))
         reward.add_head(new_head(reward.lm))
 
     # ---- training
     args = trainer_config(RewardConfig, context, max_length=None)
     args.num_train_epochs *= _rereads(context.kind, data)
+    head = list(reward.score.parameters())
+    body = reward.trainable()[: -len(head)]
     trainer = Trainer(
         context,
         reward,
         {"loss": "loss", "accuracy": "accuracy"},
+        train,
+        validation,
         model=reward,
         args=args,
-        train_dataset=_rows(train),
-        eval_dataset=_rows(validation) if validation else None,
-        processing_class=session.tokens.tokenizer,
-        optimizers=(_optimizer(reward, args, table.extras["head_learning_rate"]), None),
+        optimizers=(two_rates(args, body, head, table.extras["head_learning_rate"]), None),
     )
     float32(*reward.trainable())
     with reward.active(autocast=False):  # through the backward too: checkpointed layers recompute
@@ -129,7 +117,9 @@ def _rereads(kind: str, data: Data) -> float:
 
 
 class Trainer(Stock, RewardTrainer):
-    pass
+    def row(self, example: Example) -> dict[str, list[int]]:
+        answers = {"chosen_ids": example.chosen_ids, "rejected_ids": example.rejected_ids}
+        return {name: example.prompt_ids + ids for name, ids in answers.items()}
 
 
 def measure(
@@ -171,38 +161,14 @@ def margins(reward: Role, rows: list[Example], pad: int, batch: int) -> np.ndarr
     return (chosen - rejected).double().numpy()
 
 
-def _rows(examples: list[Example]) -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "chosen_ids": e.prompt_ids + e.chosen_ids,
-                "rejected_ids": e.prompt_ids + e.rejected_ids,
-            }
-            for e in examples
-        ]
-    )
-
-
-def _optimizer(
-    reward: Role, args: RewardConfig, head_learning_rate: float
-) -> torch.optim.Optimizer:
-    """The optimizer that `optim` names, with a group for the adapter and one for the head."""
-    head = list(reward.score.parameters())
-    inner = {id(p) for p in head}
-    body = [p for p in reward.trainable() if id(p) not in inner]
-    kind, words = RewardTrainer.get_optimizer_cls_and_kwargs(args)
-    groups = [{"params": body}, {"params": head, "lr": head_learning_rate}]
-    return kind(groups, weight_decay=args.weight_decay, **words)
-
-
 # ---- what its memory and its work are counted from
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    found = data.learned(recipe.kind(stage.name).learns_from)
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    kind = recipe.kind(name)
+    found = data.learned(kind.learns_from)
     scored = min(UNIT_ROWS, len(found)) / 2 + len(data.validation) + len(data.test)
-    epochs = recipe.table(stage.name).options["num_train_epochs"] * _rereads(stage.kind, data)
-    return steps_of(recipe, stage, data, epochs=epochs, scored=scored)
+    return stock.work(recipe, name, data, _rereads(kind.name, data), scored)
 
 
 def memory(sim: Sim) -> Iterator[Held]:

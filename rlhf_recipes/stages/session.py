@@ -77,8 +77,8 @@ class Session:
         from rlhf_recipes.models.base import ADAPTER
         from rlhf_recipes.models.load import compute_dtype, load_causal_lm
 
-        words = {"dtype": compute_dtype(self.recipe.model.dtype)}
-        words["trusted"] = self.recipe.model.trust_remote_code
+        asked = self.recipe.model
+        words = {"dtype": compute_dtype(asked.dtype), "trusted": asked.trust_remote_code}
         if self.recipe.lora is None or output is None:
             return load_causal_lm(self._whole(output), **words)
         lm = load_causal_lm(self.model_folder, **words)

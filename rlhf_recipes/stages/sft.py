@@ -11,56 +11,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from datasets import Dataset
 from torch.utils.checkpoint import checkpoint
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE as CHUNK
 from trl.trainer.sft_trainer import _chunk
 
-from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, answered
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
-from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Work
-from rlhf_recipes.stages.training import (
-    Stock,
-    float32,
-    load_rows,
-    need,
-    steps_of,
-    trainer_config,
-    trial,
-)
-from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.stages.contract import StageContext, StageResult
+from rlhf_recipes.stages.training import Stock, float32, load_rows, trainer_config, trial, work
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
 
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
-    data = load_rows(context)
-    train = need(answered(data.train), "answers on the train side", context)
-    validation = answered(data.validation)
+    data, train = load_rows(context)
 
     # ---- policy
-    base = session.base
-    policy = base.open(
-        "policy",
-        context.inputs.get("policy"),
-        seed=derive_seed(recipe.seed, context.name, "lora"),
-        trainable=True,
-    )
+    base, start = session.base, context.inputs.get("policy")
+    policy = base.open("policy", start, seed=context.seed("lora"), trainable=True)
 
     # ---- training
     trainer = Trainer(
         context,
         policy,
         {"loss": "loss", "mean_token_accuracy": "accuracy"},
+        train,
+        answered(data.validation),
         model=policy.lm if recipe.lora is None else base.peft,
         args=trainer_config(SFTConfig, context, max_length=None, completion_only_loss=True),
-        train_dataset=_rows(train),
-        eval_dataset=_rows(validation) if validation else None,
-        processing_class=session.tokens.tokenizer,
     )
     float32(*policy.trainable())
     with policy.active(autocast=False):
@@ -83,27 +63,15 @@ def run(context: StageContext) -> StageResult:
 
 
 class Trainer(Stock, SFTTrainer):
+    def row(self, example: Example) -> dict[str, list[int]]:
+        prompt, answer = example.prompt_ids, example.chosen_ids
+        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
     def validation_loss(self) -> float | None:
         return self.evaluate()["eval_loss"] if self.eval_dataset is not None else None
 
 
-def _rows(examples: list[Example]) -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": e.prompt_ids + e.chosen_ids,
-                "labels": [-100] * len(e.prompt_ids) + e.chosen_ids,
-            }
-            for e in examples
-        ]
-    )
-
-
-# ---- what its memory and its work are counted from
-
-
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    return steps_of(recipe, stage, data)
+# ---- what its memory is counted from
 
 
 def memory(sim: Sim) -> Iterator[Held]:

@@ -6,35 +6,44 @@ its work counted.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from rlhf_recipes import signals
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import sequences
+from rlhf_recipes.data.rows import Example, sequences
 from rlhf_recipes.errors import StageError, lost
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.role import Role
+from rlhf_recipes.recipe.kinds import kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.stages.checkpoints import Resumable
-from rlhf_recipes.stages.contract import Planned, StageContext, Trial, Work
-from rlhf_recipes.store.digests import derive_seed
+from rlhf_recipes.stages.contract import StageContext, Trial, Work
+from rlhf_recipes.store.files import write_json
 
 Config = TypeVar("Config")
+Weights = list[torch.nn.Parameter]
 
 # TRL's trainers report every construction to the hub; this project reports nothing to anyone.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+WANTED = {  # by what a kind learns from
+    "answers": "answers on the train side",
+    "pairs": "pairs on the train side",
+    "judge_pairs": "pairs in the judge's share of the train side",
+    "prompts": "prompts on the train side",
+    "test_prompts": "prompts on the test side",
+}
 
 
 def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Config:
@@ -43,7 +52,7 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
     dtype = models.compute_dtype(recipe.model.dtype)
     owned = {
         "output_dir": str(context.folder / "work"),
-        "seed": derive_seed(recipe.seed, context.name),
+        "seed": context.seed(),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "use_cpu": models.device().type == "cpu",
@@ -64,8 +73,20 @@ def float32(*parameters: torch.nn.Parameter) -> None:
         parameter.data = parameter.data.float()
 
 
-def load_rows(context: StageContext) -> Data:
-    """The stage's rows; says and keeps in data.json what became of them."""
+def two_rates(
+    args: TrainingArguments, first: Weights, second: Weights, rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer that `optim` names, with a learning rate of its own for `second`."""
+    kind, words = Trainer.get_optimizer_cls_and_kwargs(args)
+    groups = [{"params": first}, {"params": second, "lr": rate}]
+    return kind(groups, weight_decay=args.weight_decay, **words)
+
+
+def load_rows(context: StageContext) -> tuple[Data, list[Example]]:
+    """The stage's data, and of it the rows that the stage learns from or asks about.
+
+    Says, and keeps in data.json, what became of the rows. Raises StageError where none are left.
+    """
     data = context.session.data(context.recipe.dataset_of(context.name))
     sides = {side: len(getattr(data, side)) for side in ("train", "validation", "test", "judge")}
     dropped = dict(data.dropped.most_common())
@@ -76,7 +97,13 @@ def load_rows(context: StageContext) -> Data:
     context.progress.note(f"{data.rows} rows: {shown}{'; ' + why if why else ''}")
     for words in data.spoken():
         context.progress.note(f"rows: {words}")
-    return data
+    learns_from = kind_of(context.kind).learns_from
+    if not (rows := data.learned(learns_from)):
+        raise StageError(
+            f"{context.name}: no {WANTED[learns_from]}",
+            "see the dropped rows in the log, the fractions in [dataset], and its columns = { … }",
+        )
+    return data, rows
 
 
 # ---- the rehearsal and the work of a stock trainer's stage
@@ -112,63 +139,60 @@ def trial(recipe: Recipe, name: str) -> Trial:
     return Trial(less, max(rest, STEPS * batch(less.table(name).options)), rest)
 
 
-def steps_of(
-    recipe: Recipe,
-    stage: Planned,
-    data: Data,
-    *,
-    references: int = 0,
-    epochs: float | None = None,
-    scored: float | None = None,
+def work(
+    recipe: Recipe, name: str, data: Data, rereads: float = 1.0, scored: float | None = None
 ) -> Work:
-    """The work of a stock trainer; `references` are models that read each row without learning.
+    """The work of a stock trainer, and of a reference that reads each row without learning.
 
-    `epochs` stand for the recipe's. `scored` are rows that are read beside the training: without
-    it, the validation rows before and after.
+    Rows are read `rereads` times as often as the recipe says. `scored` are rows that are read
+    beside the training: without it, the validation rows before and after.
     """
-    learns_from, options = recipe.kind(stage.name).learns_from, recipe.table(stage.name).options
-    found = data.learned(learns_from)
-    tokens = fmean(sum(sequences(example, learns_from)) for example in found)
+    kind, options = recipe.kind(name), recipe.table(name).options
+    found = data.learned(kind.learns_from)
+    tokens = fmean(sum(sequences(example, kind.learns_from)) for example in found)
     size, steps = batch(options), options["max_steps"]
     if steps < 1:
-        epochs = options["num_train_epochs"] if epochs is None else epochs
-        steps = math.ceil(epochs * math.ceil(len(found) / size))
+        steps = math.ceil(options["num_train_epochs"] * rereads * math.ceil(len(found) / size))
     beside = 2 * len(data.validation) if scored is None else scored
-    step = size * tokens * (FORWARD + BACKWARD + references * FORWARD)
+    step = size * tokens * (FORWARD + BACKWARD + ("reference" in kind.roles) * FORWARD)
     return Work(steps, step, beside * tokens * FORWARD)
 
 
-# ---- rows
-
-
-def need(rows: list, what: str, context: StageContext) -> list:
-    """`rows`, or a StageError where there are none."""
-    if not rows:
-        raise StageError(
-            f"{context.name}: no {what}",
-            "see the dropped rows in the log, the fractions in [dataset], and its columns = { … }",
-        )
-    return rows
-
-
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps({"format": 1, **value}, indent=2))
+# ---- the trainer
 
 
 class Stock(Resumable):
     """Mixed in before a stock trainer: it shows what it does, and goes on from its checkpoints.
 
-    `role` is what it trains; `shown` maps a logged name to the name that a person reads.
+    `role` is what it trains on `train`, each row in the form that `row` gives it; `shown` maps a
+    logged name to the name that a person reads.
     """
 
     # What the loop, or TRL, counts beside transformers' state, and starts anew in each `train()`.
     COUNTS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
 
-    def __init__(self, context: StageContext, role: Role, shown: dict[str, str], **words: Any):
+    def __init__(
+        self,
+        context: StageContext,
+        role: Role,
+        shown: dict[str, str],
+        train: list[Example],
+        validation: list[Example],
+        **words: Any,
+    ):
         self.key, self.progress, self.role = context.key, context.progress, role
         self.first: Any = None  # what was measured before the first step
         self.rng = torch.zeros_like(torch.get_rng_state())  # as the epoch began: it orders the rows
-        super().__init__(callbacks=[Report(self, shown)], **words)
+        super().__init__(
+            callbacks=[Report(self, shown)],
+            train_dataset=self._rows(train),
+            eval_dataset=self._rows(validation) if validation else None,
+            processing_class=context.session.tokens.tokenizer,
+            **words,
+        )
+
+    def _rows(self, examples: list[Example]) -> Dataset:
+        return Dataset.from_list([self.row(example) for example in examples])
 
     def train(self, first: Callable[[], Any] = lambda: None) -> TrainOutput:
         """`first` is measured where the training begins, and kept where it goes on."""

@@ -120,11 +120,10 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         if _batch(table.options) != _batch(usual):
             found["batch_size"] = _batch(table.options)
     if kind.reads:
-        asked, borrowed = {key: getattr(recipe.evaluation, key) for key in kind.reads}, {}
-        if kind.borrows and recipe.explorer:
-            borrowed = {key: recipe.explorer.options[key] for key in kind.borrows}
+        asked = {key: getattr(recipe.evaluation, key) for key in kind.reads}
         found |= changed(keys_of("evaluation"), asked)
-        found |= {key: value for key, value in borrowed.items() if asked.get(key) is None}
+        lent = recipe.explorer.options if recipe.explorer else {}
+        found |= {key: lent[key] for key in kind.borrows if lent and asked.get(key) is None}
         for role, (file, function) in written_rules(recipe).items():
             found[role] = {"function": function, "content": known.rules[file]}
     return found
@@ -203,12 +202,11 @@ def _told(one: Values, other: Values) -> Values:
             rate = one["settings"].get("learning_rate", usual.get("learning_rate"))
             filled[key] = rate if value is not None else None
     told = {**one, "settings": one["settings"] | filled}
-    for part, keys in ((name, keys_of(name)) for name in ("model", "dataset")):
-        lacking = [key for key in other[part] if key not in one[part] and key in keys]
-        told[part] = one[part] | {key: _default(keys[key]) for key in lacking}
-    if isinstance(one["lora"], dict) and isinstance(other["lora"], dict):
-        lacking = [key for key in other["lora"] if key not in one["lora"]]
-        told["lora"] = one["lora"] | {key: _default(fields_for(LORA)[key]) for key in lacking}
+    for part in ("model", "dataset", "lora"):
+        keys, has = keys_of(part), one[part]
+        if isinstance(has, dict) and isinstance(other[part], dict):  # with lora = false it is False
+            lacking = [key for key in other[part] if key not in has and key in keys]
+            told[part] = has | {key: _default(keys[key]) for key in lacking}
     return {**told, "seed": one.get("seed", _default(top_keys()["seed"]))}
 
 

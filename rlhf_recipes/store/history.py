@@ -21,12 +21,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     with contextlib.suppress(AttributeError, KeyError, TypeError):
         texts = [manifest[key] for key in ("title", "outcome", "ended", "recipe")]
         for entry in manifest["stages"]:
-            texts += [
-                entry["name"],
-                entry["folder"],
-                entry.get("kind", ""),
-                entry.get("outcome", ""),
-            ]
+            texts += [entry["name"], entry["folder"]]
+            texts += [entry.get(key, "") for key in ("kind", "outcome")]
         Path(*texts, *manifest.get("overrides", ()), *manifest.get("model", ()))  # all are texts
         return manifest
     return None

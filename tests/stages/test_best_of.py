@@ -10,6 +10,7 @@ from statistics import fmean
 
 import pytest
 
+from rlhf_recipes.data.rows import unique_prompts
 from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.pipeline.runner import run
@@ -66,7 +67,7 @@ def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
     assert not all(whole)  # the penalty has a say
 
     # Whose answers they are, and who says what of them.
-    tested = answers.unique_prompts(chain.session.data(chain.recipe.dataset).test)[:12]
+    tested = unique_prompts(chain.session.data(chain.recipe.dataset).test)[:12]
     setting = answers.Setting(6, 1.0, 0)
     seeds = [derive_seed(derive_seed(7, "best_of"), "draw", draw) for draw in range(4)]
     draws = answers.ask(chain.session, chain.outputs["sft"], tested, setting, seeds)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_recipes.data.rows import unique_prompts
 from rlhf_recipes.models.reward_model import open_reward, read_unit
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sample, score_ids
@@ -68,7 +69,7 @@ def test_what_is_sampled_and_measured_is_what_a_user_is_given(
     chain.run("reward", {"policy": "sft"})
     metrics = chain.evaluate({"sft": "sft"}).metrics
     rows, tokens = rows_of(chain), chain.session.tokens
-    tested = answers.unique_prompts(chain.session.data(chain.recipe.dataset).test)[:12]
+    tested = unique_prompts(chain.session.data(chain.recipe.dataset).test)[:12]
     prompts = [example.prompt_ids for example in tested]
     seed = derive_seed(7, "evaluation")
     words = {"length": 6, "temperature": 1.0, "eos": 2, "pad": tokens.pad_id, "batch": 64}
@@ -234,7 +235,7 @@ def test_every_comparison_is_that_of_the_answers_on_disk(judged: Chain) -> None:
 def test_each_score_is_of_the_model_that_it_is_said_to_be(judged: Chain, tmp_path: Path) -> None:
     """The reward model's in its units, an independent judge's in its own, a rule's as it is."""
     rows, session = rows_of(judged), judged.session
-    tested = answers.unique_prompts(session.data(judged.recipe.dataset).test)[:12]
+    tested = unique_prompts(session.data(judged.recipe.dataset).test)[:12]
     setting = evaluate.Setting(6, 1.0, derive_seed(7, "evaluation"))
     [start] = answers.ask(session, judged.outputs["sft"], tested, setting, [setting.seed])
     [ids] = answers.ask(session, judged.outputs["ppo"], tested, setting, [setting.seed])

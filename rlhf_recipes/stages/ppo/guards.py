@@ -37,11 +37,8 @@ class Guard:
             return f"entropy fell from {before:.2f} to {entropy:.2f} nats a token"
         if length < limits.min_length * self.first["val/length"]:
             return f"length fell from {self.first['val/length']:.1f} to {length:.1f} tokens"
-        means = [_mean(self.scores[i : i + SCORES]) for i in range(len(self.scores) - SCORES + 1)]
+        starts = range(len(self.scores) - SCORES + 1)
+        means = [sum(self.scores[start : start + SCORES]) / SCORES for start in starts]
         if means and means[-1] < max(means) - limits.max_score_drop:
             return f"score fell from {max(means):.2f} to {means[-1]:.2f}"
         return None
-
-
-def _mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)

@@ -28,34 +28,23 @@ from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.sources import resolve as sources
-from rlhf_recipes.stages.contract import Planned, StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages import training
+from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.ppo.losses import Rollout
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.reward import measure
-from rlhf_recipes.stages.training import (
-    BACKWARD,
-    FORWARD,
-    STEPS,
-    batch,
-    float32,
-    load_rows,
-    need,
-    shortened,
-    trainer_config,
-)
-from rlhf_recipes.store.digests import derive_seed
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
 ROLLOUT = "local_rollout_forward_batch_size"
+SHOWN = {"score": "objective/scores", "KL": "objective/kl", "length": "val/length"}
 VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 
 
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
-    data = load_rows(context)
-    prompts = unique_prompts(need(data.train, "prompts on the train side", context))
+    data, prompts = training.load_rows(context)
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
     # ---- a reward model that is worth it
@@ -74,7 +63,7 @@ def run(context: StageContext) -> StageResult:
 
     # ---- four roles on one base
     start = context.inputs.get("policy")
-    seed = derive_seed(recipe.seed, context.name, "lora")
+    seed = context.seed("lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     # An adapter even where nothing was trained before: that of DoRA rounds the bare base.
     start_of_reference = context.inputs.get("reference", start)
@@ -85,14 +74,14 @@ def run(context: StageContext) -> StageResult:
         value.add_head(load_head(value.lm, scorer))
     else:
         value.add_head(zero_head(value.lm))
-    float32(*policy.trainable(), *value.trainable())
+    training.float32(*policy.trainable(), *value.trainable())
 
     # ---- training
     report = Report(context, prompts)
     if table.extras["keep"] == "best" and not validation:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
     trainer = PPOTrainer(
-        args=trainer_config(PPOConfig, context, stop_token="eos"),
+        args=training.trainer_config(PPOConfig, context, stop_token="eos"),
         processing_class=session.tokens.tokenizer,
         model=policy,
         ref_model=reference,
@@ -158,12 +147,7 @@ class Report:
         self.shown = {tuple(example.prompt_ids): example.prompt for example in prompts}
 
     def __call__(self, trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float]) -> None:
-        state = trainer.state
-        shown = {
-            "score": metrics["objective/scores"],
-            "KL": metrics["objective/kl"],
-            "length": metrics["val/length"],
-        }
+        state, shown = trainer.state, {name: metrics[key] for name, key in SHOWN.items()}
         self.context.progress.update(state.global_step, state.max_steps, **shown, **metrics)
         count = trainer.args.num_sample_generations
         every = math.ceil(state.max_steps / count) if count else 0
@@ -193,7 +177,7 @@ def answer_length(recipe: Recipe, name: str) -> int:
 def trial(recipe: Recipe, name: str) -> Trial:
     given = recipe.table(name).options
     options = one_update(given)
-    less = shortened(recipe, name, options, minimum_accuracy=0.0)
+    less = training.shortened(recipe, name, options, minimum_accuracy=0.0)
     return Trial(less, options["total_episodes"], min(given[ROLLOUT], VALIDATION_PROMPTS))
 
 
@@ -203,10 +187,10 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
     minis = given["num_mini_batches"]
     if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
         sampled = min(given[ROLLOUT], rows * micros)
-        each, minis = micros // minis, min(minis, STEPS)
-        each = min(each, max(min(each, STEPS), -(-sampled // (rows * minis))))
+        each, minis = micros // minis, min(minis, training.STEPS)
+        each = min(each, max(min(each, training.STEPS), -(-sampled // (rows * minis))))
         micros = each * minis
-    updates = 1 if minis * given["num_ppo_epochs"] > 1 else STEPS
+    updates = 1 if minis * given["num_ppo_epochs"] > 1 else training.STEPS
     return {
         "gradient_accumulation_steps": micros,
         "num_mini_batches": minis,
@@ -216,14 +200,14 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def work(recipe: Recipe, stage: Planned, data: Data) -> Work:
-    options, prompts = recipe.table(stage.name).options, data.learned("prompts")
-    size = batch(options)
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    options, prompts = recipe.table(name).options, data.learned("prompts")
+    size = training.batch(options)
     steps = math.ceil(options["total_episodes"] / size)
     read = fmean(len(e.prompt_ids) for e in prompts) + options["response_length"]
-    learns = options["num_ppo_epochs"] * 2 * (FORWARD + BACKWARD)
+    learns = options["num_ppo_epochs"] * 2 * (training.FORWARD + training.BACKWARD)
     looks = _looks(options, steps) * min(VALIDATION_PROMPTS, len(data.validation))
-    seen = 5 * FORWARD * read  # the sampling, and the opinions of four roles
+    seen = 5 * training.FORWARD * read  # the sampling, and the opinions of four roles
     return Work(steps, size * (seen + learns * read), looks * seen)
 
 
@@ -238,7 +222,7 @@ def _looks(options: Mapping[str, Any], updates: int) -> int:
 def memory(sim: Sim) -> Iterator[Held]:
     """The sampling, the opinions of the roles, and the learning of policy and value."""
     lengths, options = sim.lengths, sim.options
-    temperature, size = options["temperature"], batch(options)
+    temperature, size = options["temperature"], training.batch(options)
     rows = min(options["per_device_train_batch_size"], size // options["num_mini_batches"])
     looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
     sampled = min(options[ROLLOUT], max(size, looked_at))

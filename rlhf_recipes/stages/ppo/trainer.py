@@ -39,6 +39,7 @@ from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, policy_loss, value_loss
+from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
@@ -92,19 +93,13 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
         self.is_fsdp_xla_v1_enabled = False  # loading an optimizer asks; PPO's constructor forgot
-        self.together = self._device.type == "cpu" and self.policy_model.pairs_with(
-            self.value_model
-        )
+        paired = self.policy_model.pairs_with(self.value_model)
+        self.together = paired and self._device.type == "cpu"
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        """The optimizer that `optim` names, one group for the policy and one for the value."""
         policy, value = self.policy_model.trainable(), self.value_model.trainable()
-        kind, words = self.get_optimizer_cls_and_kwargs(self.args)
-        groups = [
-            {"params": policy},
-            {"params": value, "lr": self.value_learning_rate or self.args.learning_rate},
-        ]
-        self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **words)
+        rate = self.value_learning_rate or self.args.learning_rate
+        self.optimizer = two_rates(self.args, policy, value, rate)
         return self.optimizer
 
     # ---- the loop -------------------------------------------------------------------------------
@@ -200,13 +195,11 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     def prompts(self, update: int) -> list[list[int]]:
         """The ids of this update's prompts: the next `batch_size` of an endless permutation."""
         count, size = self.train_dataset_len, self.args.batch_size
-        chosen, orders = [], {}
-        for place in range((update - 1) * size, update * size):
-            epoch, index = divmod(place, count)
-            if epoch not in orders:
-                orders[epoch] = self._permutation(count, "epoch", epoch)
-            chosen.append(self.train_dataset[int(orders[epoch][index])]["input_ids"])
-        return chosen
+        first, end = (update - 1) * size, update * size
+        epochs = range(first // count, math.ceil(end / count))
+        order = torch.cat([self._permutation(count, "epoch", epoch) for epoch in epochs]).tolist()
+        start = first % count
+        return [self.train_dataset[row]["input_ids"] for row in order[start : start + size]]
 
     def _permutation(self, size: int, *place: str | int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, *place))
@@ -256,21 +249,16 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     def _opinions(self, chunk: Sequences) -> dict[str, torch.Tensor]:
         ids, mask, answer = chunk.ids, chunk.mask, chunk.answer
         policy, reference = self.policy_model, self.ref_model
+        temperature, seen = self.args.temperature, {}
         with policy.active():
-            old, entropy = logprobs(policy, ids, mask, answer, self.args.temperature)
+            seen["logprobs"], seen["entropy"] = logprobs(policy, ids, mask, answer, temperature)
         with reference.active():
-            ref, _ = logprobs(reference, ids, mask, answer, self.args.temperature)
+            seen["ref_logprobs"], _ = logprobs(reference, ids, mask, answer, temperature)
         with self.value_model.active():
-            value = values(self.value_model, ids, mask, answer)
+            seen["values"] = values(self.value_model, ids, mask, answer)
         with self.reward_model.active():
-            scores = score(self.reward_model, ids, mask, chunk.last)
-        return {
-            "logprobs": old,
-            "ref_logprobs": ref,
-            "values": value,
-            "scores": scores,
-            "entropy": entropy,
-        }
+            seen["scores"] = score(self.reward_model, ids, mask, chunk.last)
+        return seen
 
     @property
     def _device(self) -> torch.device:
