@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_recipes.findings import Finding, interval
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.report import card, charts
-from rlhf_recipes.report.facts import Facts, Json, Stage, number, read
+from rlhf_recipes.report.facts import Facts, Json, Stage, number
 from rlhf_recipes.report.html import TEMPLATES, page, style
 from rlhf_recipes.report.verdict import verdict
 from rlhf_recipes.store.digests import digest
@@ -29,7 +29,7 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
 
     Without `again`, a report that was made from the same stays: a run that finds all done is quick.
     """
-    facts = read(folder)
+    facts = Facts(folder)
     found, source = verdict(facts), _made_from(facts)
     if again or source not in _text(folder / REPORT):
         write_text(folder / REPORT, page("report.html", _report(facts, found), source))
