@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import errors
+from rlhf_recipes import cli_tables, errors, findings, text
 from rlhf_recipes.errors import UsageError, machine_error
-from rlhf_recipes.text import masked
 
 if TYPE_CHECKING:
-    from rlhf_recipes.pipeline.runner import RunOutcome
     from rlhf_recipes.recipe.load import Recipe as Loaded
     from rlhf_recipes.store.clean import Spare
 
@@ -36,10 +35,10 @@ Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped on
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 NONE: list[str] = []  # never changed
-Runs = Annotated[
-    Path | None,
-    Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
-]
+PLAIN: Any = {"show_default": False, "show_envvar": False}
+RUNS = Path("runs")
+RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
+Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
 Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
 Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
 Json = Annotated[bool, Option("--json", help="For a program to read.")]
@@ -71,37 +70,23 @@ def run(
     no_rehearsal: Annotated[
         bool, Option("--no-rehearsal", help="Start without a step of each stage.")
     ] = False,
-    runs: Runs = None,
+    runs: Runs = RUNS,
 ) -> None:
     """Run what is not yet done of a recipe."""
     from rlhf_recipes.pipeline.runner import run as run_recipe
+    from rlhf_recipes.store.layout import REPORT
 
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
         _print(f"{loaded.path}: {note}", file=sys.stderr)
     outcome = run_recipe(
-        loaded,
-        runs=runs,
-        until=until,
-        fresh=fresh,
-        name=name,
-        wait=wait,
-        rehearse=not no_rehearsal,
+        loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait, rehearse=not no_rehearsal
     )
-    _print_outcome(outcome, recipe)
-
-
-def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
-    """A row a stage; where the model is; what to type next."""
-    from rlhf_recipes import findings
-    from rlhf_recipes.store.layout import REPORT
-    from rlhf_recipes.text import duration, table
-
     rows = [["stage", "", "time", "result"]]
     for done in outcome.stages:
-        record = done.record
-        rows.append([done.stage.name, done.did, duration(record["seconds"]), record["summary"]])
-    _print(f"\n{table(rows, right=(2,))}\n")
+        time = text.duration(done.record["seconds"])
+        rows.append([done.stage.name, done.did, time, done.record["summary"]])
+    _print(f"\n{text.table(rows, right=(2,))}\n")
     if outcome.verdict:
         _print(findings.shown(outcome.verdict), end="\n\n")
     _print(f"results  {outcome.run_folder / 'results.json'}")
@@ -118,16 +103,16 @@ def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
     return load_recipe(find_recipe(recipe), set=set_, unset=unset)
 
 
-def _find(run: str, runs: Path | None) -> Path:
-    from rlhf_recipes.store.layout import find_run, runs_folder
+def _find(run: str, runs: Path) -> Path:
+    from rlhf_recipes.store.layout import find_run
 
-    return find_run(run, runs_folder(runs))
+    return find_run(run, runs)
 
 
 def _print_json(value: dict[str, Any]) -> None:
     from rlhf_recipes.store.files import FORMAT, to_json
 
-    print(masked(to_json({"format": FORMAT, **value}, indent=2)))
+    print(text.masked(to_json({"format": FORMAT, **value}, indent=2)))
 
 
 @app.command()
@@ -142,20 +127,16 @@ def plan(
         bool, Option("--measure", help="Measure memory and time: a rehearsal.")
     ] = False,
     name: Name = None,
-    runs: Runs = None,
+    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Say of each stage whether it would run, and why; and what memory and time it takes."""
-    from dataclasses import asdict
-
-    from rlhf_recipes import cli_tables
     from rlhf_recipes.pipeline.data_lint import data_lint
     from rlhf_recipes.pipeline.plan import plan_run
     from rlhf_recipes.screen import quietly
     from rlhf_recipes.stages.session import Session
-    from rlhf_recipes.store.layout import runs_folder
 
-    made = plan_run(_load(recipe, set_, unset), runs_folder(runs), name=name)
+    made = plan_run(_load(recipe, set_, unset), runs, name=name)
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
         return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
@@ -183,8 +164,6 @@ def check(
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
-    from dataclasses import asdict
-
     found = []
     for word in recipes:
         entry: dict[str, Any] = {"file": word, "problems": [], "notes": []}
@@ -255,19 +234,17 @@ def schema() -> None:
     from rlhf_recipes.screen import quietly
 
     with quietly():
-        text = schema_json()
-    print(text, end="")
+        schema = schema_json()
+    print(schema, end="")
 
 
 @app.command("runs")
-def runs_(runs: Runs = None, json: Json = False) -> None:
+def runs_(runs: Runs = RUNS, json: Json = False) -> None:
     """List what was run, the newest last."""
-    from rlhf_recipes import cli_tables
     from rlhf_recipes.store.history import list_runs
-    from rlhf_recipes.store.layout import runs_folder
 
-    found = list_runs(folder := runs_folder(runs))
-    _print_json(found) if json else _print(cli_tables.runs(found, folder))
+    found = list_runs(runs)
+    _print_json(found) if json else _print(cli_tables.runs(found, runs))
 
 
 @app.command()
@@ -276,20 +253,17 @@ def compare(
     page: Annotated[
         Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")
     ] = None,
-    runs: Runs = None,
+    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Say what differs between runs, in their recipes and in their results."""
-    from rlhf_recipes import cli_tables
-    from rlhf_recipes.report import compare
+    from rlhf_recipes.report import compare as comparison
 
     if len(run) < 2:
         raise UsageError("one run differs from nothing", "name another")
     folders = [_find(word, runs) for word in run]
-    parts = compare.compare(folders)
+    parts = comparison.compare(folders)
     if page:
-        from rlhf_recipes.report import compare as comparison
-
         comparison.write(folders, page)
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
@@ -302,10 +276,9 @@ def compare(
 def report(
     run: Run,
     open_: Annotated[bool, Option("--open", help="Show it in a browser.")] = False,
-    runs: Runs = None,
+    runs: Runs = RUNS,
 ) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
-    from rlhf_recipes import findings
     from rlhf_recipes.report import run_page
     from rlhf_recipes.store.layout import REPORT
 
@@ -319,45 +292,36 @@ def report(
 
 
 @app.command()
-def doctor(runs: Runs = None, json: Json = False) -> None:
+def doctor(runs: Runs = RUNS, json: Json = False) -> None:
     """Say what this machine has and lacks, and what to do about it."""
-    from dataclasses import asdict
-
     from rlhf_recipes.pipeline.doctor import doctor as ask
     from rlhf_recipes.screen import quietly
-    from rlhf_recipes.store.layout import runs_folder
 
     with quietly():
-        found = ask(runs_folder(runs))
-    if json:
-        _print_json({"lines": [asdict(line) for line in found]})
-    else:
-        _print("\n".join(map(str, found)))
+        found = ask(runs)
+    said = {"lines": [asdict(line) for line in found]}
+    _print_json(said) if json else _print("\n".join(map(str, found)))
     if any(line.level == "fault" for line in found):
         raise Exit(1)
 
 
 @app.command()
 def clean(
-    yes: Annotated[bool, Option("--yes", help="Remove without asking.")] = False,
-    runs: Runs = None,
+    yes: Annotated[bool, Option("--yes", help="Remove without asking.")] = False, runs: Runs = RUNS
 ) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
     from rlhf_recipes.store.clean import unused
-    from rlhf_recipes.store.layout import runs_folder
 
-    folder = runs_folder(runs)
-    found, doubts = unused(folder)
+    found, doubts = unused(runs)
     for doubt in doubts:
         _print(f"no stage is removed: {doubt}", file=sys.stderr)
-    _remove(found, folder, yes)
+    _remove(found, runs, yes)
     if doubts:
         raise Exit(1)
 
 
 def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     """Shows what can go and, once that is agreed to, removes it."""
-    from rlhf_recipes import text
     from rlhf_recipes.store.clean import remove
     from rlhf_recipes.store.history import size
 
@@ -383,7 +347,7 @@ def chat(
     all_: Annotated[
         bool, Option("--all", help="The base and every policy, one after another.")
     ] = False,
-    runs: Runs = None,
+    runs: Runs = RUNS,
 ) -> None:
     """Talk to the model that a run made."""
     from rlhf_recipes.screen import Screen
@@ -403,7 +367,7 @@ def export(
     folder: Annotated[Path, Argument(metavar="DIR", help="The folder to write.")],
     stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
     form: Annotated[str, Option(metavar="merged|adapter", help="What to write.")] = "merged",
-    runs: Runs = None,
+    runs: Runs = RUNS,
 ) -> None:
     """Write a stage's model where transformers and vLLM load it from."""
     from rlhf_recipes.screen import Screen
@@ -451,10 +415,10 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _print(text: str, **words: Any) -> None:
-    print(printable(masked(text)), **words)
+def _print(said: str, **words: Any) -> None:
+    print(printable(text.masked(said)), **words)
 
 
-def printable(text: str) -> str:
-    """`text` without what would command a terminal: it may quote a stranger's file."""
-    return "".join(sign for sign in text if sign == "\n" or sign.isprintable())
+def printable(said: str) -> str:
+    """`said` without what would command a terminal: it may quote a stranger's file."""
+    return "".join(sign for sign in said if sign == "\n" or sign.isprintable())
