@@ -97,10 +97,6 @@ class ModelTable:
     def folder(self) -> Path:
         return located(self.name, self.base)
 
-    def resolved(self) -> dict[str, Any]:
-        name = str(self.folder) if self.is_local else self.name
-        return asdict(self) | {"name": name, "base": None}
-
 
 @dataclass(frozen=True)
 class DatasetTable:
@@ -148,12 +144,6 @@ class DatasetTable:
         idle: dict[str, Any] = dict.fromkeys(SHARED_DATA_KEYS, 0.0)
         return replace(self, data_files=files, split=None, max_rows=None, more=(), **idle)
 
-    def resolved(self, tested: bool) -> dict[str, Any]:
-        """Where a `test_split` says what is `tested`, it has no fraction."""
-        path = str(self.file) if self.is_local else self.path
-        fraction = None if tested else self.test_fraction
-        return asdict(self) | {"path": path, "test_fraction": fraction, "base": None, "more": None}
-
 
 @dataclass(frozen=True)
 class EvaluationTable:
@@ -172,9 +162,10 @@ class EvaluationTable:
         listed = [self.judge] if isinstance(self.judge, str) else self.judge
         return dict(zip((JUDGE, "judge2"), listed, strict=False)) if listed != ["none"] else {}
 
-    def resolved(self, base: Path) -> dict[str, Any]:
-        moved = move_judge(self.judge, lambda place: str(located(place, base)))
-        return asdict(self) | {"judge": moved}
+
+def written(table: ModelTable | DatasetTable | EvaluationTable) -> dict[str, Any]:
+    """A table's keys with their values, as a recipe has them; None: left out."""
+    return asdict(table) | {"base": None, "more": None}
 
 
 @dataclass(frozen=True)
@@ -195,14 +186,10 @@ class StageTable:
     def of(self) -> Kind:
         return kind_of(self.kind)
 
-    def resolved(self, base: Path) -> dict[str, Any]:
+    def written(self) -> dict[str, Any]:
         roles = {role: getattr(self, role) for role in ROLES}
-        if self.reward_model and is_path(self.reward_model):
-            roles["reward_model"] = str(located(self.reward_model, base))
-        own = self.dataset.resolved(False) if self.dataset else {}
-        data = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
-        data = {"dataset": data} if data else {}
-        return {"kind": self.kind, **roles, **self.options, **self.extras, **data}
+        own = self.dataset and written(self.dataset) | dict.fromkeys(SHARED_DATA_KEYS)
+        return {"kind": self.kind, **roles, **self.options, **self.extras, "dataset": own}
 
 
 # What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
@@ -281,17 +268,16 @@ def field_at(path: tuple[str, ...], kinds: dict[str, str]) -> Field | None:
     return keys if isinstance(keys, Field) else None
 
 
-BASE = "base"  # what the evaluation calls the model that nothing was trained on
-
-
-ABOVE_0, SHARE = {"range": "above 0"}, {"range": "from 0 to 1"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
-
-    max_kl: float = field(default=25.0, metadata=ABOVE_0)  # nats an answer
-    min_entropy: float = field(default=0.1, metadata=SHARE)  # of the first update's, a token
-    min_length: float = field(default=0.2, metadata=SHARE)  # of the first update's mean length
-    max_score_drop: float = field(default=1.5, metadata=ABOVE_0)  # units of the reward
+def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
+    """Move every local path that a recipe names; `recipe` is a plain dict or tomlkit's document."""
+    data, model = recipe["dataset"], recipe["model"]
+    stages = [recipe[name] for name in kinds_in(recipe) if name in recipe]
+    own = [stage["dataset"] for stage in stages if stage.get("dataset")]
+    for table in (data if isinstance(data, list) else [data]) + own:
+        if DatasetTable(table["path"]).is_local:
+            table["path"] = moved(table["path"])
+    for table, key in [(model, "name"), *((stage, "reward_model") for stage in stages)]:
+        if is_path(table.get(key) or ""):
+            table[key] = moved(table[key])
+    if (evaluation := recipe.get("evaluation")) and "judge" in evaluation:
+        evaluation["judge"] = move_judge(evaluation["judge"], moved)
