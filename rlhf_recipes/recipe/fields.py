@@ -108,6 +108,11 @@ class Field:
 Keys = Mapping[str, "Field | Keys"]
 
 
+def is_closed(key: Field | Keys) -> bool:
+    """Whether no recipe may set a key: it is owned or refused."""
+    return isinstance(key, Field) and key.standing != "passed"
+
+
 def parse_value(raw: str) -> Any:
     """`raw` as a TOML value, or itself where it is none."""
     try:

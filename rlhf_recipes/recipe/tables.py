@@ -196,6 +196,12 @@ class StageTable:
 SHARED_DATA_KEYS = ("validation_fraction", "test_fraction", "judge_fraction")
 INHERITED_DATA_KEYS = (*SHARED_DATA_KEYS, "max_prompt_tokens", "max_answer_tokens", "system")
 
+
+def inherited(first: dict[str, Any]) -> dict[str, Any]:
+    """What a dataset has from the recipe's `first`, as far as that is written."""
+    return {key: first[key] for key in INHERITED_DATA_KEYS if key in first}
+
+
 _TEXT = Field(("str",))
 _SOURCE = Field(("str",), effect="source")
 
@@ -240,6 +246,11 @@ def top_keys() -> dict[str, Field | Keys]:
     }
 
 
+def all_keys(kinds: dict[str, str]) -> dict[str, Field | Keys]:
+    """Every key of a recipe whose stages are of these kinds."""
+    return top_keys() | {name: stage_keys(kind) for name, kind in kinds.items()}
+
+
 def keys_of(table: str) -> Keys:
     """Every key of [model], [lora], [dataset] or [evaluation]."""
     keys = top_keys()[table]
@@ -262,7 +273,7 @@ def kinds_in(data: dict[str, Any]) -> dict[str, str]:
 
 def field_at(path: tuple[str, ...], kinds: dict[str, str]) -> Field | None:
     """The field that a dotted key names, if there is one."""
-    keys: Any = top_keys() | {name: stage_keys(kind) for name, kind in kinds.items()}
+    keys: Any = all_keys(kinds)
     for part in path:
         keys = keys.get(part) if isinstance(keys, dict) else None
     return keys if isinstance(keys, Field) else None
