@@ -40,8 +40,26 @@ RUNS = Path("runs")
 RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
 Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
 Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
+Stage = Annotated[str | None, Option(help="A stage. [the last policy]")]
 Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
 Json = Annotated[bool, Option("--json", help="For a program to read.")]
+
+# Of one command each.
+NoRehearsal = Annotated[bool, Option("--no-rehearsal", help="Start without a step of each stage.")]
+Device = Annotated[
+    str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
+]
+Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a rehearsal.")]
+Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
+Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults filled in.")]
+New = Annotated[Path, Argument(metavar="NEW", help="The file to write.")]
+SomeRuns = Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")]
+Page = Annotated[Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")]
+Open = Annotated[bool, Option("--open", help="Show it in a browser.")]
+Yes = Annotated[bool, Option("--yes", help="Remove without asking.")]
+All = Annotated[bool, Option("--all", help="The base and every policy, one after another.")]
+Folder = Annotated[Path, Argument(metavar="DIR", help="The folder to write.")]
+Form = Annotated[str, Option(metavar="merged|adapter", help="What to write.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -67,9 +85,7 @@ def run(
     fresh: Annotated[bool, Option("--fresh", help="Take no stage as done.")] = False,
     name: Name = None,
     wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
-    no_rehearsal: Annotated[
-        bool, Option("--no-rehearsal", help="Start without a step of each stage.")
-    ] = False,
+    no_rehearsal: NoRehearsal = False,
     runs: Runs = RUNS,
 ) -> None:
     """Run what is not yet done of a recipe."""
@@ -120,12 +136,8 @@ def plan(
     recipe: Recipe,
     set_: Set = NONE,
     unset: Unset = NONE,
-    device: Annotated[
-        str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
-    ] = "",
-    measure: Annotated[
-        bool, Option("--measure", help="Measure memory and time: a rehearsal.")
-    ] = False,
+    device: Device = "",
+    measure: Measure = False,
     name: Name = None,
     runs: Runs = RUNS,
     json: Json = False,
@@ -155,12 +167,10 @@ def plan(
 
 @app.command()
 def check(
-    recipes: Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")],
+    recipes: Recipes,
     set_: Set = NONE,
     unset: Unset = NONE,
-    resolved: Annotated[
-        bool, Option("--resolved", help="Print it with all defaults filled in.")
-    ] = False,
+    resolved: Resolved = False,
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
@@ -192,12 +202,7 @@ def check(
 
 
 @app.command()
-def fork(
-    recipe: Recipe,
-    new: Annotated[Path, Argument(metavar="NEW", help="The file to write.")],
-    set_: Set = NONE,
-    unset: Unset = NONE,
-) -> None:
+def fork(recipe: Recipe, new: New, set_: Set = NONE, unset: Unset = NONE) -> None:
     """Write a copy of a recipe to change, comments kept and paths re-based."""
     from rlhf_recipes.recipe.load import find_recipe, fork_recipe
 
@@ -248,14 +253,7 @@ def runs_(runs: Runs = RUNS, json: Json = False) -> None:
 
 
 @app.command()
-def compare(
-    run: Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")],
-    page: Annotated[
-        Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")
-    ] = None,
-    runs: Runs = RUNS,
-    json: Json = False,
-) -> None:
+def compare(run: SomeRuns, page: Page = None, runs: Runs = RUNS, json: Json = False) -> None:
     """Say what differs between runs, in their recipes and in their results."""
     from rlhf_recipes.report import compare as comparison
 
@@ -273,11 +271,7 @@ def compare(
 
 
 @app.command()
-def report(
-    run: Run,
-    open_: Annotated[bool, Option("--open", help="Show it in a browser.")] = False,
-    runs: Runs = RUNS,
-) -> None:
+def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
     from rlhf_recipes.report import run_page
     from rlhf_recipes.store.layout import REPORT
@@ -306,9 +300,7 @@ def doctor(runs: Runs = RUNS, json: Json = False) -> None:
 
 
 @app.command()
-def clean(
-    yes: Annotated[bool, Option("--yes", help="Remove without asking.")] = False, runs: Runs = RUNS
-) -> None:
+def clean(yes: Yes = False, runs: Runs = RUNS) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
     from rlhf_recipes.store.clean import unused
 
@@ -341,14 +333,7 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
 
 
 @app.command()
-def chat(
-    run: Run,
-    stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    all_: Annotated[
-        bool, Option("--all", help="The base and every policy, one after another.")
-    ] = False,
-    runs: Runs = RUNS,
-) -> None:
+def chat(run: Run, stage: Stage = None, all_: All = False, runs: Runs = RUNS) -> None:
     """Talk to the model that a run made."""
     from rlhf_recipes.screen import Screen
 
@@ -363,11 +348,7 @@ def chat(
 
 @app.command()
 def export(
-    run: Run,
-    folder: Annotated[Path, Argument(metavar="DIR", help="The folder to write.")],
-    stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    form: Annotated[str, Option(metavar="merged|adapter", help="What to write.")] = "merged",
-    runs: Runs = RUNS,
+    run: Run, folder: Folder, stage: Stage = None, form: Form = "merged", runs: Runs = RUNS
 ) -> None:
     """Write a stage's model where transformers and vLLM load it from."""
     from rlhf_recipes.screen import Screen
