@@ -36,12 +36,11 @@ def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
     import tomlkit
 
     document = tomlkit.parse(text)
-    pairs = [_split(word) for word in set]
     for key in unset:
         path = tuple(key.split("."))
         if wrong := _remove(document, path, edited):
             edited.problems.append(Problem(f"--unset {key}", None, key, wrong))
-    for path, raw in sorted(pairs, key=lambda pair: len(pair[0])):
+    for path, raw in sorted(map(_split, set), key=lambda pair: len(pair[0])):
         key = ".".join(path)
         word = edited.words[path] = f"--set {key}={cut(raw, 80)}"
         if wrong := _put(document, path, raw, edited):
