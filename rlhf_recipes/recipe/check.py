@@ -265,7 +265,7 @@ class Checker:
             self.problem(key, f"is no regular expression: {error}")
             return None
 
-    def evaluation(self) -> dict[str, Any] | None:
+    def evaluation(self) -> tables.EvaluationTable | None:
         written = self.data.get("evaluation", {})
         if written is False:
             return None
@@ -283,7 +283,7 @@ class Checker:
             elif one != tables.INDEPENDENT:
                 known = '"none", "independent", "python:FILE.py:FUNCTION"'
                 self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
-        return values
+        return tables.EvaluationTable(**values)
 
 
 def dotted(key: Key) -> str:

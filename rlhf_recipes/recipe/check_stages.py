@@ -12,7 +12,7 @@ from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
 from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
-from rlhf_recipes.recipe.kinds import JUDGE, ROLES, extras_of, implied, kind_of, listed, makes
+from rlhf_recipes.recipe.kinds import JUDGE, KINDS, ROLES, extras_of, kind_of, listed, makes
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
 RESERVED = ("kto", "rloo", "grpo")  # names of kinds to come
@@ -31,7 +31,7 @@ class StageChecker(Checker):
     def stages(self, written: list[str]) -> list[str]:
         """The stages that can be gone through; what is wrong with the others is noted."""
         valid: list[str] = []
-        taken = (*tables.top_keys(), *implied(), tables.BASE)
+        taken = {*tables.top_keys(), *KINDS, tables.BASE} - {*listed()}
         for i, name in enumerate(written):
             key: Key = ("stages", i)
             table = self.data.get(name)
@@ -90,6 +90,13 @@ class StageChecker(Checker):
             name, kind, **roles, dataset=own, extras=extras, options=options, given=given
         )
 
+    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
+        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
+        inherited = tables.inherited(data[0])
+        if any("test_split" in table for table in data):
+            inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
+        return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
+
     def role(self, role: str, name: str, values: Values, stages: list[str]) -> str | None:
         """What serves a role: what the table names, or the latest stage before that can."""
         if role not in tables.stage_keys(self.kinds[name]):
@@ -109,13 +116,6 @@ class StageChecker(Checker):
         elif named not in able:
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
-
-    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
-        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
-        inherited = tables.inherited(data[0])
-        if any("test_split" in table for table in data):
-            inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
-        return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
 
     def implied(
         self, evaluation: EvaluationTable, stages: list[StageTable], lora: bool, share: float
@@ -150,16 +150,15 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     written = top.get("stages", [])
     names = checker.stages(written)
     stages = [checker.stage(name, names, lora is not None, datasets) for name in names]
-    asked = None if evaluation is None else EvaluationTable(**evaluation)
     if names == written:
         for stage in stages:
             if "reward_model" in stage.of.needs and stage.reward_model is None:
                 key = (stage.name,) if stage.name in data else ("stages",)
                 what = 'put a "reward" stage before it, or say reward_model = "…"'
                 checker.problem(key, f"{stage.name} has nothing to score with: {what}")
-        if asked:
+        if evaluation:
             share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
-            stages += checker.implied(asked, stages, lora is not None, share)
+            stages += checker.implied(evaluation, stages, lora is not None, share)
     checker.stray_tables(written)
     if checker.problems:
         return {}, checker
@@ -172,7 +171,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
         "model": ModelTable(**model | {"mirror": mirror}, base=base),
         "lora": lora,
         "dataset": replace(first, more=tuple(more)),
-        "evaluation": asked,
+        "evaluation": evaluation,
         "tables": {stage.name: stage for stage in stages},
         "notes": tuple(checker.notes),
     }, checker

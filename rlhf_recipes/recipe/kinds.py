@@ -149,11 +149,6 @@ def listed() -> list[str]:
     return [name for name, kind in KINDS.items() if kind.listed]
 
 
-def implied() -> list[str]:
-    """The kinds that [evaluation] asks for."""
-    return [name for name, kind in KINDS.items() if not kind.listed]
-
-
 def makes(kind: str, what: str) -> bool:
     """Whether stages of this kind make a policy, a reward model or numbers; no for any unknown.
 

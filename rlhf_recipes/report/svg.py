@@ -53,20 +53,11 @@ class Plot:
             figure = Figure(figsize=(330 / 72, height / 72), dpi=72, layout="constrained")
             yield figure.add_subplot()
             figure.savefig(drawn, format="svg", metadata=NOTHING)
-        self.svg = _inline(drawn.getvalue(), self.alt)
-
-
-def _inline(drawn: str, alt: str) -> str:
-    """An SVG file as an element of the page: named for who does not see it, in the page's colours.
-
-    Ids of groups go, since they repeat on a page of several plots. So does the style sheet, since
-    it would apply to the whole page.
-    """
-    svg = f'<svg role="img" aria-label="{escape(alt)}"' + drawn.partition("<svg")[2]
-    svg = re.sub(r'(?<=<g) id="[^"]*"|<style.*?</style>', "", svg, flags=re.DOTALL)
-    for colour, name in NAMES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
+        # Ids of groups repeat on a page of several plots; a style sheet applies to the whole page.
+        svg = re.sub(r'(?<=<g) id="[^"]*"|<style.*?</style>', "", drawn.getvalue(), flags=re.DOTALL)
+        for colour, name in NAMES.items():
+            svg = svg.replace(colour, f"var(--{name})")
+        self.svg = f'<svg role="img" aria-label="{escape(self.alt)}"' + svg.partition("<svg")[2]
 
 
 # ---- shapes -------------------------------------------------------------------------------------
