@@ -328,8 +328,7 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     if not yes and not typer.confirm("Remove all of it?"):
         return _print("nothing was removed")
     for spare in found:
-        done = remove(spare, runs)
-        _print(f"{'removed' if done else 'in use by now, kept:'} {spare[0]}")
+        _print(f"{'removed' if remove(spare, runs) else 'in use by now, kept:'} {spare[0]}")
 
 
 @app.command()
