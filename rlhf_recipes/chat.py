@@ -59,9 +59,6 @@ class _Speaker(BaseStreamer):
         self.name, self.role, self.tokens, self.out = plain(name), role, tokens, out
         self.turns: Messages = []
 
-    def begin(self) -> None:
-        self.ids, self.shown, self.score = [], "", ""
-
     def put(self, value: torch.Tensor) -> None:
         if value.dim() > 1:
             return  # the prompt
@@ -124,20 +121,19 @@ class _Talk:
                 self.screen.line(f"the oldest turn is forgotten: {limit}")
                 for speaker in self.speakers:  # by all, so that all know the same questions
                     del speaker.turns[:2]
-            self._show()
+            self.asked += 1
+            for speaker in self.speakers:
+                if len(self.speakers) > 1:
+                    self.console.print(Text(f"{speaker.name}: ", "bold"), end="")
+                score = self._sample(speaker)
+                print(f"  ({score})" if score else "", file=self.screen.out, flush=True)
 
-    def _show(self) -> None:
-        """Everyone's next turn, one after another."""
-        self.asked += 1
-        for speaker in self.speakers:
-            if len(self.speakers) > 1:
-                self.console.print(Text(f"{speaker.name}: ", "bold"), end="")
-            self._sample(speaker)
-            print(f"  ({speaker.score})" if speaker.score else "", file=self.screen.out, flush=True)
+    def _sample(self, speaker: _Speaker) -> str:
+        """The speaker's next turn, under draws that are everyone's; Ctrl-C ends it where it is.
 
-    def _sample(self, speaker: _Speaker) -> None:
-        """The speaker's next turn, under draws that are everyone's; Ctrl-C ends it where it is."""
-        speaker.begin()
+        Returns how the reward model scores it, if one does.
+        """
+        speaker.ids, speaker.shown, said = [], "", ""
         prompt = self._prompt(speaker.turns)
         ids = torch.tensor([prompt], device=speaker.role.lm.device)
         torch.manual_seed(derive_seed(self.seed, "chat", self.asked))
@@ -151,8 +147,9 @@ class _Talk:
                 )
             if self.reward is not None:
                 score = score_ids(self.reward, [(prompt, speaker.ids)], self.tokens.pad_id, 1)
-                speaker.score = f"score {score.item():+z.2f}"
+                said = f"score {score.item():+z.2f}"
         speaker.turns.append({"role": "assistant", "content": self.tokens.decode(speaker.ids)})
+        return said
 
     def _prompt(self, turns: Messages) -> list[int]:
         return encode(self.tokens, [*self.start, *turns])[0]

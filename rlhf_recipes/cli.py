@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import errors
+from rlhf_recipes import cli_tables, errors, findings, text
 from rlhf_recipes.errors import UsageError, machine_error
-from rlhf_recipes.text import masked
 
 if TYPE_CHECKING:
-    from rlhf_recipes.pipeline.runner import RunOutcome
     from rlhf_recipes.recipe.load import Recipe as Loaded
     from rlhf_recipes.store.clean import Spare
 
@@ -36,13 +35,31 @@ Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped on
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 NONE: list[str] = []  # never changed
-Runs = Annotated[
-    Path | None,
-    Option(help="Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]", metavar="DIR"),
-]
+PLAIN: Any = {"show_default": False, "show_envvar": False}
+RUNS = Path("runs")
+RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
+Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
 Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
+Stage = Annotated[str | None, Option(help="A stage. [the last policy]")]
 Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
 Json = Annotated[bool, Option("--json", help="For a program to read.")]
+
+# Of one command each.
+NoRehearsal = Annotated[bool, Option("--no-rehearsal", help="Start without a step of each stage.")]
+Device = Annotated[
+    str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
+]
+Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a rehearsal.")]
+Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
+Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults filled in.")]
+New = Annotated[Path, Argument(metavar="NEW", help="The file to write.")]
+SomeRuns = Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")]
+Page = Annotated[Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")]
+Open = Annotated[bool, Option("--open", help="Show it in a browser.")]
+Yes = Annotated[bool, Option("--yes", help="Remove without asking.")]
+All = Annotated[bool, Option("--all", help="The base and every policy, one after another.")]
+Folder = Annotated[Path, Argument(metavar="DIR", help="The folder to write.")]
+Form = Annotated[str, Option(metavar="merged|adapter", help="What to write.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -68,40 +85,24 @@ def run(
     fresh: Annotated[bool, Option("--fresh", help="Take no stage as done.")] = False,
     name: Name = None,
     wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
-    no_rehearsal: Annotated[
-        bool, Option("--no-rehearsal", help="Start without a step of each stage.")
-    ] = False,
-    runs: Runs = None,
+    no_rehearsal: NoRehearsal = False,
+    runs: Runs = RUNS,
 ) -> None:
     """Run what is not yet done of a recipe."""
     from rlhf_recipes.pipeline.runner import run as run_recipe
+    from rlhf_recipes.store.layout import REPORT
 
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
         _print(f"{loaded.path}: {note}", file=sys.stderr)
     outcome = run_recipe(
-        loaded,
-        runs=runs,
-        until=until,
-        fresh=fresh,
-        name=name,
-        wait=wait,
-        rehearse=not no_rehearsal,
+        loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait, rehearse=not no_rehearsal
     )
-    _print_outcome(outcome, recipe)
-
-
-def _print_outcome(outcome: RunOutcome, recipe: str) -> None:
-    """A row a stage; where the model is; what to type next."""
-    from rlhf_recipes import findings
-    from rlhf_recipes.store.layout import REPORT
-    from rlhf_recipes.text import duration, table
-
     rows = [["stage", "", "time", "result"]]
     for done in outcome.stages:
-        record = done.record
-        rows.append([done.stage.name, done.did, duration(record["seconds"]), record["summary"]])
-    _print(f"\n{table(rows, right=(2,))}\n")
+        time = text.duration(done.record["seconds"])
+        rows.append([done.stage.name, done.did, time, done.record["summary"]])
+    _print(f"\n{text.table(rows, right=(2,))}\n")
     if outcome.verdict:
         _print(findings.shown(outcome.verdict), end="\n\n")
     _print(f"results  {outcome.run_folder / 'results.json'}")
@@ -118,16 +119,16 @@ def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
     return load_recipe(find_recipe(recipe), set=set_, unset=unset)
 
 
-def _find(run: str, runs: Path | None) -> Path:
-    from rlhf_recipes.store.layout import find_run, runs_folder
+def _find(run: str, runs: Path) -> Path:
+    from rlhf_recipes.store.layout import find_run
 
-    return find_run(run, runs_folder(runs))
+    return find_run(run, runs)
 
 
 def _print_json(value: dict[str, Any]) -> None:
     from rlhf_recipes.store.files import FORMAT, to_json
 
-    print(masked(to_json({"format": FORMAT, **value}, indent=2)))
+    print(text.masked(to_json({"format": FORMAT, **value}, indent=2)))
 
 
 @app.command()
@@ -135,27 +136,19 @@ def plan(
     recipe: Recipe,
     set_: Set = NONE,
     unset: Unset = NONE,
-    device: Annotated[
-        str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
-    ] = "",
-    measure: Annotated[
-        bool, Option("--measure", help="Measure memory and time: a rehearsal.")
-    ] = False,
+    device: Device = "",
+    measure: Measure = False,
     name: Name = None,
-    runs: Runs = None,
+    runs: Runs = RUNS,
     json: Json = False,
 ) -> None:
     """Say of each stage whether it would run, and why; and what memory and time it takes."""
-    from dataclasses import asdict
-
-    from rlhf_recipes import cli_tables
     from rlhf_recipes.pipeline.data_lint import data_lint
     from rlhf_recipes.pipeline.plan import plan_run
     from rlhf_recipes.screen import quietly
     from rlhf_recipes.stages.session import Session
-    from rlhf_recipes.store.layout import runs_folder
 
-    made = plan_run(_load(recipe, set_, unset), runs_folder(runs), name=name)
+    made = plan_run(_load(recipe, set_, unset), runs, name=name)
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
         return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
@@ -176,17 +169,13 @@ def plan(
 
 @app.command()
 def check(
-    recipes: Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")],
+    recipes: Recipes,
     set_: Set = NONE,
     unset: Unset = NONE,
-    resolved: Annotated[
-        bool, Option("--resolved", help="Print it with all defaults filled in.")
-    ] = False,
+    resolved: Resolved = False,
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
-    from dataclasses import asdict
-
     from rlhf_recipes.data.dataset import check_rows
     from rlhf_recipes.screen import quietly
 
@@ -226,12 +215,7 @@ def check(
 
 
 @app.command()
-def fork(
-    recipe: Recipe,
-    new: Annotated[Path, Argument(metavar="NEW", help="The file to write.")],
-    set_: Set = NONE,
-    unset: Unset = NONE,
-) -> None:
+def fork(recipe: Recipe, new: New, set_: Set = NONE, unset: Unset = NONE) -> None:
     """Write a copy of a recipe to change, comments kept and paths re-based."""
     from rlhf_recipes.recipe.load import find_recipe, fork_recipe
 
@@ -268,41 +252,29 @@ def schema() -> None:
     from rlhf_recipes.screen import quietly
 
     with quietly():
-        text = schema_json()
-    print(text, end="")
+        schema = schema_json()
+    print(schema, end="")
 
 
 @app.command("runs")
-def runs_(runs: Runs = None, json: Json = False) -> None:
+def runs_(runs: Runs = RUNS, json: Json = False) -> None:
     """List what was run, the newest last."""
-    from rlhf_recipes import cli_tables
     from rlhf_recipes.store.history import list_runs
-    from rlhf_recipes.store.layout import runs_folder
 
-    found = list_runs(folder := runs_folder(runs))
-    _print_json(found) if json else _print(cli_tables.runs(found, folder))
+    found = list_runs(runs)
+    _print_json(found) if json else _print(cli_tables.runs(found, runs))
 
 
 @app.command()
-def compare(
-    run: Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")],
-    page: Annotated[
-        Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")
-    ] = None,
-    runs: Runs = None,
-    json: Json = False,
-) -> None:
+def compare(run: SomeRuns, page: Page = None, runs: Runs = RUNS, json: Json = False) -> None:
     """Say what differs between runs, in their recipes and in their results."""
-    from rlhf_recipes import cli_tables
-    from rlhf_recipes.report import compare
+    from rlhf_recipes.report import compare as comparison
 
     if len(run) < 2:
         raise UsageError("one run differs from nothing", "name another")
     folders = [_find(word, runs) for word in run]
-    parts = compare.compare(folders)
+    parts = comparison.compare(folders)
     if page:
-        from rlhf_recipes.report import compare as comparison
-
         comparison.write(folders, page)
     if json:
         return _print_json({"runs": [str(folder) for folder in folders], **parts})
@@ -312,13 +284,8 @@ def compare(
 
 
 @app.command()
-def report(
-    run: Run,
-    open_: Annotated[bool, Option("--open", help="Show it in a browser.")] = False,
-    runs: Runs = None,
-) -> None:
+def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
-    from rlhf_recipes import findings
     from rlhf_recipes.report import run_page
     from rlhf_recipes.store.layout import REPORT
 
@@ -332,45 +299,34 @@ def report(
 
 
 @app.command()
-def doctor(runs: Runs = None, json: Json = False) -> None:
+def doctor(runs: Runs = RUNS, json: Json = False) -> None:
     """Say what this machine has and lacks, and what to do about it."""
-    from dataclasses import asdict
-
     from rlhf_recipes.pipeline.doctor import doctor as ask
     from rlhf_recipes.screen import quietly
-    from rlhf_recipes.store.layout import runs_folder
 
     with quietly():
-        found = ask(runs_folder(runs))
-    if json:
-        _print_json({"lines": [asdict(line) for line in found]})
-    else:
-        _print("\n".join(map(str, found)))
+        found = ask(runs)
+    said = {"lines": [asdict(line) for line in found]}
+    _print_json(said) if json else _print("\n".join(map(str, found)))
     if any(line.level == "fault" for line in found):
         raise Exit(1)
 
 
 @app.command()
-def clean(
-    yes: Annotated[bool, Option("--yes", help="Remove without asking.")] = False,
-    runs: Runs = None,
-) -> None:
+def clean(yes: Yes = False, runs: Runs = RUNS) -> None:
     """Remove stages that no run refers to, and what killed processes left."""
     from rlhf_recipes.store.clean import unused
-    from rlhf_recipes.store.layout import runs_folder
 
-    folder = runs_folder(runs)
-    found, doubts = unused(folder)
+    found, doubts = unused(runs)
     for doubt in doubts:
         _print(f"no stage is removed: {doubt}", file=sys.stderr)
-    _remove(found, folder, yes)
+    _remove(found, runs, yes)
     if doubts:
         raise Exit(1)
 
 
 def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     """Shows what can go and, once that is agreed to, removes it."""
-    from rlhf_recipes import text
     from rlhf_recipes.store.clean import remove
     from rlhf_recipes.store.history import size
 
@@ -385,19 +341,11 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
     if not yes and not typer.confirm("Remove all of it?"):
         return _print("nothing was removed")
     for spare in found:
-        done = remove(spare, runs)
-        _print(f"{'removed' if done else 'in use by now, kept:'} {spare[0]}")
+        _print(f"{'removed' if remove(spare, runs) else 'in use by now, kept:'} {spare[0]}")
 
 
 @app.command()
-def chat(
-    run: Run,
-    stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    all_: Annotated[
-        bool, Option("--all", help="The base and every policy, one after another.")
-    ] = False,
-    runs: Runs = None,
-) -> None:
+def chat(run: Run, stage: Stage = None, all_: All = False, runs: Runs = RUNS) -> None:
     """Talk to the model that a run made."""
     from rlhf_recipes.screen import Screen
 
@@ -412,11 +360,7 @@ def chat(
 
 @app.command()
 def export(
-    run: Run,
-    folder: Annotated[Path, Argument(metavar="DIR", help="The folder to write.")],
-    stage: Annotated[str | None, Option(help="A stage. [the last policy]")] = None,
-    form: Annotated[str, Option(metavar="merged|adapter", help="What to write.")] = "merged",
-    runs: Runs = None,
+    run: Run, folder: Folder, stage: Stage = None, form: Form = "merged", runs: Runs = RUNS
 ) -> None:
     """Write a stage's model where transformers and vLLM load it from."""
     from rlhf_recipes.screen import Screen
@@ -464,10 +408,10 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _print(text: str, **words: Any) -> None:
-    print(printable(masked(text)), **words)
+def _print(said: str, **words: Any) -> None:
+    print(printable(text.masked(said)), **words)
 
 
-def printable(text: str) -> str:
-    """`text` without what would command a terminal: it may quote a stranger's file."""
-    return "".join(sign for sign in text if sign == "\n" or sign.isprintable())
+def printable(said: str) -> str:
+    """`said` without what would command a terminal: it may quote a stranger's file."""
+    return "".join(sign for sign in said if sign == "\n" or sign.isprintable())

@@ -8,12 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.pipeline.plan import Plan
-from rlhf_recipes.text import cut, plain, size
+from rlhf_recipes.text import cut, plain, size, table
 
 if TYPE_CHECKING:
-    pass
-from rlhf_recipes.text import table
+    from rlhf_recipes.pipeline.plan import Plan
 
 WIDEST = 40  # of a value
 

@@ -88,15 +88,15 @@ class UsageError(RlhfRecipesError):
 
 
 class DataError(RlhfRecipesError):
-    pass
+    """The data cannot be used."""
 
 
 class ModelError(RlhfRecipesError):
-    pass
+    """The model cannot be used."""
 
 
 class StageError(RlhfRecipesError):
-    pass
+    """A stage failed."""
 
 
 class GateError(StageError):
@@ -110,7 +110,7 @@ def lost(what: str) -> StageError:
 
 
 class MachineError(RlhfRecipesError):
-    pass
+    """Disk or memory gave out."""
 
 
 class BusyError(RlhfRecipesError):

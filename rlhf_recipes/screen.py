@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self, TextIO
+from typing import IO, Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,10 +28,6 @@ from rich.text import Text
 from rlhf_recipes.store.files import no_link, to_json, write_text
 from rlhf_recipes.store.provenance import now
 from rlhf_recipes.text import cut, duration, masked, plain
-
-if TYPE_CHECKING:
-    pass
-
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
 LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often

@@ -23,11 +23,9 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program was, so that it ends in order as on Ctrl-C."""
 
 
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
+def at_once() -> contextlib.AbstractContextManager[bool]:
     """SIGTERM raises Terminated, as SIGINT raises KeyboardInterrupt by itself."""
-    with _handled(_raise, signal.SIGTERM):
-        yield
+    return _handled(_raise, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from rlhf_recipes.recipe.aliases import names
-from rlhf_recipes.recipe.fields import TYPE_NAMES, Field, Keys, show
-from rlhf_recipes.recipe.kinds import KINDS, field_tables, listed
+from rlhf_recipes.recipe.fields import TYPE_NAMES, Field, Keys, fields_for, show
+from rlhf_recipes.recipe.kinds import BITSANDBYTES, KINDS, LORA, listed
 from rlhf_recipes.recipe.tables import top_keys
 
 OPENING = """\
@@ -17,6 +17,13 @@ documentation. A default in **bold** is ours, in place of upstream's; `·` is no
 of its result, and of a *source* the content counts. A stage runs again when any other setting
 changes, or the content of a source.
 """
+
+
+def field_tables() -> dict[str, dict[str, Field]]:
+    """Every upstream field, by the names that `tools/fields.toml` has for the configs."""
+    configs = {name: KINDS[name].config for name in listed()}
+    configs |= {"lora": LORA, "bitsandbytes": BITSANDBYTES}
+    return {name: fields_for(config) for name, config in configs.items()}
 
 
 def default(field: Field | None) -> str:

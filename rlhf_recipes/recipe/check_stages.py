@@ -8,33 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
 from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
-from rlhf_recipes.recipe.kinds import (
-    JUDGE,
-    RESERVED,
-    ROLES,
-    extras_of,
-    implied,
-    kind_of,
-    listed,
-    makes,
-)
-from rlhf_recipes.recipe.tables import (
-    BASE,
-    INDEPENDENT,
-    INHERITED_DATA_KEYS,
-    DatasetTable,
-    EvaluationTable,
-    MirrorTable,
-    ModelTable,
-    StageTable,
-    is_path,
-    stage_keys,
-    top_keys,
-)
+from rlhf_recipes.recipe.kinds import JUDGE, KINDS, ROLES, extras_of, kind_of, listed, makes
+from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
+RESERVED = ("kto", "rloo", "grpo")  # names of kinds to come
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
 NEEDED_BY_SCHEDULERS = {
@@ -50,6 +31,7 @@ class StageChecker(Checker):
     def stages(self, written: list[str]) -> list[str]:
         """The stages that can be gone through; what is wrong with the others is noted."""
         valid: list[str] = []
+        taken = {*tables.top_keys(), *KINDS, tables.BASE} - {*listed()}
         for i, name in enumerate(written):
             key: Key = ("stages", i)
             table = self.data.get(name)
@@ -57,7 +39,7 @@ class StageChecker(Checker):
                 self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
             elif name in RESERVED:
                 self.problem(key, f'"{name}" is reserved: this version knows {", ".join(listed())}')
-            elif name in (*top_keys(), *implied(), BASE) or not STAGE_NAME.fullmatch(name):
+            elif name in taken or not STAGE_NAME.fullmatch(name):
                 self.problem(key, f'"{name}" cannot be the name of a stage')
             elif name in self.kinds:
                 valid.append(name)
@@ -72,17 +54,17 @@ class StageChecker(Checker):
     def stray_tables(self, stages: list[str]) -> None:
         """Every table that `stages`, as written, does not name."""
         for name, table in self.data.items():
-            if name in stages or name in top_keys():
+            if name in stages or name in tables.top_keys():
                 continue
             if name in self.kinds:
                 self.notes.append(f"[{name}] is not used: stages does not name it")
-                self.table(table, stage_keys(self.kinds[name]), (name,))
+                self.table(table, tables.stage_keys(self.kinds[name]), (name,))
             elif not isinstance(table, dict):
                 continue  # among the top keys, and noted there
             elif name in RESERVED:
                 self.problem((name,), f"is reserved: this version knows {', '.join(listed())}")
             else:
-                near = self.near(name, (*listed(), *stages, *top_keys()))
+                near = self.near(name, (*listed(), *stages, *tables.top_keys()))
                 self.problem((name,), f"unknown table: stages does not name it{near}")
 
     def near(self, name: str, known: tuple[str, ...]) -> str:
@@ -94,7 +76,7 @@ class StageChecker(Checker):
     def stage(self, name: str, stages: list[str], lora: bool, data: list[Values]) -> StageTable:
         """One stage, resolved. Its own dataset takes its limits from the first of `data`."""
         kind, at = self.kinds[name], (name,)
-        values = self.table(self.data.get(name, {}), stage_keys(kind), at)
+        values = self.table(self.data.get(name, {}), tables.stage_keys(kind), at)
         if name in listed() and values.get("kind", kind) != kind:
             self.problem((*at, "kind"), f'must be "{name}", or left out')
         of = kind_of(kind)
@@ -103,26 +85,28 @@ class StageChecker(Checker):
         for key, what in _clashes(options, extras):
             self.problem((*at, key), what)
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
+        roles = {role: self.role(role, name, values, stages) for role in ROLES}
         return StageTable(
-            name=name,
-            kind=kind,
-            **{role: self.role(role, name, values, stages) for role in ROLES},
-            dataset=own,
-            extras=extras,
-            options=options,
-            given=given,
+            name, kind, **roles, dataset=own, extras=extras, options=options, given=given
         )
+
+    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
+        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
+        inherited = tables.inherited(data[0])
+        if any("test_split" in table for table in data):
+            inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
+        return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
 
     def role(self, role: str, name: str, values: Values, stages: list[str]) -> str | None:
         """What serves a role: what the table names, or the latest stage before that can."""
-        if role not in stage_keys(self.kinds[name]):
+        if role not in tables.stage_keys(self.kinds[name]):
             return None
         before = stages[: stages.index(name)]
         able = [s for s in before if makes(self.kinds[s], ROLES[role])]
         named, key = values.get(role), (name, role)
         if named is None:
             return able[-1] if able and role != "reference" else None
-        if role == "reward_model" and (is_path(named) or "/" in named):
+        if role == "reward_model" and (tables.is_path(named) or "/" in named):
             self.model_name(named, key)
         elif named in before and named not in able:
             wanted = " or ".join(name for name in listed() if makes(name, ROLES[role]))
@@ -133,25 +117,18 @@ class StageChecker(Checker):
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
 
-    def own_dataset(self, name: str, own: Values, data: list[Values]) -> DatasetTable:
-        self.data_source(self.data[name]["dataset"], own, (name, "dataset"))
-        inherited = {key: data[0][key] for key in INHERITED_DATA_KEYS if key in data[0]}
-        if any("test_split" in table for table in data):
-            inherited["test_fraction"] = 0.0  # the split's prompts are taken out by name
-        return DatasetTable(**{"path": "", **inherited, **own, "base": self.base})
-
     def implied(
-        self, evaluation: EvaluationTable, tables: list[StageTable], lora: bool, share: float
+        self, evaluation: EvaluationTable, stages: list[StageTable], lora: bool, share: float
     ) -> list[StageTable]:
         """The independent judge's table, where there is to be one: a reward model from the base."""
-        if evaluation.best_of and not any(table.of.explores for table in tables):
+        if evaluation.best_of and not any(stage.of.explores for stage in stages):
             self.problem(("evaluation", "best_of"), "is PPO's yardstick, and no stage is of PPO")
-        if INDEPENDENT not in evaluation.judges.values():
+        if tables.INDEPENDENT not in evaluation.judges.values():
             return []
         if not share:
             what = "judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"
             self.problem(("evaluation", "judge"), f"has no pairs to learn from: {what}")
-        rewards = [table for table in tables if table.of.makes == "reward_model"]
+        rewards = [stage for stage in stages if stage.of.makes == "reward_model"]
         if rewards:
             return [replace(rewards[-1], name=JUDGE, kind=JUDGE, policy=None)]
         kind, none = kind_of(JUDGE), dict.fromkeys([*ROLES, "dataset"])
@@ -172,31 +149,30 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     lora = checker.lora(model.get("quantization", ModelTable.quantization))
     written = top.get("stages", [])
     names = checker.stages(written)
-    tables = [checker.stage(name, names, lora is not None, datasets) for name in names]
-    asked = None if evaluation is None else EvaluationTable(**evaluation)
+    stages = [checker.stage(name, names, lora is not None, datasets) for name in names]
     if names == written:
-        for table in tables:
-            if "reward_model" in table.of.needs and table.reward_model is None:
-                key = (table.name,) if table.name in data else ("stages",)
+        for stage in stages:
+            if "reward_model" in stage.of.needs and stage.reward_model is None:
+                key = (stage.name,) if stage.name in data else ("stages",)
                 what = 'put a "reward" stage before it, or say reward_model = "…"'
-                checker.problem(key, f"{table.name} has nothing to score with: {what}")
-        if asked:
+                checker.problem(key, f"{stage.name} has nothing to score with: {what}")
+        if evaluation:
             share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
-            tables += checker.implied(asked, tables, lora is not None, share)
+            stages += checker.implied(evaluation, stages, lora is not None, share)
     checker.stray_tables(written)
     if checker.problems:
         return {}, checker
-    mirror = model.get("mirror")
+    mirror = tables.MirrorTable(**model["mirror"]) if "mirror" in model else None
     first, *more = [DatasetTable(**table, base=base) for table in datasets]
     return {
         "title": top.get("title") or path.stem,
         "stages": tuple(names),
         "seed": top.get("seed", 42),
-        "model": ModelTable(**model | {"mirror": mirror and MirrorTable(**mirror)}, base=base),
+        "model": ModelTable(**model | {"mirror": mirror}, base=base),
         "lora": lora,
         "dataset": replace(first, more=tuple(more)),
-        "evaluation": asked,
-        "tables": {table.name: table for table in tables},
+        "evaluation": evaluation,
+        "tables": {stage.name: stage for stage in stages},
         "notes": tuple(checker.notes),
     }, checker
 

@@ -11,23 +11,15 @@ from typing import Any
 
 from rlhf_recipes.errors import Problem, UsageError
 from rlhf_recipes.recipe.fields import parse_value, show, suggest
-from rlhf_recipes.recipe.tables import (
-    DatasetTable,
-    field_at,
-    is_path,
-    kinds_in,
-    move_judge,
-    top_keys,
-)
+from rlhf_recipes.recipe.tables import field_at, kinds_in, move_paths, top_keys
 from rlhf_recipes.text import cut, plain
 
 
 @dataclass
 class Edited:
     text: str
-    words: dict[tuple[str | int, ...], str] = field(
-        default_factory=dict
-    )  # a key's path -> its `--set …`
+    # From a key's path to its `--set …`.
+    words: dict[tuple[str | int, ...], str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)  # "seed 42 → 7", for people
 
@@ -44,12 +36,11 @@ def edit(text: str, set: Sequence[str], unset: Sequence[str]) -> Edited:
     import tomlkit
 
     document = tomlkit.parse(text)
-    pairs = [_split(word) for word in set]
     for key in unset:
         path = tuple(key.split("."))
         if wrong := _remove(document, path, edited):
             edited.problems.append(Problem(f"--unset {key}", None, key, wrong))
-    for path, raw in sorted(pairs, key=lambda pair: len(pair[0])):
+    for path, raw in sorted(map(_split, set), key=lambda pair: len(pair[0])):
         key = ".".join(path)
         word = edited.words[path] = f"--set {key}={cut(raw, 80)}"
         if wrong := _put(document, path, raw, edited):
@@ -117,17 +108,5 @@ def rebase(text: str, source: Path, target: Path) -> str:
         return path if path.startswith(".") else f"./{path}"
 
     document = tomlkit.parse(text)
-    tables = [document[name] for name in kinds_in(document.unwrap()) if name in document]
-    data = document["dataset"]
-    places = [(document["model"], "name")]
-    places += [(table, "path") for table in ([data] if isinstance(data, dict) else data)]
-    places += [(table, "reward_model") for table in tables]
-    places += [(table["dataset"], "path") for table in tables if "dataset" in table]
-    for table, key in places:
-        written = str(table.get(key, ""))
-        local = DatasetTable(written).is_local if key == "path" else is_path(written)
-        if local:
-            table[key] = moved(written)
-    if judge := document.unwrap().get("evaluation") and document["evaluation"].get("judge"):
-        document["evaluation"]["judge"] = move_judge(judge, moved)
+    move_paths(document, moved)
     return document.as_string()

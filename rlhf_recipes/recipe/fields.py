@@ -108,6 +108,11 @@ class Field:
 Keys = Mapping[str, "Field | Keys"]
 
 
+def is_closed(key: Field | Keys) -> bool:
+    """Whether no recipe may set a key: it is owned or refused."""
+    return isinstance(key, Field) and key.standing != "passed"
+
+
 def parse_value(raw: str) -> Any:
     """`raw` as a TOML value, or itself where it is none."""
     try:
@@ -125,27 +130,22 @@ def show(value: Any) -> str:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)`, or nothing."""
-    known = list(known)
-    near = [
-        close
-        for spelt in (word, word.lower())
-        for close in difflib.get_close_matches(spelt, known, n=1, cutoff=0.65)
-    ]
-    return f' (did you mean "{near[0]}"?)' if near else ""
+    options = list(known)
+    for spelt in (word, word.lower()):
+        if near := difflib.get_close_matches(spelt, options, n=1, cutoff=0.65):
+            return f' (did you mean "{near[0]}"?)'
+    return ""
 
 
 @cache
 def all_fields() -> dict[str, dict[str, Field]]:
     """By config, as `Kind.config` names it ("trl:SFTConfig"): every field that it has."""
-    text = (Path(__file__).parent / "fields.json").read_text(encoding="utf-8")
-    found = json.loads(text)
-    reasons = found["reasons"]
-
-    def field(entry: Values) -> Field:
-        return Field(**entry | {"reason": reasons[entry["reason"]] if "reason" in entry else ""})
-
+    found = json.loads(Path(__file__).with_name("fields.json").read_text(encoding="utf-8"))
+    for entry in (entry for fields in found["tables"].values() for entry in fields.values()):
+        if "reason" in entry:
+            entry["reason"] = found["reasons"][entry["reason"]]
     tables = found["tables"].items()
-    return {table: {n: field(entry) for n, entry in fields.items()} for table, fields in tables}
+    return {table: {n: Field(**entry) for n, entry in fields.items()} for table, fields in tables}
 
 
 def fields_for(config: str) -> dict[str, Field]:
@@ -178,10 +178,9 @@ def fields_of(cls: type) -> dict[str, Field]:
             if isinstance(default, enum.Enum):
                 default = default.value
             choices = tuple(f.metadata.get("choices", choices))
-            effect = f.metadata["effect"] if ours else "result"
-            about = {"range": f.metadata.get("range", ""), "effect": effect}
-            learners = f.metadata.get("learners", ())
-            fields[f.name] = Field(kinds, default, choices, **about, learners=learners)
+            about = {"effect": f.metadata["effect"]} if ours else {}
+            about |= {key: f.metadata[key] for key in ("range", "learners") if key in f.metadata}
+            fields[f.name] = Field(kinds, default, choices, **about)
     return fields
 
 

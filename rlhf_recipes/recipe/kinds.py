@@ -10,17 +10,15 @@ files that `python -m tools.make_fields` writes, and its tests. The stage's modu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.recipe.fields import Field, Keys, fields_for, fields_of
+from rlhf_recipes.recipe.fields import Field, Keys, fields_of
 
 LORA, BITSANDBYTES = "peft:LoraConfig", "transformers:BitsAndBytesConfig"
-RESERVED = ("kto", "rloo", "grpo")  # names of kinds to come
 # Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
 JUDGE, EVALUATION, BEST_OF = "judge", "evaluation", "best_of"
-PAIRED = ("pairs", "judge_pairs")  # what is learned from pairs
 # What serves a role: a stage whose kind makes this.
 ROLES = {"policy": "policy", "reward_model": "reward_model", "reference": "policy"}
 
@@ -61,18 +59,35 @@ class Limits:
 
 MINIMUM_ACCURACY = 0.55  # on test pairs, for a policy to train against a reward model
 _RATE = Field(("float",), range="above 0")  # None: the stage's learning_rate
-_REWARD: Keys = {
-    "head_learning_rate": _RATE,
-    "minimum_accuracy": Field(("float",), MINIMUM_ACCURACY, range="from 0 to 1", effect="neutral"),
-}
+_ACCURACY = Field(("float",), MINIMUM_ACCURACY, range="from 0 to 1", effect="neutral")
 _PPO: Keys = {
     "value_learning_rate": _RATE,
     "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
     "keep": Field(("str",), "best", choices=("best", "last")),
     # None: as the reward stage has it, MINIMUM_ACCURACY of a model from elsewhere.
-    "minimum_accuracy": Field(("float",), range="from 0 to 1", effect="neutral"),
+    "minimum_accuracy": replace(_ACCURACY, default=None),
     "guard": fields_of(Limits),
 }
+_REWARD = Kind(
+    "reward",
+    version=4,
+    module="rlhf_recipes.stages.reward",
+    config="trl:RewardConfig",
+    makes="reward_model",
+    learns_from="pairs",
+    extras={"head_learning_rate": _RATE, "minimum_accuracy": _ACCURACY},
+)
+_EVALUATION = Kind(
+    EVALUATION,
+    version=6,
+    module="rlhf_recipes.stages.evaluate",
+    config="",
+    makes="numbers",
+    learns_from="test_prompts",
+    samples=True,
+    listed=False,
+    reads=("prompts", "response_length", "temperature"),
+)
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -85,15 +100,7 @@ KINDS: dict[str, Kind] = {
             makes="policy",
             learns_from="answers",
         ),
-        Kind(
-            "reward",
-            version=4,
-            module="rlhf_recipes.stages.reward",
-            config="trl:RewardConfig",
-            makes="reward_model",
-            learns_from="pairs",
-            extras=_REWARD,
-        ),
+        _REWARD,
         Kind(
             "ppo",
             version=4,
@@ -115,38 +122,14 @@ KINDS: dict[str, Kind] = {
             learns_from="pairs",
             roles=("policy", "reference"),
         ),
-        Kind(
-            JUDGE,
-            version=5,
-            module="rlhf_recipes.stages.reward",
-            config="trl:RewardConfig",
-            makes="reward_model",
-            learns_from="judge_pairs",
-            roles=(),
-            extras=_REWARD,
-            listed=False,
-        ),
-        Kind(
-            EVALUATION,
-            version=6,
-            module="rlhf_recipes.stages.evaluate",
-            config="",
-            makes="numbers",
-            learns_from="test_prompts",
-            samples=True,
-            listed=False,
-            reads=("prompts", "response_length", "temperature"),
-        ),
-        Kind(
-            BEST_OF,
+        replace(_REWARD, name=JUDGE, version=5, learns_from="judge_pairs", roles=(), listed=False),
+        _EVALUATION,
+        replace(
+            _EVALUATION,
+            name=BEST_OF,
             version=3,
             module="rlhf_recipes.stages.best_of",
-            config="",
-            makes="numbers",
-            learns_from="test_prompts",
-            samples=True,
-            listed=False,
-            reads=("prompts", "response_length", "temperature", "best_of"),
+            reads=(*_EVALUATION.reads, "best_of"),
             borrows=("response_length", "temperature", "missing_eos_penalty"),
         ),
     )
@@ -156,19 +139,14 @@ KINDS: dict[str, Kind] = {
 def kind_of(name: str) -> Kind:
     """Raises UsageError for a kind that this version does not know."""
     if name not in KINDS:
-        known = ", ".join(KINDS)
-        raise UsageError(f"{name!r} is not a kind of stage", f"this version knows {known}")
+        known = f"this version knows {', '.join(KINDS)}"
+        raise UsageError(f"{name!r} is not a kind of stage", known)
     return KINDS[name]
 
 
 def listed() -> list[str]:
     """The kinds that a recipe's `stages` may name."""
     return [name for name, kind in KINDS.items() if kind.listed]
-
-
-def implied() -> list[str]:
-    """The kinds that [evaluation] asks for."""
-    return [name for name, kind in KINDS.items() if not kind.listed]
 
 
 def makes(kind: str, what: str) -> bool:
@@ -184,16 +162,8 @@ def extras_of(kind: Kind, written: Mapping[str, Any], learning_rate: float) -> d
     found: dict[str, Any] = {}
     for key, one in kind.extras.items():
         if isinstance(one, Field):
-            default = learning_rate if one is _RATE else one.default
-            found[key] = written.get(key, default)
+            found[key] = written.get(key, learning_rate if one is _RATE else one.default)
         else:
             inner = {name: f.default for name, f in one.items() if isinstance(f, Field)}
             found[key] = inner | written.get(key, {})
     return found
-
-
-def field_tables() -> dict[str, dict[str, Field]]:
-    """Every upstream field, by the names that `tools/fields.toml` has for the configs."""
-    configs = {name: KINDS[name].config for name in listed()}
-    configs |= {"lora": LORA, "bitsandbytes": BITSANDBYTES}
-    return {name: fields_for(config) for name, config in configs.items()}

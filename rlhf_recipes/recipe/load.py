@@ -17,6 +17,7 @@ from rlhf_recipes.recipe.check_stages import check
 from rlhf_recipes.recipe.edit import Edited, edit, rebase
 from rlhf_recipes.recipe.fields import fields_for, suggest
 from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, Kind, kind_of
+from rlhf_recipes.recipe.tables import located, move_paths, written
 from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
 from rlhf_recipes.text import cut, masked
 
@@ -86,19 +87,20 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, paths absolute: a recipe of its own, whose stages are these."""
-        base, datasets = self.model.base, (self.dataset, *self.dataset.more)
-        tested = any(table.test_split for table in datasets)
-        listed = [table.resolved(tested) for table in datasets]
-        keys = {
+        listed = [written(table) for table in (self.dataset, *self.dataset.more)]
+        if any(table["test_split"] for table in listed):
+            listed = [table | {"test_fraction": None} for table in listed]
+        keys: dict[str, Any] = {
             "title": self.title,
             "stages": list(self.stages),
             "seed": self.seed,
-            "evaluation": self.evaluation.resolved(base) if self.evaluation else False,
+            "evaluation": written(self.evaluation) if self.evaluation else False,
             "lora": False if self.lora is None else self.lora,
-            "model": self.model.resolved(),
+            "model": written(self.model),
             "dataset": listed if self.dataset.more else listed[0],
-            **{name: self.tables[name].resolved(base) for name in self.stages},
+            **{name: self.tables[name].written() for name in self.stages},
         }
+        move_paths(keys, lambda place: str(located(place, self.model.base)))
         return _without_none(keys)
 
 

@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, fields_of
-from rlhf_recipes.recipe.kinds import (
-    BITSANDBYTES,
-    JUDGE,
-    LORA,
-    PAIRED,
-    ROLES,
-    Kind,
-    kind_of,
-    listed,
-)
+from rlhf_recipes.recipe.kinds import BITSANDBYTES, JUDGE, LORA, ROLES, Kind, kind_of, listed
 
 INDEPENDENT = "independent"  # the judge that the stage `judge` trains
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
@@ -107,10 +98,6 @@ class ModelTable:
     def folder(self) -> Path:
         return located(self.name, self.base)
 
-    def resolved(self) -> dict[str, Any]:
-        name = str(self.folder) if self.is_local else self.name
-        return asdict(self) | {"name": name, "base": None}
-
 
 @dataclass(frozen=True)
 class DatasetTable:
@@ -132,7 +119,9 @@ class DatasetTable:
     validation_fraction: float = _key(0.05, range="at least 0 and below 1")
     test_fraction: float = _key(0.1, range="at least 0 and below 1")
     test_split: str | None = _key(None)
-    judge_fraction: float = _key(0.25, range="at least 0 and below 1", learners=PAIRED)
+    judge_fraction: float = _key(
+        0.25, range="at least 0 and below 1", learners=("pairs", "judge_pairs")
+    )
     system: str | None = _key(None)
     weight: float | None = _key(None, range="above 0, at most 1")
     # What the file calls COLUMNS otherwise: ours = theirs.
@@ -158,12 +147,6 @@ class DatasetTable:
         idle: dict[str, Any] = dict.fromkeys(SHARED_DATA_KEYS, 0.0)
         return replace(self, data_files=files, split=None, max_rows=None, more=(), **idle)
 
-    def resolved(self, tested: bool) -> dict[str, Any]:
-        """Where a `test_split` says what is `tested`, it has no fraction."""
-        path = str(self.file) if self.is_local else self.path
-        fraction = None if tested else self.test_fraction
-        return asdict(self) | {"path": path, "test_fraction": fraction, "base": None, "more": None}
-
 
 @dataclass(frozen=True)
 class EvaluationTable:
@@ -182,9 +165,10 @@ class EvaluationTable:
         listed = [self.judge] if isinstance(self.judge, str) else self.judge
         return dict(zip((JUDGE, "judge2"), listed, strict=False)) if listed != ["none"] else {}
 
-    def resolved(self, base: Path) -> dict[str, Any]:
-        moved = move_judge(self.judge, lambda place: str(located(place, base)))
-        return asdict(self) | {"judge": moved}
+
+def written(table: ModelTable | DatasetTable | EvaluationTable) -> dict[str, Any]:
+    """A table's keys with their values, as a recipe has them; None: left out."""
+    return asdict(table) | {"base": None, "more": None}
 
 
 @dataclass(frozen=True)
@@ -205,19 +189,21 @@ class StageTable:
     def of(self) -> Kind:
         return kind_of(self.kind)
 
-    def resolved(self, base: Path) -> dict[str, Any]:
+    def written(self) -> dict[str, Any]:
         roles = {role: getattr(self, role) for role in ROLES}
-        if self.reward_model and is_path(self.reward_model):
-            roles["reward_model"] = str(located(self.reward_model, base))
-        own = self.dataset.resolved(False) if self.dataset else {}
-        data = {key: value for key, value in own.items() if key not in SHARED_DATA_KEYS}
-        data = {"dataset": data} if data else {}
-        return {"kind": self.kind, **roles, **self.options, **self.extras, **data}
+        own = self.dataset and written(self.dataset) | dict.fromkeys(SHARED_DATA_KEYS)
+        return {"kind": self.kind, **roles, **self.options, **self.extras, "dataset": own}
 
 
 # What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
 SHARED_DATA_KEYS = ("validation_fraction", "test_fraction", "judge_fraction")
 INHERITED_DATA_KEYS = (*SHARED_DATA_KEYS, "max_prompt_tokens", "max_answer_tokens", "system")
+
+
+def inherited(first: dict[str, Any]) -> dict[str, Any]:
+    """What a dataset has from the recipe's `first`, as far as that is written."""
+    return {key: first[key] for key in INHERITED_DATA_KEYS if key in first}
+
 
 _TEXT = Field(("str",))
 _SOURCE = Field(("str",), effect="source")
@@ -248,19 +234,21 @@ def stage_keys(name: str) -> Keys:
 @cache
 def top_keys() -> dict[str, Field | Keys]:
     """Every key of a recipe but the stages' tables."""
+    mirror = fields_of(MirrorTable)
     return {
         "title": Field(("str",), effect="neutral"),
         "stages": Field(("list[str]",), effect="source"),
         "seed": Field(("int",), 42, range="at least 0"),
-        "model": {
-            **fields_of(ModelTable),
-            "mirror": fields_of(MirrorTable),
-            **fields_for(BITSANDBYTES),
-        },
+        "model": {**fields_of(ModelTable), "mirror": mirror, **fields_for(BITSANDBYTES)},
         "lora": fields_for(LORA),
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),
     }
+
+
+def all_keys(kinds: dict[str, str]) -> dict[str, Field | Keys]:
+    """Every key of a recipe whose stages are of these kinds."""
+    return top_keys() | {name: stage_keys(kind) for name, kind in kinds.items()}
 
 
 def keys_of(table: str) -> Keys:
@@ -285,23 +273,22 @@ def kinds_in(data: dict[str, Any]) -> dict[str, str]:
 
 def field_at(path: tuple[str, ...], kinds: dict[str, str]) -> Field | None:
     """The field that a dotted key names, if there is one."""
-    keys: Any = top_keys() | {name: stage_keys(kind) for name, kind in kinds.items()}
+    keys: Any = all_keys(kinds)
     for part in path:
         keys = keys.get(part) if isinstance(keys, dict) else None
     return keys if isinstance(keys, Field) else None
 
 
-BASE = "base"  # what the evaluation calls the model that nothing was trained on
-
-
-ABOVE_0, SHARE = {"range": "above 0"}, {"range": "from 0 to 1"}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`[ppo.guard]`. Over-optimised policies were seen at a KL of 50 to 85 (arXiv 2403.17031)."""
-
-    max_kl: float = field(default=25.0, metadata=ABOVE_0)  # nats an answer
-    min_entropy: float = field(default=0.1, metadata=SHARE)  # of the first update's, a token
-    min_length: float = field(default=0.2, metadata=SHARE)  # of the first update's mean length
-    max_score_drop: float = field(default=1.5, metadata=ABOVE_0)  # units of the reward
+def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
+    """Move every local path that a recipe names; `recipe` is a plain dict or tomlkit's document."""
+    data, model = recipe["dataset"], recipe["model"]
+    stages = [recipe[name] for name in kinds_in(recipe) if name in recipe]
+    own = [stage["dataset"] for stage in stages if stage.get("dataset")]
+    for table in (data if isinstance(data, list) else [data]) + own:
+        if DatasetTable(table["path"]).is_local:
+            table["path"] = moved(table["path"])
+    for table, key in [(model, "name"), *((stage, "reward_model") for stage in stages)]:
+        if is_path(table.get(key) or ""):
+            table[key] = moved(table[key])
+    if (evaluation := recipe.get("evaluation")) and "judge" in evaluation:
+        evaluation["judge"] = move_judge(evaluation["judge"], moved)

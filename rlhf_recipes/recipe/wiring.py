@@ -15,32 +15,27 @@ def wiring(recipe: Recipe) -> dict[str, dict[str, str]]:
     `written_rules`.
     """
     taken: dict[str, dict[str, str]] = {}
-    policies: dict[str, str] = {}
-    scorer: dict[str, str] = {}
     for stage in recipe.stages:
-        table, makes = recipe.table(stage), recipe.kind(stage).makes
-        roles = {role: getattr(table, role) for role in ROLES if getattr(table, role)}
-        taken[stage] = roles
-        if makes == "policy":
-            policies[f"policy:{stage}"] = stage
-            scorer = {"reward_model": roles["reward_model"]} if "reward_model" in roles else scorer
-        elif makes == "reward_model" and not scorer:
-            scorer = {"reward_model": stage}
-    asked = recipe.evaluation
-    if asked is None:
+        table = recipe.table(stage)
+        taken[stage] = {role: getattr(table, role) for role in ROLES if getattr(table, role)}
+    if recipe.evaluation is None:
         return taken
+    makes = {stage: recipe.kind(stage).makes for stage in recipe.all_stages}
+    policies = {f"policy:{name}": name for name in recipe.stages if makes[name] == "policy"}
+    optimised = [roles["reward_model"] for roles in taken.values() if "reward_model" in roles]
+    trained = [name for name in recipe.stages if makes[name] == "reward_model"]
+    scorers = optimised[-1:] or trained[:1]
+    scorer = {"reward_model": scorers[0]} if scorers else {}
     judges = {
         role: JUDGE if judge == INDEPENDENT else judge
-        for role, judge in asked.judges.items()
+        for role, judge in recipe.evaluation.judges.items()
         if not python_judge(judge)
     }
+    start = recipe.explorer and recipe.explorer.policy
+    one = {"policy": start} if start else {}
     for stage in recipe.all_stages[len(recipe.stages) :]:
-        if recipe.kind(stage).makes != "numbers":
-            taken[stage] = {}
-            continue
-        start = recipe.explorer and recipe.explorer.policy
-        one = {"policy": start} if start else {}
-        taken[stage] = (one if recipe.kind(stage).borrows else policies) | scorer | judges
+        asked = (one if recipe.kind(stage).borrows else policies) | scorer | judges
+        taken[stage] = asked if makes[stage] == "numbers" else {}
     return taken
 
 

@@ -30,32 +30,27 @@ def write(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> 
     if source is None or facts.manifest.get("outcome") != "finished":
         return
     file = facts.folder / "model" / "README.md"
-    stage = plain(str(source.get("stage")))
-    text = page("card.md", _card(facts, found, policies) | {"stage": stage}) + "\n"
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        aside = facts.folder / ".card.md"  # nothing half-written lies where the model goes from
-        files.write_text(aside, text)
-        aside.replace(file)
-
-
-def _card(facts: Facts, found: Sequence[Finding], policies: list[list[str]]) -> dict[str, Any]:
     base, hub = named((facts.recipe.get("model") or {}).get("name"))
     tables = facts.recipe.get("dataset")
     tables = tables if isinstance(tables, list) else [tables or {}]
     stages = [one for one in facts.stages if one.record and one.kind in listed()]
-    return {
+    values = {
         "md": _text,
-        "manifest": facts.manifest,
-        "title": facts.manifest.get("title") or facts.folder.resolve().name,
+        "facts": facts,
         "base": base,
         "base_on_hub": hub,
         "data": [named(table.get("path")) for table in tables],
+        "stage": plain(str(source.get("stage"))),
         "stages": stages,
-        "learned_from": facts.learned_from,
         "kinds": list(dict.fromkeys(one.kind for one in stages if makes(one.kind, "policy"))),
         "found": found,
         "policies": policies,
     }
+    text = page("card.md", values) + "\n"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        aside = facts.folder / ".card.md"  # nothing half-written lies where the model goes from
+        files.write_text(aside, text)
+        aside.replace(file)
 
 
 def named(place: Any) -> tuple[str, bool]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from rlhf_recipes.findings import percent
 from rlhf_recipes.report import svg
 from rlhf_recipes.report.facts import Facts, Stage, number
-from rlhf_recipes.report.svg import BASE, PPO, SFT, Plot
+from rlhf_recipes.report.svg import BAD, BASE, MUTED, PPO, SFT, Plot
 from rlhf_recipes.stats import Share
 
 LEAST = 4  # points: a curve of fewer says nothing
@@ -87,7 +86,22 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
     note = "Upper left is better: more gain for less distance."
     told, alt = told.replace("-", "−"), alt.replace("-", "−").strip()
     plot = Plot(f"price-{by}-{name}", told, alt, note)
-    return svg.price(plot, best, (who, kl, gain, low, high), unit)
+    with plot.drawn(height=240) as axes:
+        axes.axhline(0, color=MUTED, linewidth=1)
+        counts, nats, gains = zip(*best, strict=True) if best else ((), (), ())
+        if best:
+            axes.plot(nats, gains, "o-", color=SFT, markersize=4)
+            for n, at, gained in best[1:]:
+                svg.say(axes, str(n), (at, gained), (0, 6), ha="center", color=SFT, fontsize=10)
+            svg.say(axes, f"best of {counts[-1]}", best[-1][1:], (9, -3), va="center", color=SFT)
+        axes.plot([kl, kl], [low, high], color=PPO, linewidth=5, alpha=0.35)
+        axes.plot([kl], [gain], "D", color=PPO, markersize=8)
+        left = kl < max([kl, *nats]) / 3
+        svg.say(axes, who, (kl, gain), (9 if left else -9, 0), ha="left" if left else "right",
+                va="center", color=PPO, fontweight="bold")  # fmt: skip
+        axes.set_xlim(left=0)
+        svg.house(axes, "KL, nats an answer", unit)
+    return plot
 
 
 # ---- curves -------------------------------------------------------------------------------------
@@ -108,21 +122,31 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
     """Score, KL, entropy, length, value loss and clip share, with the guards."""
     made, guard = [], facts.of(stage.name, "guard") or {}
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
-    mark = (kept, "kept") if kept and kept != last else None
     for key, (what, form, watch) in CURVES.items():
         xs, ys = stage.series(key)
         if len(xs) < LEAST:
             continue
-        limit = None
-        if bound := number(guard, watch):  # of all but the KL a share of what it was at first
-            first = ends(ys)[0]
-            limit = (bound, f"guard {bound:g}") if key == "KL" else (bound * first, "guard")
         name = f"{stage.name}-{key.replace('/', '-')}"
         plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
-        looks = stage.series(f"eval/{key}")  # at validation prompts
-        words: dict[str, Any] = {"percent": form == ".1%", "from_0": key != "score"}
-        words |= {"limit": limit, "mark": mark, "points": looks}
-        made.append(svg.curve(plot, xs, ys, PPO, "update", **words))
+        with plot.drawn() as axes:
+            # The points are looks at validation prompts.
+            svg.line(axes, xs, ys, PPO, "update", stage.series(f"eval/{key}"))
+            bound = number(guard, watch)  # of all but the KL a share of what it was at first
+            limit = bound and (bound if key == "KL" else bound * ends(ys)[0])
+            if limit and limit < 4 * max(ys):
+                axes.axhline(limit, color=BAD, linestyle=(0, (5, 3)), linewidth=1.2)
+                at = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": BAD}
+                told = f"guard {bound:g}" if key == "KL" else "guard"
+                svg.say(axes, told, (1, limit), (0, 2), va="bottom", fontsize=10, **at)
+            if kept and kept != last:
+                axes.axvline(kept, color=MUTED, linestyle=":", linewidth=1.4)
+                at = {"xycoords": ("data", "axes fraction"), "ha": "center"}
+                svg.say(axes, "kept", (kept, 1), (0, 2), va="bottom", fontsize=10, **at)
+            if key != "score":
+                axes.set_ylim(bottom=0)
+            if form == ".1%":
+                svg.percents(axes.yaxis)
+        made.append(plot)
     return made
 
 
@@ -155,12 +179,15 @@ def loss(facts: Facts, stage: Stage) -> Plot | None:
     before = facts.number(f"{stage.name}.validation_loss_before")
     after = facts.number(f"{stage.name}.validation_loss")
     plot = Plot(f"{stage.name}-loss", f"The training loss {_went(ys)}", _alt("the loss", xs, ys))
-    if before is None or after is None:
-        return svg.curve(plot, xs, ys, SFT, "step")
-    plot.title = f"On rows it did not see, the loss {_went([before, after])}"
-    plot.note = "Line: the rows it trains on. Dots: validation rows, before and after."
-    plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
-    return svg.curve(plot, xs, ys, SFT, "step", points=([0.0, xs[-1]], [before, after]))
+    points: svg.Curve = ([], [])
+    if before is not None and after is not None:
+        points = ([0.0, xs[-1]], [before, after])
+        plot.title = f"On rows it did not see, the loss {_went([before, after])}"
+        plot.note = "Line: the rows it trains on. Dots: validation rows, before and after."
+        plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
+    with plot.drawn() as axes:
+        svg.line(axes, xs, ys, SFT, "step", points)
+    return plot
 
 
 # ---- reward models ------------------------------------------------------------------------------
@@ -193,24 +220,45 @@ def margins(name: str, stage: Stage) -> Plot | None:
     told += f"{len(values)} are the wrong way round"
     alt = f"A histogram of the margins of {len(values)} test pairs: the least is {min(values):.1f},"
     alt += f" the middle {middle:.1f}, the most {max(values):.1f}; {wrong} are below 0."
-    x = "score of the chosen answer over the rejected, units"
     plot = Plot(f"{name}-margins", told.replace("-", "−"), alt.replace("-", "−"))
-    return svg.histogram(plot, values, x)
+    with plot.drawn() as axes:
+        reach = max(map(abs, values)) or 1.0
+        half = min(24, max(8, len(values) // 6)) // 2
+        width = reach / half  # an edge stands at 0
+        edges = [-reach + at * width for at in range(2 * half + 1)]
+        edges = [edge for edge in edges if edge + width > min(values) - 1e-9]
+        negative, right = [v for v in values if v < 0], [v for v in values if v >= 0]
+        axes.hist([negative, right], edges, color=[BAD, PPO], stacked=True, rwidth=0.92)
+        axes.axvline(0, color=MUTED, linestyle=":", linewidth=1.4)
+        svg.house(axes, "score of the chosen answer over the rejected, units", "pairs")
+    return plot
 
 
 def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
+    """How sure it was against how often it was right."""
     full = [row for row in stage.evidence.get("calibration") or () if row["pairs"]]
-    bins = [(row["said"], row["right"], row["pairs"]) for row in full]
-    if len(bins) < 2:
+    if len(full) < 2:
         return None
-    count = sum(pairs for *_, pairs in bins)
-    sure = sum(said * pairs for said, _, pairs in bins) / count
-    right = sum(right * pairs for _, right, pairs in bins) / count
+    said, right, pairs = ([row[key] for row in full] for key in ("said", "right", "pairs"))
+    over = fmean(said, pairs) - fmean(right, pairs)
     off = facts.number(f"{name}.calibration_error")
     told = "It is about as sure as it should be"
-    if abs(sure - right) > 0.05:
-        told = f"It is {'surer' if sure > right else 'less sure'} than it should be"
+    if abs(over) > 0.05:
+        told = f"It is {'surer' if over > 0 else 'less sure'} than it should be"
     if off is not None:
         told += f": off by {percent(off)} on average"
+    bins = zip(said, right, pairs, strict=True)
     alt = "; ".join(f"{percent(s)} sure, {percent(r)} right, {n} pairs" for s, r, n in bins)
-    return svg.calibration(Plot(f"{name}-calibration", told, f"{alt}."), bins)
+    plot = Plot(f"{name}-calibration", told, f"{alt}.")
+    with plot.drawn() as axes:
+        low = 0.0 if min(said + right) < 0.5 else 0.5
+        axes.plot([low, 1], [low, 1], color=MUTED, linestyle=":", linewidth=1.4)
+        axes.plot(said, right, color=PPO, linewidth=1.2, alpha=0.5)
+        sizes = [20 + 180 * count / max(pairs) for count in pairs]
+        axes.scatter(said, right, sizes, color=PPO, linewidths=0)
+        axes.set_xlim(low - 0.02, 1.03)
+        axes.set_ylim(low - 0.05, 1.06)
+        svg.house(axes, "how sure it was", "how often right")
+        svg.percents(axes.xaxis)
+        svg.percents(axes.yaxis)
+    return plot

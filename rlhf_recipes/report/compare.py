@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.report.facts import Facts, read
+from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.html import page
 from rlhf_recipes.report.run_page import SHARES
 from rlhf_recipes.report.verdict import verdict
@@ -21,7 +21,7 @@ ELSEWHERE = re.compile(r"^(python:)?/.*/")  # where a file lies is no difference
 
 def write(folders: Sequence[Path], file: Path) -> None:
     """Write the page of some runs to `file`. Raises UsageError where one cannot be read."""
-    parts, runs = compare(folders), [read(folder) for folder in folders]
+    parts, runs = compare(folders), [Facts(folder) for folder in folders]
     values = {
         "names": [plain(facts.folder.resolve().name) for facts in runs],
         "runs": [(facts, verdict(facts)) for facts in runs],
@@ -66,7 +66,7 @@ def compare(folders: Sequence[Path]) -> dict[str, dict[str, list[Any]]]:
 
 
 def _told(folder: Path) -> dict[str, dict[str, Any]]:
-    manifest, found = manifest_of(folder), read(folder)
+    manifest, found = manifest_of(folder), Facts(folder)
     if not found.recipe:
         raise UsageError(f"{folder} has no resolved.toml that can be read", "run it again")
     return {

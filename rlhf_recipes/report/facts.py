@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,18 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
 class Stage:
-    name: str
-    kind: str
-    did: str  # "ran", "cached" or "not run"
-    folder: Path
-    record: Json  # stage.json; empty where it is not complete
-    data: Json  # what became of its rows
-    curve: tuple[Json, ...]  # metrics.jsonl
-    evidence: Json  # of a reward model
+    """A stage of a run. Raises KeyError and TypeError for a damaged `entry` of the manifest."""
+
+    def __init__(self, entry: Json, runs: Path) -> None:
+        self.name, self.kind = str(entry["name"]), str(entry["kind"])
+        self.did = str(entry.get("outcome", ""))  # "ran", "cached" or "not run"
+        self.folder = layout.entry_folder(runs, entry)
+        record = layout.read_record(self.folder) or {}  # empty where the stage is not complete
+        self.record = record if record.get("key") == entry.get("key") else {}
+        self.data = _json(self.folder / "data.json")  # what became of its rows
+        self.curve = lines(self.folder / "metrics.jsonl")
+        self.evidence = _json(self.folder / "output" / "evidence.json")  # of a reward model
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a number that it told of as it went."""
@@ -44,15 +45,22 @@ class Stage:
         return [x for x, _ in kept], [y for _, y in kept]
 
 
-@dataclass(frozen=True)
 class Facts:
-    folder: Path
-    manifest: Json
-    recipe: Json  # every key with its value
-    results: Json
-    stages: tuple[Stage, ...]
-    answers: tuple[Json, ...]
-    best_of: Json
+    """What is to be had of a run; its manifest is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, _json(folder / layout.MANIFEST)
+        self.recipe: Json = {}  # every key with its value
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            self.recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
+        self.results = _json(folder / "results.json")
+        self.stages: list[Stage] = []
+        for entry in self.manifest.get("stages", []):
+            with contextlib.suppress(KeyError, TypeError):
+                self.stages.append(Stage(entry, folder.parent))
+        outputs = {stage.kind: stage.folder / "output" for stage in self.stages if stage.record}
+        self.answers = lines(outputs.get("evaluation", folder) / "answers.jsonl")
+        self.best_of = _json(outputs.get("best_of", folder) / "best_of.json")
 
     def number(self, key: str) -> float | None:
         return number(self.results, key)
@@ -139,43 +147,6 @@ def number(values: Json, key: str) -> float | None:
     return float(value)
 
 
-def read(folder: Path) -> Facts:
-    """What is to be had of a run; its manifest is there."""
-    manifest = _json(folder / layout.MANIFEST)
-    stages = []
-    for entry in manifest.get("stages", []):
-        with contextlib.suppress(KeyError, TypeError):
-            stages.append(_stage(entry, folder.parent))
-    outputs = {stage.kind: stage.folder / "output" for stage in stages if stage.record}
-    recipe: Json = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        recipe = tomllib.loads((folder / "resolved.toml").read_text(encoding="utf-8"))
-    return Facts(
-        folder=folder,
-        manifest=manifest,
-        recipe=recipe,
-        results=_json(folder / "results.json"),
-        stages=tuple(stages),
-        answers=lines(outputs.get("evaluation", folder) / "answers.jsonl"),
-        best_of=_json(outputs.get("best_of", folder) / "best_of.json"),
-    )
-
-
-def _stage(entry: Json, runs: Path) -> Stage:
-    folder = layout.entry_folder(runs, entry)
-    record = layout.read_record(folder) or {}
-    return Stage(
-        name=str(entry["name"]),
-        kind=str(entry["kind"]),
-        did=str(entry.get("outcome", "")),
-        folder=folder,
-        record=record if record.get("key") == entry.get("key") else {},
-        data=_json(folder / "data.json"),
-        curve=lines(folder / "metrics.jsonl"),
-        evidence=_json(folder / "output" / "evidence.json"),
-    )
-
-
 def _json(file: Path) -> Json:
     """A file of ours, less what has another type there than we give it."""
     found: Json = {}
@@ -184,7 +155,7 @@ def _json(file: Path) -> Json:
     return {key: value for key, value in found.items() if isinstance(value, TYPES.get(key, object))}
 
 
-def lines(file: Path) -> tuple[Json, ...]:
+def lines(file: Path) -> list[Json]:
     """The objects of a file of a JSON object a line; a line that a kill cut is left out."""
     found = []
     with contextlib.suppress(OSError):
@@ -192,4 +163,4 @@ def lines(file: Path) -> tuple[Json, ...]:
             with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(value := json.loads(line), dict):
                     found.append(value)
-    return tuple(found)
+    return found

@@ -29,12 +29,10 @@ MORE_PROMPTS = "100 prompts tell 60 % from chance, 400 tell 55 %."
 
 def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
     """Each policy after SFT: its name, its start's, and what a sentence calls them."""
-    starts = facts.starts()
-    for stage in facts.making("policy"):
-        if stage in facts.making("policy", learns_from="answers"):
-            continue
-        start = starts[stage.name]
-        yield stage.name, start, facts.title(stage.name), facts.title(start)
+    imitating = [stage.name for stage in facts.making("policy", learns_from="answers")]
+    for name, start in facts.starts().items():
+        if name not in imitating:
+            yield name, start, facts.title(name), facts.title(start)
 
 
 def went_far(facts: Facts) -> Found:
@@ -215,9 +213,8 @@ def _only_by_length(facts: Facts, name: str, versus: str) -> Found:
 
 def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]]) -> Found:
     asked, wanted = facts.number("evaluation.prompts"), facts.of("evaluation", "prompts")
-    key = ("evaluation", "prompts")
-    if asked and isinstance(wanted, int) and asked < wanted:  # there are no more
-        key = ("dataset", "test_fraction")
+    no_more = asked and isinstance(wanted, int) and asked < wanted
+    key = ("dataset", "test_fraction") if no_more else ("evaluation", "prompts")
     for share, called in shares:
         if _open(share):
             text = f"{versus} on {said(share, 'prompts')} by {called}: too few prompts to tell."

@@ -13,8 +13,8 @@ from typing import Any
 from rlhf_recipes.findings import Finding, interval
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.report import card, charts
-from rlhf_recipes.report.facts import Facts, Json, Stage, number, read
-from rlhf_recipes.report.html import TEMPLATES, page, style
+from rlhf_recipes.report.facts import Facts, Json, Stage, number
+from rlhf_recipes.report.html import STYLE, TEMPLATES, page
 from rlhf_recipes.report.verdict import verdict
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.files import to_json, write_text
@@ -29,7 +29,7 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
 
     Without `again`, a report that was made from the same stays: a run that finds all done is quick.
     """
-    facts = read(folder)
+    facts = Facts(folder)
     found, source = verdict(facts), _made_from(facts)
     if again or source not in _text(folder / REPORT):
         write_text(folder / REPORT, page("report.html", _report(facts, found), source))
@@ -42,7 +42,7 @@ def _made_from(facts: Facts) -> str:
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
     shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
-    return digest(to_json([versions(), style(), outcome, *shown]))
+    return digest(to_json([versions(), STYLE, outcome, *shown]))
 
 
 # ---- a run --------------------------------------------------------------------------------------
@@ -52,20 +52,19 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     name, starts = facts.folder.resolve().name, facts.starts()
     trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
     last = trained[-1] if trained else None
-    ways = [charts.who_wins(facts, *last)] if last else []
-    ways += [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
+    prices = [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
+    ways = [charts.who_wins(facts, *last), *prices] if last else []
     explored = facts.making("policy", explores=True)
     rewards = [s for s in facts.stages if makes(s.kind, "reward_model") or s.evidence]
     losses = [charts.loss(facts, stage) for stage in facts.making("policy", explores=False)]
     return {
         **vars(facts),
         "name": name,
-        "learned_from": facts.learned_from,
+        "facts": facts,
         "found": found,
         "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
-        "titles": [facts.plain_title(policy) for policy in last or ()],
         "cases": _cases(facts, *last) if last else [],
         "ways": [plot for plot in ways if plot],
         "policies": policies(facts),
@@ -127,11 +126,10 @@ def _cell(facts: Facts, key: str) -> str:
     if value is None:
         return ""
     kind = key.rpartition(".")[2]
-    form = ".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f"
-    form = f"+{form}" if kind.endswith("gain") else form
-    text = f"{value:{form}}"
-    if low is not None and high is not None:
-        text += f" ({low:{form}} to {high:{form}})"
+    sign = "+" if kind.endswith("gain") else ""
+    form = sign + (".1%" if kind in SHARES else ".1f" if kind == "length" else ".2f")
+    between = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+    text = f"{value:{form}}{between}"
     return text.replace("-", "−").replace("%", "\u00a0%")
 
 

@@ -67,7 +67,7 @@ def fingerprints(recipe: Recipe, known: Identities) -> Iterable[tuple[str, Value
                 "name": stage,  # its randomness is a function of the seed and of this
                 "version": kind.version,
                 "settings": settings(recipe, stage, known),
-                "model": known.base | changed(keys_of("model"), recipe.model.resolved()),
+                "model": known.base | changed(keys_of("model"), asdict(recipe.model)),
                 "lora": recipe.lora is not None and changed(fields_for(LORA), recipe.lora),
                 "dataset": _rows(recipe, recipe.dataset_of(stage), kind, known),
                 **changed({"seed": top_keys()["seed"]}, {"seed": recipe.seed}),

@@ -14,7 +14,7 @@ from rlhf_recipes.errors import GateError
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.report.facts import read
+from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.verdict import verdict
 from tests.helpers.tiny import RECIPE, WORDS
 
@@ -75,7 +75,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         try:
             return list(run(loaded, runs=folder / "runs", name=name).verdict)
         except GateError:
-            return verdict(read(folder / "runs" / name))
+            return verdict(Facts(folder / "runs" / name))
 
     return go
 

@@ -12,6 +12,7 @@ import pytest
 
 from rlhf_recipes.recipe import aliases, kinds, tables
 from tests.helpers.recipes import MINIMAL, problems
+from tools.make_docs import field_tables
 
 ELSEWHERE = {
     "TRL's PPO until 0.11": "model_name=model.name init_kl_coef=ppo.kl_coef target=ppo.guard.max_kl "
@@ -96,7 +97,7 @@ def test_every_field_of_trls_other_trainers_is_known() -> None:
                 here = [line for line in node.body if isinstance(line, ast.AnnAssign)]
                 names |= {line.target.id for line in here}
                 configs += bool(here)
-    names -= {name for table in kinds.field_tables().values() for name in table}
+    names -= {name for table in field_tables().values() for name in table}
     names -= {*tables.top_keys()["model"], *tables.top_keys()["dataset"]}
     assert configs > 20 and len(names) > 100
     assert sorted(name for name in names if not aliases.elsewhere(name)) == []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf_recipes import cli
-from rlhf_recipes.recipe.kinds import field_tables
+from tools.make_docs import field_tables
 
 pytestmark = pytest.mark.train  # the schema's texts are upstream's
 

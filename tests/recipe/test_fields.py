@@ -16,8 +16,9 @@ import pytest
 
 from rlhf_recipes.recipe.check_stages import check
 from rlhf_recipes.recipe.fields import Field, fields_of
-from rlhf_recipes.recipe.kinds import field_tables, listed
+from rlhf_recipes.recipe.kinds import listed
 from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
+from tools.make_docs import field_tables
 
 pytestmark = pytest.mark.train
 

@@ -12,9 +12,10 @@ import pytest
 
 from rlhf_recipes.recipe.edit import rebase
 from rlhf_recipes.recipe.fields import Field, Keys
-from rlhf_recipes.recipe.kinds import field_tables, listed
+from rlhf_recipes.recipe.kinds import listed
 from rlhf_recipes.recipe.load import Recipe, load_recipe, shipped_recipes
 from rlhf_recipes.recipe.tables import kinds_in, stage_keys, top_keys
+from tools.make_docs import field_tables
 
 RECIPES = {path.stem: path for path in shipped_recipes()}
 ANNOTATED = RECIPES["annotated"]

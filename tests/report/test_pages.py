@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_recipes.report import compare as comparison
 from rlhf_recipes.report import run_page
-from rlhf_recipes.report.facts import TYPES, read
+from rlhf_recipes.report.facts import TYPES, Facts
 from rlhf_recipes.store.files import read_json
 from tests.helpers.told import shares, told
 
@@ -279,7 +279,7 @@ def test_a_value_of_another_type_is_as_if_it_were_not_there(tmp_path: Path) -> N
         for file in run.parent.rglob(name):
             value = json.loads(file.read_text())
             file.write_text(json.dumps({**value, **dict.fromkeys(keys[:4], 1)}))
-            assert read(run).stages
+            assert Facts(run).stages
             harmless(page(run)[0])
             file.write_text(json.dumps({**value, **dict.fromkeys(keys, 1)}))
             harmless(page(run)[0])

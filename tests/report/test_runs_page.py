@@ -140,7 +140,7 @@ def test_what_is_said_on_a_terminal_moves_no_cursor(tmp_path: Path) -> None:
     from rlhf_recipes.report import facts
 
     error = {"stage": "ppo", "message": "\x1b[2Jgone\nnext", "hint": "\x1b]0;x\x07try"}
-    found = verdict(facts.read(told(tmp_path, manifest={"outcome": "failed", "error": error})))
+    found = verdict(facts.Facts(told(tmp_path, manifest={"outcome": "failed", "error": error})))
     assert "gone next" in findings.shown(found) and "\x1b" not in findings.shown(found)
 
 

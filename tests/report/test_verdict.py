@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from rlhf_recipes.findings import Finding
-from rlhf_recipes.report.facts import read
+from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.verdict import verdict
 from tests.helpers.told import GOOD, shares, told
 
 
 def found(folder: Path, changes: dict[str, Any] | None = None, **words: Any) -> list[Finding]:
-    return verdict(read(told(folder, changes, **words)))
+    return verdict(Facts(told(folder, changes, **words)))
 
 
 def said(findings: list[Finding]) -> list[tuple[str, str]]:
@@ -355,6 +355,6 @@ def test_nothing_that_is_missing_or_damaged_stops_it(tmp_path: Path) -> None:
     run = told(tmp_path)
     for file in ("results.json", "resolved.toml"):
         (run / file).write_text("{")
-    assert verdict(read(run)) == []
+    assert verdict(Facts(run)) == []
     (run / "manifest.json").write_text('{"format": 1, "stages": [3, {"name": "x"}]}')
-    assert [one.level for one in verdict(read(run))] == ["doubt"]
+    assert [one.level for one in verdict(Facts(run))] == ["doubt"]

@@ -383,7 +383,7 @@ def test_a_manifest_leads_to_no_folder_but_its_stages(tmp_path: Path, place: str
     stages = (tmp_path / "runs" / ".stages").resolve()
     found = [
         export.finished_stage(run_folder, None)[2].parent,
-        facts.read(run_folder).stages[0].folder,
+        facts.Facts(run_folder).stages[0].folder,
         *history.stage_folders(tmp_path / "runs", manifest),
     ]
     assert {folder.resolve().parent for folder in found} == {stages}
