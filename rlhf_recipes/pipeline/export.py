@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models.base import ADAPTER, HEAD, UNIT
-from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype
+from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype, load_tokenizer
 from rlhf_recipes.models.reward_model import read_unit
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import load_recipe
@@ -94,7 +94,24 @@ def write_reward_model(session: Session, output: Path, folder: Path, *, form: st
     )
     with torch.no_grad():
         model.score.weight.copy_(load_file(output / HEAD)["score.weight"])
+    if session.tokens.pad_id == session.tokens.eos_id:
+        _add_pad_token(model, folder)
     model.config.reward_unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder)
+
+
+def _add_pad_token(model: PreTrainedModel, folder: Path) -> None:
+    """Give a classifier, and the tokenizer in `folder`, a pad token that is not EOS.
+
+    transformers scores at the last token that is not the pad token. Were that EOS, the score would
+    be at the token before it.
+    """
+    tokenizer, embedding = load_tokenizer(folder), model.get_input_embeddings().weight
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if len(tokenizer) > len(embedding):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.get_input_embeddings().weight.data[len(embedding) :] = 0.0
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.save_pretrained(folder)
