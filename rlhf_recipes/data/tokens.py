@@ -68,6 +68,7 @@ class Tokens:
     eos_id: int
     pad_id: int
     specials: tuple[str, ...]
+    rows: int  # of the model's embedding
 
     def has_specials(self, text: str) -> bool:
         return any(special in text for special in self.specials)
@@ -100,9 +101,13 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
         what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
         raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
     tokenizer.padding_side = "left"
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    specials = tuple(sorted({*tokenizer.all_special_tokens, *added}))
-    return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials)
+    specials = tuple(sorted(special_tokens(tokenizer)))
+    return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials, vocabulary)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return {*tokenizer.all_special_tokens, *added}
 
 
 def encode(tokens: Tokens, prompt: Messages, answer: str | None = None) -> tuple[list, list]:
@@ -161,8 +166,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     mark = "ANSWER-ENDS-HERE"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     rest = render(tokenizer, turns).rpartition(mark)[2].lstrip()
-    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    for token in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
+    for token in sorted(special_tokens(tokenizer), key=len, reverse=True):
         if rest.startswith(token):
             return token
     if tokenizer.eos_token is None:

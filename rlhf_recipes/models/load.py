@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_recipes.errors import ModelError
 from rlhf_recipes.models import attention
 
 # Of every load. What is here has been brought whole: nothing is fetched as a model is opened.
@@ -93,11 +92,6 @@ def load_reward_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedMo
     model = AutoModelForSequenceClassification.from_pretrained(
         source, dtype=dtype, device_map={"": device()}, **WEIGHTS, **SAFELY
     )
-    if model.config.num_labels != 1:
-        raise ModelError(
-            f"{source} gives {model.config.num_labels} numbers an answer, not one",
-            "name a reward model in `reward_model`: a sequence classifier with num_labels = 1",
-        )
     return model.requires_grad_(False).eval()
 
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
@@ -43,6 +43,7 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
     try:
         if not any((session.model_folder / name).is_file() for name in TOKENIZER):
             return [Finding("note", "rows", "not looked at: the model's folder has no tokenizer")]
+        session.check_foreign()
         tables = {"": recipe.dataset}
         tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
         found = []
@@ -54,7 +55,8 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
         return [*found, *_lacks(plan, session)]
     except RlhfRecipesError as error:
         change = WAY_OUT if "\n" in error.hint else error.hint
-        return [Finding("fault", "rows", error.message, change)]
+        about = "model" if isinstance(error, ModelError) else "rows"
+        return [Finding("fault", about, error.message, change)]
 
 
 def away(plan: Plan) -> str:

@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.recipe.tables import is_path
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources import trust
+from rlhf_recipes.store.fingerprint import foreign_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +43,17 @@ class Session:
         config = load_config(self.model_folder, trusted).get_text_config()
         tokenizer = load_tokenizer(self.model_folder, trusted)
         return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
+
+    def check_foreign(self) -> None:
+        """Raise ModelError where a model from elsewhere, if it is here, cannot score.
+
+        Else that would be found as it scores, some hours in.
+        """
+        from rlhf_recipes.models.reward_model import check_foreign
+
+        for name in dict.fromkeys(foreign_models(self.recipe)):
+            if is_path(name) or sources.model_repo(name).cached():
+                check_foreign(sources.model_folder(name, self.recipe), self.tokens)
 
     def data(self, table: DatasetTable) -> Data:
         """The rows of a [dataset] table, encoded and split."""
