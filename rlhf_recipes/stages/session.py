@@ -37,12 +37,13 @@ class Session:
     @cached_property
     def tokens(self) -> Tokens:
         from rlhf_recipes.data.tokens import settle
-        from rlhf_recipes.models.load import load_config, load_tokenizer
+        from rlhf_recipes.models.load import check_base, load_config, load_tokenizer
 
-        trusted = self.recipe.model.trust_remote_code
-        config = load_config(self.model_folder, trusted).get_text_config()
-        tokenizer = load_tokenizer(self.model_folder, trusted)
-        return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
+        model, folder = self.recipe.model, self.model_folder
+        config = load_config(folder, model.trust_remote_code)
+        check_base(config, model.quantization)
+        tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        return settle(tokenizer, config.get_text_config().vocab_size, model.chat_template)
 
     def check_foreign(self) -> None:
         """Raise ModelError where a model from elsewhere, if it is here, cannot score.
