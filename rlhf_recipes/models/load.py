@@ -105,10 +105,21 @@ def load_causal_lm(
     lm.shipped_generation_config = lm.generation_config
     lm.generation_config = GenerationConfig()
     lm.config.use_cache = True
+    without_router_logits(lm)
     # On a CPU a bfloat16 product with a slice of the hidden states, which is what `logits_to_keep`
     # gives the head, took 2.5 to 3.9 s where a contiguous one takes 0.06 s.
     lm.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     return lm.requires_grad_(False).eval()
+
+
+def without_router_logits(lm: PreTrainedModel) -> None:
+    """Have a mixture of experts return no router's logits unless it is asked in the call.
+
+    TRL's SFTTrainer switches them on in the config, and the loss that is then computed beside the
+    logits needs a mask of another size than PPO's.
+    """
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        lm.config.get_text_config().output_router_logits = False
 
 
 def load_reward_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -127,7 +138,7 @@ def empty(lm: PreTrainedModel) -> None:
 
 def new_head(lm: PreTrainedModel, *, bias: bool = False) -> nn.Linear:
     """A scalar head for `lm`, float32, N(0, 1/(d+1)) as in arXiv 2403.17031."""
-    size = lm.config.get_text_config().hidden_size
+    size = lm.get_output_embeddings().in_features  # OPT-350m's hidden states are projected
     head = nn.Linear(size, 1, bias=bias, device=lm.device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
     return head

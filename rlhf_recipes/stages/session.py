@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +98,8 @@ class Session:
             return load_causal_lm(self._whole(output), **words)
         lm = load_causal_lm(self.model_folder, **words)
         # The recipe says what the adapter is: a folder's own word may name files and modules.
-        lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **self.recipe.lora))
+        words = copy.deepcopy(self.recipe.lora)  # PEFT writes into it
+        lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **words))
         set_peft_model_state_dict(lm, load_file(output / ADAPTER))
         return lm.merge_and_unload()
 
