@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models.base import ADAPTER, HEAD, UNIT
-from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype, load_tokenizer
+from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype, load_config, load_tokenizer
 from rlhf_recipes.models.reward_model import read_unit
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import load_recipe
@@ -82,7 +86,16 @@ def write_model(session: Session, output: Path, folder: Path, *, form: str = "me
 
 
 def write_reward_model(session: Session, output: Path, folder: Path, *, form: str) -> None:
-    """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
+    """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation.
+
+    Raises UsageError, before anything is written, where transformers has no such class.
+    """
+    config = load_config(session.model_folder, session.recipe.model.trust_remote_code)
+    kinds = (type(config), type(config.get_text_config()))
+    known = any(kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING for kind in kinds)
+    if form == "merged" and not known:
+        what = f"transformers has no sequence classifier for a {config.model_type}"
+        raise UsageError(what, "--form adapter writes the adapter and its head")
     write_model(session, output, folder, form=form)
     if form == "adapter":
         for name in (HEAD, UNIT):

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from rlhf_recipes.data.tokens import encode
+from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models.reward_model import open_reward, read_unit
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.pipeline.export import write_model, write_reward_model
@@ -163,8 +168,12 @@ def whole_chain(name: str, data: Path, folder: Path) -> None:
     train(made)
     assert made.recipe.lora == lora  # else PEFT's ranks of experts would be in the stages' keys
     assert policy_apart(made, folder / "policy") < 1e-4
-    if name not in architectures.NO_CLASSIFIER:
-        assert reward_apart(made, folder / "reward") < 1e-4
+    if name in architectures.NO_CLASSIFIER:
+        with pytest.raises(UsageError, match=f"no sequence classifier for a {kind} .*--form adapt"):
+            reward_apart(made, folder / "reward-export")
+        assert not (folder / "reward-export").exists()
+    else:
+        assert reward_apart(made, folder / "reward-export") < 1e-4
 
 
 @peft_says
