@@ -1,9 +1,8 @@
 """The tokenizer contract and the one `encode()` that every stage takes its ids from.
 
 Settled once, before the first stage: a chat template, the end-of-turn token as EOS, and a pad token
-that is not EOS, lies in the vocabulary and stands in no row. Stock trainers each settle these for
-themselves, and their ids differ by a trailing newline that is then the token scored (TRL-facts 13
-and 27 in LOG.md).
+that has a row in the embedding. Stock trainers each settle these for themselves, and their ids
+differ by a trailing newline that is then the token scored (TRL-facts 27 in LOG.md).
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ THINK = "<think>"
 # What a template may take for the trial in `settle`; a useful one takes a ten-thousandth of it.
 TEMPLATE_SECONDS = 5
 TEMPLATE_BYTES = 2**30
+RESIZE = "give it a row for each token first: `resize_token_embeddings(len(tokenizer))`"
 OWN_TEMPLATE = 'chat_template = "plain" in [model] does without it'
 
 
@@ -69,6 +69,7 @@ class Tokens:
     eos_id: int
     pad_id: int
     specials: tuple[str, ...]
+    rows: int  # of the model's embedding
 
     def has_specials(self, text: str) -> bool:
         return any(special in text for special in self.specials)
@@ -80,10 +81,10 @@ class Tokens:
 def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = "own") -> Tokens:
     """Give `tokenizer` a template, EOS and pad, in place.
 
-    `template` is "own" or "plain". `vocabulary` is the number of rows of the model's embedding: a
-    pad id beyond it crashes `gather` in PPO. A template may be a stranger's program: transformers
-    sandboxes it, and here it is tried once, within limits of time and memory. Raises ModelError
-    where no token is free to pad with, or where the template fails the trial.
+    `template` is "own" or "plain". `vocabulary` is the number of rows of the model's embedding: an
+    id beyond it is an IndexError. A template may be a stranger's program: transformers sandboxes
+    it, and here it is tried once, within limits of time and memory. Raises ModelError where the
+    end of a turn is beyond the embedding, or where the template fails the trial.
     """
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if template == "own" and any(Path(name).name != name for name in named):
@@ -101,9 +102,13 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
         what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
         raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
     tokenizer.padding_side = "left"
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    specials = tuple(sorted({*tokenizer.all_special_tokens, *added}))
-    return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials)
+    specials = tuple(sorted(special_tokens(tokenizer)))
+    return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials, vocabulary)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return {*tokenizer.all_special_tokens, *added}
 
 
 def encode(tokens: Tokens, prompt: Messages, answer: Any = None) -> tuple[list, list]:
@@ -177,8 +182,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     mark = "ANSWER-ENDS-HERE"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     rest = render(tokenizer, turns).rpartition(mark)[2].lstrip()
-    added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    for token in sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True):
+    for token in sorted(special_tokens(tokenizer), key=len, reverse=True):
         if rest.startswith(token):
             return token
     if tokenizer.eos_token is None:
@@ -190,14 +194,18 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> str:
+    """A token with a row in the embedding: one that is free where there is one, else EOS.
+
+    EOS serves as well, for masks come from lengths (`models.sampling`), as TRL's collators make
+    them. GPT-2, Falcon and phi-2 have no other special token.
+    """
     vocab = tokenizer.get_vocab()
     used = render(tokenizer, [{"role": "user", "content": "?"}], add_generation_prompt=True)
     for token in (tokenizer.pad_token, *PAD_CANDIDATES):
         free = token in vocab and vocab[token] < vocabulary
         if free and token not in (tokenizer.eos_token, tokenizer.bos_token) and token not in used:
             return token
-    raise ModelError(
-        f"no token is free to pad with: {tokenizer.pad_token!r} is the end of a turn, stands in "
-        "the template, or lies beyond the vocabulary",
-        "set another `pad_token` in the model folder's tokenizer_config.json",
-    )
+    if (eos := vocab[tokenizer.eos_token]) >= vocabulary:
+        what = f"token {eos}, and the model's embedding has {vocabulary:,} rows"
+        raise ModelError(f"the end of a turn, {tokenizer.eos_token!r}, is {what}", RESIZE)
+    return tokenizer.eos_token

@@ -12,6 +12,7 @@ under the same `active`, so that a checkpointed layer recomputes under the adapt
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ class Base:
             # Enabling checkpointing hangs a hook here each time; DPOTrainer does so at every step.
             role.lm.get_input_embeddings()._forward_hooks.clear()
             role.lm.eval()
+            models.without_router_logits(role.lm)
             if role.adapter is not None:
                 for layer in self._layers:
                     layer._active_adapter = []
@@ -110,7 +112,8 @@ class Base:
                 models.empty(role.lm)
 
     def _add(self, name: str) -> None:
-        config = LoraConfig(task_type="CAUSAL_LM", **self.lora)
+        # PEFT writes the ranks of experts into what it is given, which is the recipe's.
+        config = LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(self.lora))
         if self.peft is None:
             self.peft = get_peft_model(self.lm, config, adapter_name=name)
             self._layers.extend(m for m in self.lm.modules() if isinstance(m, BaseTunerLayer))

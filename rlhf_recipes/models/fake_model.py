@@ -275,10 +275,9 @@ def sampling(tracker: Tracker, policy: Role, rows: int, lengths: Lengths) -> Ite
     read(lengths.prompt, lengths.prompt)
     yield tracker.most
     cache = read(lengths.row - 1, lengths.row - 1).past_key_values
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                tracker.move(tensor, CACHE)
+    for tensor in tree_leaves([vars(layer) for layer in cache.layers]):
+        if isinstance(tensor, torch.Tensor):
+            tracker.move(tensor, CACHE)
     tracker.begin()
     logits = read(1, lengths.row, cache).logits[:, -1].float()
     torch.multinomial(torch.softmax(logits / 0.7, -1), 1)

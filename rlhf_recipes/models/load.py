@@ -52,6 +52,20 @@ def load_config(source: str | Path, trusted: bool = False) -> Any:
     return AutoConfig.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
 
 
+def stored_bits(config: Any) -> str:
+    """How a checkpoint's own weights are stored: "4bit" or "8bit" by bitsandbytes, else "none"."""
+    about: Any = getattr(config, "quantization_config", None) or {}
+    return next((bits for bits in ("4bit", "8bit") if about.get(f"load_in_{bits}")), "none")
+
+
+def check_base(config: Any, quantization: str) -> None:
+    """Raise ModelError where a base model cannot be loaded as the recipe says."""
+    stored = stored_bits(config)
+    if stored != "none" and quantization not in ("none", stored):
+        what = f"the base model's weights are stored in {stored}, not in {quantization}"
+        raise ModelError(what, f'set quantization = "{stored}" in [model]; "none" unpacks them')
+
+
 def load_causal_lm(
     source: str | Path,
     *,
@@ -61,31 +75,51 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The base model, frozen, in eval mode, with nothing set that would bend sampling.
 
+    Weights that are stored in 4 or 8 bit stay so, or are unpacked where `quantization` is "none".
+
     Fields that a GenerationConfig leaves None are filled from the model's own: a model that ships
     `repetition_penalty` then answers under another distribution than the one PPO differentiates
     (ratio 0.978 at the first step, TRL-facts 12). So the model's own is put aside as
     `shipped_generation_config`, for export.
     """
     attention.use()
+    config = load_config(source, trusted)
+    check_base(config, quantization)
+    packed = stored_bits(config) != "none"
+    how = {} if packed else {"quantization_config": _quantization_config(quantization, dtype)}
     lm = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
-        quantization_config=_quantization_config(quantization, dtype),
         device_map={"": device()},
+        **how,
         **WEIGHTS,
         **SAFELY | {"trust_remote_code": trusted},
     )
-    _keep_autograd(lm)
+    if packed and quantization == "none":
+        lm = lm.dequantize(dtype)
+        lm._weight_conversions = None  # saving would undo how packed weights were read, and cannot
+    _compute_in(dtype, lm)
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # else a stage's result hangs on which stock trainer ran before it
     lm.shipped_generation_config = lm.generation_config
     lm.generation_config = GenerationConfig()
     lm.config.use_cache = True
+    without_router_logits(lm)
     # On a CPU a bfloat16 product with a slice of the hidden states, which is what `logits_to_keep`
     # gives the head, took 2.5 to 3.9 s where a contiguous one takes 0.06 s.
     lm.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     return lm.requires_grad_(False).eval()
+
+
+def without_router_logits(lm: PreTrainedModel) -> None:
+    """Have a mixture of experts return no router's logits unless it is asked in the call.
+
+    TRL's SFTTrainer switches them on in the config, and the loss that is then computed beside the
+    logits needs a mask of another size than PPO's.
+    """
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        lm.config.get_text_config().output_router_logits = False
 
 
 def load_reward_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -93,11 +127,6 @@ def load_reward_model(source: str | Path, *, dtype: torch.dtype) -> PreTrainedMo
     model = AutoModelForSequenceClassification.from_pretrained(
         source, dtype=dtype, device_map={"": device()}, **WEIGHTS, **SAFELY
     )
-    if model.config.num_labels != 1:
-        raise ModelError(
-            f"{source} gives {model.config.num_labels} numbers an answer, not one",
-            "name a reward model in `reward_model`: a sequence classifier with num_labels = 1",
-        )
     return model.requires_grad_(False).eval()
 
 
@@ -109,7 +138,7 @@ def empty(lm: PreTrainedModel) -> None:
 
 def new_head(lm: PreTrainedModel, *, bias: bool = False) -> nn.Linear:
     """A scalar head for `lm`, float32, N(0, 1/(d+1)) as in arXiv 2403.17031."""
-    size = lm.config.get_text_config().hidden_size
+    size = lm.get_output_embeddings().in_features  # OPT-350m's hidden states are projected
     head = nn.Linear(size, 1, bias=bias, device=lm.device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=(size + 1) ** -0.5)
     return head
@@ -135,11 +164,12 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def _keep_autograd(lm: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights in place on AVX512-BF16 processors.
+def _compute_in(dtype: torch.dtype, lm: PreTrainedModel) -> None:
+    """Have 4-bit layers compute in this dtype, and keep their gradients.
 
-    The first forward in eval mode does so, and the packed path has no gradient: LoRA parameters
-    with a gradient went 4, 8, 0, 0, 0 over five steps with evaluations between (TRL-facts 36).
+    On AVX512-BF16 processors bitsandbytes repacks weights in place in the first forward in eval
+    mode, and that path has no gradient: LoRA parameters with a gradient went 4, 8, 0, 0, 0 over
+    five steps with evaluations between (TRL-facts 36).
     """
     if not getattr(lm, "is_loaded_in_4bit", False):
         return
@@ -148,3 +178,4 @@ def _keep_autograd(lm: PreTrainedModel) -> None:
     for module in lm.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = dtype  # a packed checkpoint names its own

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.data.tokens import Tokens, special_tokens
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.models.base import HEAD, UNIT, Base
-from rlhf_recipes.models.load import load_reward_model, load_tokenizer, new_head
+from rlhf_recipes.models.load import load_config, load_reward_model, load_tokenizer, new_head
 from rlhf_recipes.models.role import Role
 
 
@@ -25,15 +26,38 @@ def open_reward(base: Base, output: Path) -> Role:
 def open_foreign(source: Path, base: Base, tokens: Tokens) -> Role:
     """A sequence classifier from elsewhere, held apart, scoring as it scores.
 
-    It is given the policy's ids, so its tokenizer must be the policy's. Raises ModelError else.
+    Raises ModelError as `check_foreign` does.
     """
-    if load_tokenizer(source).get_vocab() != tokens.tokenizer.get_vocab():
-        raise ModelError(
-            f"the reward model {source} has another tokenizer than the policy",
-            'name one that was trained on the same base, or train one: a "reward" stage',
-        )
+    check_foreign(source, tokens)
     model = load_reward_model(source, dtype=base.dtype)
     return Role(model, None, base.dtype).add_head(model.score.float())
+
+
+def check_foreign(source: Path, tokens: Tokens) -> None:
+    """Raise ModelError where a model from elsewhere cannot score the policy's ids.
+
+    Its tokenizer must have each of the policy's tokens under the same id. It may have special
+    tokens of its own, such as the "[PAD]" that scripts add: they are in no row. Its head must be
+    called `score` and give one number. No weights are read.
+    """
+    theirs = load_tokenizer(source)
+    own, other = tokens.tokenizer.get_vocab(), theirs.get_vocab()
+    extra = other.keys() - own.keys() - special_tokens(theirs)
+    known = {token for token, number in own.items() if number < tokens.rows}
+    if apart := sorted(extra | {token for token in known if other.get(token) != own[token]}):
+        raise ModelError(
+            f"the reward model {source} has another tokenizer than the policy: {apart[0]!r} is "
+            f"token {own.get(apart[0])} of the policy, {other.get(apart[0])} of the reward model",
+            'name one that was trained on the same base, or train one: a "reward" stage',
+        )
+    hint = "name a sequence classifier with num_labels = 1, made from a causal language model"
+    config = load_config(source)
+    if config.num_labels != 1:
+        raise ModelError(f"{source} gives {config.num_labels} numbers an answer, not one", hint)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    if not hasattr(model, "score"):
+        raise ModelError(f"{source}, a {type(model).__name__}, has no head called `score`", hint)
 
 
 def load_head(lm: PreTrainedModel, output: Path) -> nn.Linear:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.shapes import ALONE
-from rlhf_recipes.errors import RlhfRecipesError
+from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
@@ -46,6 +46,7 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
     try:
         if not any((session.model_folder / name).is_file() for name in TOKENIZER):
             return [Finding("note", "rows", "not looked at: the model's folder has no tokenizer")]
+        session.check_foreign()
         tables = {"": recipe.dataset}
         tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
         found = []
@@ -60,7 +61,8 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
                 ]
         return [*found, *_lacks(plan, session)]
     except RlhfRecipesError as error:
-        return [Finding("fault", "rows", error.message, error.hint.partition("; or the shapes")[0])]
+        about = "model" if isinstance(error, ModelError) else "rows"
+        return [Finding("fault", about, error.message, error.hint.partition("; or the shapes")[0])]
 
 
 def away(plan: Plan) -> str:

@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.models.base import ADAPTER, HEAD, UNIT
-from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype
+from rlhf_recipes.models.load import SAFELY, WEIGHTS, compute_dtype, load_config, load_tokenizer
 from rlhf_recipes.models.reward_model import read_unit
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import load_recipe
@@ -82,7 +86,16 @@ def write_model(session: Session, output: Path, folder: Path, *, form: str = "me
 
 
 def write_reward_model(session: Session, output: Path, folder: Path, *, form: str) -> None:
-    """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation."""
+    """A sequence classifier with one label; its config's `reward_unit` holds mean and deviation.
+
+    Raises UsageError, before anything is written, where transformers has no such class.
+    """
+    config = load_config(session.model_folder, session.recipe.model.trust_remote_code)
+    kinds = (type(config), type(config.get_text_config()))
+    known = any(kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING for kind in kinds)
+    if form == "merged" and not known:
+        what = f"transformers has no sequence classifier for a {config.model_type}"
+        raise UsageError(what, "--form adapter writes the adapter and its head")
     write_model(session, output, folder, form=form)
     if form == "adapter":
         for name in (HEAD, UNIT):
@@ -94,7 +107,24 @@ def write_reward_model(session: Session, output: Path, folder: Path, *, form: st
     )
     with torch.no_grad():
         model.score.weight.copy_(load_file(output / HEAD)["score.weight"])
+    if session.tokens.pad_id == session.tokens.eos_id:
+        _add_pad_token(model, folder)
     model.config.reward_unit = dict(zip(("mean", "std"), read_unit(output), strict=True))
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder)
+
+
+def _add_pad_token(model: PreTrainedModel, folder: Path) -> None:
+    """Give a classifier, and the tokenizer in `folder`, a pad token that is not EOS.
+
+    transformers scores at the last token that is not the pad token. Were that EOS, the score would
+    be at the token before it.
+    """
+    tokenizer, embedding = load_tokenizer(folder), model.get_input_embeddings().weight
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if len(tokenizer) > len(embedding):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.get_input_embeddings().weight.data[len(embedding) :] = 0.0
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.save_pretrained(folder)

@@ -173,6 +173,7 @@ def check(ahead: Ahead, screen: Screen) -> None:
 
     What they need goes into `ahead.needs`.
     """
+    ahead.session.check_foreign()
     whole, part = rehearsal.cost(ahead)
     _positions(ahead)
     if whole < rehearsal.SHORT:

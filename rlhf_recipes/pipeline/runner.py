@@ -79,10 +79,12 @@ def run(
     It is rehearsed first (see `rehearsal`), unless that would take as long as the run, or the stage
     at hand goes on from a checkpoint.
 
-    Raises BusyError where another process holds the run or a stage of it, unless it is to `wait`;
+    Raises UsageError where a launcher started several processes; BusyError where another process
+    holds the run or a stage of it, unless it is to `wait`;
     Interrupted on Ctrl-C and SIGTERM; MachineError where disk or memory give out; StageError (or
     the stage's own DataError, ModelError) where a stage fails.
     """
+    _alone()
     runs, name = layout.runs_folder(runs), run_name(recipe, name)
     folder, wanted = runs / name, _names_until(until, recipe)
     waiting = functools.partial(print, file=sys.stderr) if wait else None
@@ -369,6 +371,15 @@ class _Run:
         }
 
 
+def _alone() -> None:
+    """Raise UsageError in one of a launcher's processes: accelerate would wait for the others."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            message = f"{name} is {os.environ[name]}: a run is one process, on one card"
+            hint = "start it without accelerate, torchrun or mpirun, or unset that variable"
+            raise errors.UsageError(message, hint)
+
+
 def _share_cores() -> None:
     """Where other processes are busy, let threads that wait sleep: to be called before torch loads.
 
@@ -382,6 +393,7 @@ def _share_cores() -> None:
 
 def rehearsed(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> list[Rehearsed]:
     """What each of these stages took in a rehearsal."""
+    _alone()
     run = _Run(plan, screen, fresh=False, wait=False)
     with screen.quiet():
         from rlhf_recipes.pipeline import rehearsal

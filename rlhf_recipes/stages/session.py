@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.recipe.tables import is_path
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources import trust
+from rlhf_recipes.store.fingerprint import foreign_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,12 +38,24 @@ class Session:
     @cached_property
     def tokens(self) -> Tokens:
         from rlhf_recipes.data.tokens import settle
-        from rlhf_recipes.models.load import load_config, load_tokenizer
+        from rlhf_recipes.models.load import check_base, load_config, load_tokenizer
 
-        trusted = self.recipe.model.trust_remote_code
-        config = load_config(self.model_folder, trusted).get_text_config()
-        tokenizer = load_tokenizer(self.model_folder, trusted)
-        return settle(tokenizer, config.vocab_size, self.recipe.model.chat_template)
+        model, folder = self.recipe.model, self.model_folder
+        config = load_config(folder, model.trust_remote_code)
+        check_base(config, model.quantization)
+        tokenizer = load_tokenizer(folder, model.trust_remote_code)
+        return settle(tokenizer, config.get_text_config().vocab_size, model.chat_template)
+
+    def check_foreign(self) -> None:
+        """Raise ModelError where a model from elsewhere, if it is here, cannot score.
+
+        Else that would be found as it scores, some hours in.
+        """
+        from rlhf_recipes.models.reward_model import check_foreign
+
+        for name in dict.fromkeys(foreign_models(self.recipe)):
+            if is_path(name) or sources.model_repo(name).cached():
+                check_foreign(sources.model_folder(name, self.recipe), self.tokens)
 
     def data(self, table: DatasetTable) -> Data:
         """The rows of a [dataset] table, encoded and split."""
@@ -83,7 +98,8 @@ class Session:
             return load_causal_lm(self._whole(output), **words)
         lm = load_causal_lm(self.model_folder, **words)
         # The recipe says what the adapter is: a folder's own word may name files and modules.
-        lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **self.recipe.lora))
+        words = copy.deepcopy(self.recipe.lora)  # PEFT writes into it
+        lm = get_peft_model(lm, LoraConfig(task_type="CAUSAL_LM", **words))
         set_peft_model_state_dict(lm, load_file(output / ADAPTER))
         return lm.merge_and_unload()
 

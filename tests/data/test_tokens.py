@@ -1,4 +1,4 @@
-"""The tokenizer contract: end of turn as EOS, a pad that is free, one `encode()`."""
+"""The tokenizer contract: end of turn as EOS, a pad with a row, one `encode()`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from rlhf_recipes.data.tokens import encode, settle
 from rlhf_recipes.errors import ModelError
+from tests.helpers.architectures import VOCABULARY, byte_tokenizer
 
 pytestmark = pytest.mark.train
 
@@ -49,10 +50,10 @@ def test_a_base_model_gets_a_plain_template_of_tokens_it_has(tiny_model: Path) -
     assert encode(plain, ASK, "blue dog") == (prompt, answer)
 
 
-def test_no_free_pad_is_an_error_that_says_where_to_set_one(tiny_model: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with pytest.raises(ModelError, match="no token is free to pad with.*tokenizer_config.json"):
-        settle(tokenizer, 0)  # every id lies beyond a vocabulary of nothing
+def test_an_end_of_turn_beyond_the_embedding_is_an_error_that_counts_its_rows() -> None:
+    said = "is token 256, and the model's embedding has 256 rows .*resize_token_embeddings"
+    with pytest.raises(ModelError, match=said):
+        settle(byte_tokenizer(), 256)
 
 
 def test_ids_are_the_prompts_and_the_answers_that_ppo_would_join(tiny_model: Path) -> None:
@@ -64,3 +65,21 @@ def test_ids_are_the_prompts_and_the_answers_that_ppo_would_join(tiny_model: Pat
     assert answer[-1] == tokens.eos_id and tokens.eos_id not in answer[:-1]
     assert encode(tokens, ASK)[0] == prompt
     assert tokens.has_specials("a <|im_start|> b") and not tokens.has_specials("im_start")
+
+
+def test_where_eos_is_the_only_special_token_it_is_padded_with() -> None:
+    """As GPT-2, Falcon and phi-2 ship it; or with a pad token of its own that is EOS."""
+    for words in ({}, {"pad_token": "<|endoftext|>"}):
+        tokens = settle(byte_tokenizer(**words), VOCABULARY)
+        assert tokens.eos_id == tokens.pad_id == 256
+        prompt, answer = encode(tokens, ASK, "blue")
+        assert 256 not in prompt and answer.count(256) == 1 and answer[-1] == 256
+
+
+def test_a_pad_token_without_a_row_in_the_embedding_is_not_used() -> None:
+    """As scripts leave it that add "[PAD]" and do not resize the model."""
+    tokens = settle(byte_tokenizer(pad_token="[PAD]"), VOCABULARY)
+    assert tokens.tokenizer.get_vocab()["[PAD]"] == 257 == VOCABULARY
+    assert tokens.eos_id == tokens.pad_id == 256
+    assert tokens.has_specials("a [PAD] b")  # such rows are dropped: that id has no row
+    assert settle(byte_tokenizer(pad_token="[PAD]"), VOCABULARY + 1).pad_id == 257  # resized

@@ -476,3 +476,16 @@ def test_threads_sleep_as_they_wait_where_others_are_busy(
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
     runner._share_cores()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_one_of_a_launcher_s_processes_is_refused_at_once(
+    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """accelerate would wait for the other processes for ever."""
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UsageError, match=f"{name} is 2: a run is one process.*torchrun") as caught:
+        go(toy(tmp_path))
+    assert caught.value.exit_code == 2 and count.ran == [] and not (tmp_path / "runs").exists()
+    monkeypatch.setenv(name, "1")
+    assert len(go(toy(tmp_path)).stages) == 4

@@ -1,0 +1,189 @@
+"""The whole chain on tiny models of other architectures, and with other tokenizers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from rlhf_recipes.data.tokens import encode
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.models.reward_model import open_reward, read_unit
+from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.pipeline.export import write_model, write_reward_model
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages import sft
+from tests.helpers import architectures
+from tests.helpers.chains import Chain, adapter, differs
+from tests.helpers.tiny import RECIPE
+
+pytestmark = pytest.mark.train
+# PEFT finds out by itself how GPT-2 stores its weights, and says so of each layer. It also names
+# ranks for a mixture's experts, which are no linear layers and get no adapter.
+peft_says = pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to False:UserWarning",
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning",
+)
+
+# Two steps a stage; a letter is a token.
+SHORT = [
+    "dataset.max_prompt_tokens=64",
+    "dataset.max_answer_tokens=32",
+    "sft.max_steps=2",
+    "reward.max_steps=2",
+    "ppo.num_ppo_epochs=1",
+    "ppo.minimum_accuracy=0",
+]
+WITH_DPO = ['stages=["sft", "reward", "ppo", "dpo"]', "dpo.max_steps=2", "dpo.policy=sft"]
+WITH_DPO += ["dpo.per_device_train_batch_size=8"]
+ROWS = [("red cat", "blue dog"), ("green", "red green blue grey"), ("black fox", "ox")]
+
+
+def chain(model: Path, data: Path, folder: Path, *words: str) -> Chain:
+    """A chain of stages on the model, in `folder`."""
+    file = folder / "tiny.toml"
+    file.write_text(RECIPE.format(model=model, data=data))
+    return Chain(load_recipe(file, set=[*SHORT, *words]), folder)
+
+
+def train(chain: Chain) -> Chain:
+    """SFT, reward and PPO."""
+    chain.run("sft", {})
+    chain.run("reward", {"policy": "sft"})
+    chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
+    return chain
+
+
+def rows_of(chain: Chain) -> list[tuple[list[int], list[int]]]:
+    tokens = chain.session.tokens
+    return [encode(tokens, [{"role": "user", "content": p}], a) for p, a in ROWS]
+
+
+def padded(tokenizer: Any, rows: list[tuple[list[int], list[int]]]) -> Any:
+    """As somebody else's script pads a batch of prompts and answers."""
+    return tokenizer.pad({"input_ids": [p + a for p, a in rows]}, return_tensors="pt")
+
+
+def policy_apart(chain: Chain, folder: Path) -> float:
+    """How far the logits of the merged export are from those of the run's policy."""
+    write_model(chain.session, chain.outputs["ppo"], folder)
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy, apart = chain.session.base.open("policy", chain.outputs["ppo"], seed=0), 0.0
+    for prompt, answer in rows_of(chain):
+        ids = torch.tensor([prompt + answer])
+        with policy.active(), torch.no_grad():
+            apart = max(apart, (policy.lm(ids).logits - lm(ids).logits).abs().max().item())
+    chain.session.base.close(policy)
+    return apart
+
+
+def reward_apart(chain: Chain, folder: Path) -> float:
+    """How far the scores of the exported reward model are from those that PPO saw."""
+    write_reward_model(chain.session, chain.outputs["reward"], folder, form="merged")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, rows = AutoTokenizer.from_pretrained(folder), rows_of(chain)
+    with torch.no_grad():
+        theirs = model(**padded(tokenizer, rows)).logits[:, 0]
+    reward = open_reward(chain.session.base, chain.outputs["reward"])
+    ours = score_ids(reward, rows, chain.session.tokens.pad_id, 3)
+    chain.session.base.close(reward)
+    mean, std = read_unit(chain.outputs["reward"])
+    return (ours * std + mean - theirs).abs().max().item()
+
+
+# ---- padding with EOS
+
+
+@pytest.fixture
+def gpt2(tiny_pairs: Path, tmp_path: Path) -> Chain:
+    model = architectures.save(tmp_path / "gpt2", "gpt2", **architectures.GPT)
+    return chain(model, tiny_pairs, tmp_path)
+
+
+@peft_says
+@pytest.mark.parametrize("pad", [{}, {"pad_token": "[PAD]"}], ids=["as it is", "[PAD] added"])
+def test_gpt2_trains_and_is_exported(gpt2: Chain, tmp_path: Path, pad: dict[str, str]) -> None:
+    """No token of its tokenizer is free to pad with, or one that has no row in the embedding."""
+    architectures.byte_tokenizer(**pad).save_pretrained(gpt2.recipe.model.folder)
+    train(gpt2)
+    gpt2.evaluate({"sft": "sft", "ppo": "ppo"})
+    assert policy_apart(gpt2, tmp_path / "policy") < 1e-4
+    assert reward_apart(gpt2, tmp_path / "reward") < 1e-4
+
+
+@peft_says
+def test_what_pads_changes_nothing_that_is_learned(
+    gpt2: Chain, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    """EOS, or a letter that is in no row: the same bytes of every stage, DPO and evaluation too."""
+    (tmp_path / "letter").mkdir()
+    model = tmp_path / "letter" / "gpt2"
+    architectures.save(model, "gpt2", **architectures.GPT)
+    architectures.byte_tokenizer(pad_token="!").save_pretrained(model)
+    letter = chain(model, tiny_pairs, tmp_path / "letter", *WITH_DPO)
+    eos = chain(gpt2.recipe.model.folder, tiny_pairs, tmp_path, *WITH_DPO)
+    assert letter.session.tokens.pad_id == 0 and eos.session.tokens.pad_id == 256
+    results = []
+    for one in (eos, letter):
+        train(one).run("dpo", {"policy": "sft"})
+        results.append(one.evaluate({"sft": "sft", "ppo": "ppo", "dpo": "dpo"}).metrics)
+    assert results[0] == results[1]
+    for stage in ("sft", "reward", "ppo", "dpo"):
+        assert not differs(adapter(eos.outputs[stage]), adapter(letter.outputs[stage]))
+
+
+@peft_says
+def test_eos_is_learned_where_it_is_the_pad_too(gpt2: Chain, monkeypatch: Any) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    step = sft.Trainer.training_step
+
+    def spy(self: Any, model: Any, inputs: dict[str, torch.Tensor], *rest: Any) -> Any:
+        seen.append({name: inputs[name].clone() for name in ("input_ids", "labels")})
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(sft.Trainer, "training_step", spy)
+    gpt2.run("sft", {})
+    for batch in seen:
+        learned = batch["labels"] == 256
+        assert learned.sum(1).tolist() == [1] * len(learned)  # one a row, whatever pads it
+        assert batch["input_ids"][learned].tolist() == [256] * len(learned)
+    assert any((batch["input_ids"] == 256).sum() > len(batch["labels"]) for batch in seen)
+
+
+# ---- the whole chain on each architecture
+
+
+def whole_chain(name: str, data: Path, folder: Path) -> None:
+    kind, settings = architectures.ARCHITECTURES[name]
+    made = chain(architectures.save(folder / name, kind, **settings), data, folder)
+    lora = copy.deepcopy(made.recipe.lora)
+    train(made)
+    assert made.recipe.lora == lora  # else PEFT's ranks of experts would be in the stages' keys
+    assert policy_apart(made, folder / "policy") < 1e-4
+    if name in architectures.NO_CLASSIFIER:
+        with pytest.raises(UsageError, match=f"no sequence classifier for a {kind} .*--form adapt"):
+            reward_apart(made, folder / "reward-export")
+        assert not (folder / "reward-export").exists()
+    else:
+        assert reward_apart(made, folder / "reward-export") < 1e-4
+
+
+@peft_says
+@pytest.mark.parametrize("name", architectures.SAMPLE)
+def test_the_whole_chain_on_a_sample(name: str, tiny_pairs: Path, tmp_path: Path) -> None:
+    whole_chain(name, tiny_pairs, tmp_path)
+
+
+@peft_says
+@pytest.mark.torture
+@pytest.mark.parametrize("name", sorted(set(architectures.ARCHITECTURES) - {*architectures.SAMPLE}))
+def test_the_whole_chain_on_the_others(name: str, tiny_pairs: Path, tmp_path: Path) -> None:
+    whole_chain(name, tiny_pairs, tmp_path)

@@ -1,0 +1,96 @@
+"""Reward models from elsewhere: who may score, and who is refused before anything is trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from rlhf_recipes.data.tokens import Tokens, settle
+from rlhf_recipes.errors import ModelError
+from rlhf_recipes.models.reward_model import check_foreign, open_foreign
+from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.pipeline.data_lint import data_lint
+from rlhf_recipes.pipeline.plan import plan_run
+from rlhf_recipes.pipeline.runner import run
+from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.session import Session
+from tests.helpers.architectures import COMMON, GPT, VOCABULARY, byte_tokenizer
+from tests.helpers.roles import make_base
+
+pytestmark = pytest.mark.train
+
+ROWS = [([1, 2, 3], [4, 256]), ([5], [6, 7, 8, 256])]
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    return settle(byte_tokenizer(), VOCABULARY)
+
+
+def classifier(
+    folder: Path, kind: str, labels: int = 1, rows: int = VOCABULARY, **pad: str
+) -> Path:
+    """A random sequence classifier, and its tokenizer."""
+    config = AutoConfig.for_model(kind, **COMMON | GPT | {"vocab_size": rows}, num_labels=labels)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    byte_tokenizer(**pad).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY + 1], ids=["as it was", "resized"])
+def test_a_pad_token_that_a_script_added_leaves_the_tokenizer_the_same(
+    tiny_model: Path, tokens: Tokens, tmp_path: Path, rows: int
+) -> None:
+    """As TRL's own scripts add it: in no row, for the policy's tokenizer has none such."""
+    folder = classifier(tmp_path / "reward", "gpt2", rows=rows, pad_token="[PAD]")
+    reward = open_foreign(folder, make_base(tiny_model), tokens)
+    found = score_ids(reward, ROWS, tokens.pad_id, 2)
+    alone = [score_ids(reward, [row], tokens.pad_id, 1).item() for row in ROWS]
+    assert found.tolist() == pytest.approx(alone, abs=1e-5) and found[0] != found[1]
+
+
+def test_a_pad_token_of_the_policy_alone_is_another_tokenizer(tmp_path: Path) -> None:
+    """The policy may sample it, and the reward model has no row for it."""
+    folder = classifier(tmp_path / "reward", "gpt2")
+    resized = settle(byte_tokenizer(pad_token="[PAD]"), VOCABULARY + 1)
+    said = r"another tokenizer than the policy: '\[PAD\]' is token 257 of the policy, None of the"
+    with pytest.raises(ModelError, match=said):
+        check_foreign(folder, resized)
+    check_foreign(folder, settle(byte_tokenizer(pad_token="[PAD]"), VOCABULARY))  # not sampled
+
+
+def test_who_gives_two_numbers_or_has_another_head_is_refused(
+    tokens: Tokens, tmp_path: Path
+) -> None:
+    two = classifier(tmp_path / "two", "gpt2", labels=2)
+    with pytest.raises(ModelError, match="two gives 2 numbers an answer, not one .*num_labels = 1"):
+        check_foreign(two, tokens)
+    bert = classifier(tmp_path / "bert", "bert")
+    with pytest.raises(ModelError, match="a BertForSequenceClassification, has no head called `sc"):
+        check_foreign(bert, tokens)
+
+
+def test_who_cannot_score_is_refused_by_plan_and_before_the_first_stage(
+    tiny_model: Path, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = classifier(tmp_path / "bert", "bert", rows=32)
+    shutil.copytree(
+        tiny_model,
+        folder,
+        ignore=lambda *_: ["config.json", "model.safetensors"],
+        dirs_exist_ok=True,
+    )
+    words = ['stages=["sft", "ppo"]', f"ppo.reward_model={folder}"]
+    recipe, runs = load_recipe(tiny_recipe, set=words), tmp_path / "runs"
+    plan = plan_run(recipe, runs)
+    [finding] = data_lint(plan, Session(recipe, plan.model))
+    assert (finding.level, finding.about) == ("fault", "model")
+    assert "has no head called `score`" in finding.text
+    with pytest.raises(ModelError, match="has no head called `score`"):
+        run(recipe, runs=runs)
+    assert list((runs / ".stages").glob("sft-*")) == []
