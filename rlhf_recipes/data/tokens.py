@@ -8,10 +8,12 @@ differ by a trailing newline that is then the token scored (TRL-facts 27 in LOG.
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -49,6 +51,8 @@ PAD_CANDIDATES = (
 
 
 THINK = "<think>"
+NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+TODAY = date(2024, 7, 26)  # as Llama's templates have it where they are not told the date
 
 # What a template may take for the trial in `settle`; a useful one takes a ten-thousandth of it.
 TEMPLATE_SECONDS = 5
@@ -137,11 +141,19 @@ def _written(tokens: Tokens, prompt: Messages, before: str, turn: dict[str, str]
     thoughts = next(text for name, text in turn.items() if name not in ("role", "content"))
     if not whole.startswith(before) or thoughts.strip() not in whole:
         raise TemplateError("it has no place for an answer's thoughts")
-    return whole[len(before) :].rpartition(tokens.tokenizer.eos_token)[0]
+    said, text = whole[len(before) :], turn["content"].strip()
+    return said[: said.rindex(text) + len(text)]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Messages, **words: Any) -> str:
-    """The text of a conversation by the model's template; TemplateError where it fails on these."""
+    """The text of a conversation by the model's template; TemplateError where it fails on these.
+
+    A template that writes today's date writes TODAY: a run over midnight, a resumed one and a
+    cached stage see the same prompts.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "strftime_now" in template:
+        words["chat_template"] = NOW.sub(lambda call: repr(TODAY.strftime(call[2])), template)
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **words)
     except (TemplateError, MemoryError):

@@ -11,7 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.data.rows import answered
 from rlhf_recipes.data.shapes import ALONE
+from rlhf_recipes.data.tokens import THINK, TODAY, render
 from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.sources import mirror
@@ -56,6 +58,7 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
             if not place:
                 found += [
                     *_marked(data),
+                    *_template(data, session.tokens),
                     *_leaks(data, session.tokens),
                     *_shown(data, session.tokens),
                 ]
@@ -166,6 +169,23 @@ def _marked(data: Data) -> Found:
         text = f"{len(marked):,} of {len(rows):,} prompts hold a template's marks"
         change = f"give turns alone, not {_cut(marked[0], 60)!r}: the model's template is added"
         yield Finding("doubt", "markup", text, change)
+
+
+def _template(data: Data, tokens: Tokens) -> Found:
+    """What the model's template writes into prompts that a person may not expect."""
+    template = str(tokens.tokenizer.chat_template)
+    if "strftime_now" in template:
+        text = f"the template writes the day's date; here it is always {TODAY:%d %b %Y}"
+        yield Finding("note", "template", text)
+    rows = answered(_all(data))[:LOOKED]
+    asked = [{"role": "user", "content": "?"}]
+    if rows and render(tokens.tokenizer, asked, add_generation_prompt=True).rstrip().endswith(
+        THINK
+    ):
+        endless = sum("</think>" not in tokens.tokenizer.decode(e.chosen_ids or []) for e in rows)
+        text = f"the template begins {THINK}, and {endless:,} of {len(rows):,} answers never end it"
+        change = 'answers with their thoughts; or chat_template = "plain" in [model]'
+        yield _noted(endless > 0, "template", text, change)
 
 
 def _leaks(data: Data, tokens: Tokens) -> Found:

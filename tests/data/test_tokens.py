@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from rlhf_recipes.data.tokens import encode, settle
+from rlhf_recipes.data.tokens import encode, render, settle
 from rlhf_recipes.errors import ModelError
 from tests.helpers.architectures import VOCABULARY, byte_tokenizer
+from tests.helpers.tiny import TEMPLATE
 
 pytestmark = pytest.mark.train
 
@@ -54,6 +57,35 @@ def test_an_end_of_turn_beyond_the_embedding_is_an_error_that_counts_its_rows() 
     said = "is token 256, and the model's embedding has 256 rows .*resize_token_embeddings"
     with pytest.raises(ModelError, match=said):
         settle(byte_tokenizer(), 256)
+
+
+def test_a_template_s_date_is_the_same_on_every_day(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    settle(tokenizer, 32)
+    assert render(tokenizer, ASK) == "26 Jul 2024 red cat"
+
+
+THOUGHTS = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+THOUGHTFUL = TEMPLATE.replace("{{ m['content'] }}", THOUGHTS + "{{ m['content'] }}")
+
+
+def test_thoughts_are_written_as_the_template_writes_them_and_begun_once() -> None:
+    def said(template: str, answer: Any) -> str:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        tokens = settle(tokenizer, VOCABULARY)
+        _, ids = encode(tokens, ASK, answer)
+        assert ids[-1] == tokens.eos_id and tokens.eos_id not in ids[:-1]
+        return tokenizer.decode(ids[:-1])
+
+    turn = {"role": "assistant", "content": "blue", "reasoning_content": "hm"}
+    assert said(THOUGHTFUL, turn) == "<think>\nhm\n</think>\n\nblue"
+    assert said(THOUGHTFUL, "blue") == "blue"
+    begun = THOUGHTFUL.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    assert said(begun, "<think>\nhm\n</think>blue") == "hm\n</think>blue"
+    with pytest.raises(TemplateError, match="no place for an answer's thoughts"):
+        said(TEMPLATE, turn)
 
 
 def test_ids_are_the_prompts_and_the_answers_that_ppo_would_join(tiny_model: Path) -> None:

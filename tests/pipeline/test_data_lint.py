@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages.session import Session
 from tests.helpers.counting import toy
-from tests.helpers.tiny import RECIPE, WORDS
+from tests.helpers.tiny import RECIPE, TEMPLATE, WORDS
 
 pytestmark = pytest.mark.train
 
@@ -166,3 +167,39 @@ def test_stages_that_find_no_rows(look: Lint) -> None:
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     (line,) = linted(plan_run(load_recipe(toy(tmp_path)), tmp_path / "runs"))
     assert line.text == "not looked at: the model's folder has no tokenizer"
+
+
+def test_how_rows_were_read_is_said(look: Lint) -> None:
+    rows = [{"question": row.pop("prompt"), "source": "web", **row} for row in map(dict, PAIRS)]
+    assert look.about("read", rows) == [
+        ("note", "columns: prompt from question"),
+        ("note", "columns that are not used: source"),
+    ]
+
+
+def test_prompts_whose_answers_nobody_named(look: Lint) -> None:
+    rows = [{"prompt": r["prompt"], "good_one": "red cat", "bad_one": "blue"} for r in PAIRS]
+    fault = look(rows)[-1]
+    assert (fault.level, fault.text) == ("fault", "none for sft, reward")
+    named = 'chosen = "good_one", prompt = "prompt", rejected = "bad_one"'
+    assert fault.change.startswith(f"--set 'dataset.columns={{{named}}}'")
+
+
+def test_marks_of_another_template(look: Lint) -> None:
+    rows = [{**row, "prompt": f"[INST] {row['prompt']} [/INST]"} for row in PAIRS]
+    assert look.about("markup", rows) == [
+        ("doubt", "256 of 256 prompts hold a template's marks"),
+    ]
+
+
+def test_what_a_template_writes_by_itself(look: Lint, tmp_path: Path) -> None:
+    model = shutil.copytree(look.model, tmp_path / "other")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    template = TEMPLATE.replace("assistant\n", "assistant {{ strftime_now('%d') }} <think>\n")
+    (model / "chat_template.jinja").write_text(template)
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    other = Lint(model, tmp_path)
+    assert other.about("template", PAIRS) == [
+        ("note", "the template writes the day's date; here it is always 26 Jul 2024"),
+        ("doubt", "the template begins <think>, and 256 of 256 answers never end it"),
+    ]
