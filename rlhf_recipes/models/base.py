@@ -1,4 +1,4 @@
-"""One frozen base with named adapters, and every adapter switch; `passes.py` runs them.
+"""One frozen base with named adapters, and every adapter switch; `role.py` runs them.
 
 With LoRA the policy, the reference, the reward model and the value model are adapters on the same
 base: `Base.open` adds one and hands out a `Role` that sees the base through it. With `lora = false`
@@ -30,7 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rlhf_recipes.errors import lost
+from rlhf_recipes.errors import ModelError, lost
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.lean_lora import LeanLora
 from rlhf_recipes.models.role import Role
@@ -112,6 +112,8 @@ class Base:
                 models.empty(role.lm)
 
     def _add(self, name: str) -> None:
+        if self.peft is None:
+            _check_targets(self.lm, self.lora["target_modules"])
         # PEFT writes the ranks of experts into what it is given, which is the recipe's.
         config = LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(self.lora))
         if self.peft is None:
@@ -143,3 +145,16 @@ class Base:
             (folder / "adapter_config.json").write_text(text)
         if role.score is not None:
             save_file({"score.weight": role.score.weight.data.contiguous()}, folder / HEAD)
+
+
+def _check_targets(lm: PreTrainedModel, targets: Any) -> None:
+    """Raise ModelError where a name of `target_modules` is none of the model: PEFT passes over it,
+    as long as there is another."""
+    if isinstance(targets, str):
+        return
+    names = [name for name, _ in lm.named_modules()]
+    gone = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+    if gone:
+        linear = {n.split(".")[-1] for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
+        what = f"lora.target_modules names {', '.join(gone)}, and the model has no such layer"
+        raise ModelError(what, f"its linear layers are {', '.join(sorted(linear))}")

@@ -1,16 +1,13 @@
-"""The forward passes of roles: `score`, `values`, `logits`, `logprobs`, and two in one."""
+"""A role of the base model, and its forward passes: `score`, `values`, `logits`, `logprobs`, and
+two in one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-if TYPE_CHECKING:
-    from rlhf_recipes.models.role import Role
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel

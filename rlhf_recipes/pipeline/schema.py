@@ -79,7 +79,8 @@ def comments() -> dict[str, dict[str, str]]:
 
 
 def entry(field: Field, said: str) -> dict[str, Any]:
-    kinds = [TYPES[kind] | RANGES.get(field.range, {}) for kind in field.types]
+    types = (*field.types, "str") if [*field.types] == ["list[str]"] else field.types  # one of it
+    kinds = [TYPES[kind] | RANGES.get(field.range, {}) for kind in types]
     if field.choices:
         allowed = {"enum": list(field.choices)}
         kinds = [kind | {"items": allowed} if "items" in kind else allowed for kind in kinds]

@@ -144,8 +144,9 @@ class Checker:
         elif not isdir(folder):
             self.problem(key, f"no such folder: {folder}")
         elif not isfile(folder / "config.json"):
-            adapter = isfile(folder / "adapter_config.json")
-            what = "an adapter, not a whole model" if adapter else "no model: it has no config.json"
+            what = "no model: it has no config.json"
+            if isfile(folder / "adapter_config.json"):
+                what = "an adapter, not a whole model: name what its merge_and_unload() saves"
             self.problem(key, f"{folder} is {what}")
 
     def revision(self, values: dict[str, Any], at: Key) -> None:
@@ -244,6 +245,11 @@ class Checker:
 
     def targets(self, targets: str | list[str], key: Key) -> None:
         hit = []
+        if targets in ("all", ["all"], ["all-linear"]):
+            self.problem(key, 'all layers are "all-linear", without brackets')
+        elif isinstance(targets, str) and re.fullmatch(r"\s*\w+(\s*,\s*\w+)+\s*", targets):
+            names = ", ".join(f'"{name.strip()}"' for name in targets.split(","))
+            self.problem(key, f"names are a list: [{names}]")
         if isinstance(targets, list):
             hit = [t for t in targets if t.split(".")[-1] in VOCABULARY.split()]
         elif pattern := self.pattern(targets, key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ NEEDED_BY_SCHEDULERS = {
     "cosine_warmup_with_min_lr": "min_lr or min_lr_rate",
     "warmup_stable_decay": "num_decay_steps",
 }
+# The modules that optimizers and reporters are in, by how their names begin.
+PACKAGES = dict.fromkeys("adamw_torch_4bit adamw_torch_8bit".split(), "torchao")
+PACKAGES |= {"adamw_anyprecision": "torchdistx", "schedule_free": "schedulefree"}
+PACKAGES |= {
+    "adamw_torch_xla": "torch_xla",
+    "adamw_torch_npu": "torch_npu",
+    "stable_adamw": "optimi",
+}
+PACKAGES |= {"azure_ml": "azureml", "flyte": "flytekit", "tensorboard": "tensorboard"}
+_SAME = "mlflow neptune trackio wandb codecarbon clearml dagshub dvclive swanlab comet_ml kubeflow"
+PACKAGES |= {name: name for name in f"{_SAME} grokadamw".split()}
 # DPOTrainer raises for the others.
 LOSSES_OF_DIVERGENCES = {*"sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()}
 
@@ -113,6 +125,9 @@ class StageChecker(Checker):
             self.problem(key, f'"{named}" is of kind {self.kinds[named]}, not {wanted}')
         elif named in stages and named not in able:
             self.problem(key, f'"{named}" does not come before "{name}" in stages')
+        elif named not in able and tables.is_path(named):
+            what = f"is a stage's name; for what is in {named}, merge it into its base"
+            self.problem(key, f'{what} and say model.name = "./the-merged-folder"')
         elif named not in able:
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
@@ -191,6 +206,13 @@ def _clashes(options: Values, extras: Values) -> Iterator[tuple[str, str]]:
     if words and words.get("use_reentrant") is not False:
         what = "must hold use_reentrant = false: else no gradient passes a frozen base"
         yield "gradient_checkpointing_kwargs", what
+    reporters = options["report_to"]
+    for key, name in [("optim", options["optim"])] + [
+        ("report_to", one) for one in ([reporters] if isinstance(reporters, str) else reporters)
+    ]:
+        package = next((p for start, p in PACKAGES.items() if name.startswith(start)), "")
+        if package and find_spec(package) is None:
+            yield key, f'"{name}" needs the package {package}, which is not installed'
     if not all("=" in part for part in (options["optim_args"] or "=").split(",")):
         yield "optim_args", 'must be "name=value", with commas between several'
     if "f_divergence_type" in options:  # DPO

@@ -73,6 +73,8 @@ class Field:
 
     def check(self, value: Any) -> tuple[Any, str]:
         """The value (a whole number made a float where the field is one), and what is wrong."""
+        if isinstance(value, str) and [*self.types] == ["list[str]"]:
+            value = [value]  # one of a list, as TRL takes it
         if not self._fits(value):
             quoted = isinstance(value, str) and self._fits(parse_value(value))
             hint = " (leave out the quotes)" if quoted else ""

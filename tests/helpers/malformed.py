@@ -61,6 +61,13 @@ ROWS = {
     + sft.lr_scheduler_type = "warmup_stable_decay" | 2 sft.lr_scheduler_kwargs: num_decay_steps
     + sft.gradient_checkpointing_kwargs = { use_reentrant = true } | use_reentrant = false
     + sft.optim_args = "a=1,b" | "name=value"
+    + sft.optim = "grokadamw" | needs the package grokadamw
+    + ppo.report_to = "dagshub" | needs the package dagshub
+    + reward.report_to = ["tensorboard", "dvclive"] | needs the package dvclive
+    + ppo.policy = "./adapter" | merge it into its base
+    + lora.target_modules = "q_proj, v_proj" | ["q_proj", "v_proj"]
+    + lora.target_modules = "all" | "all-linear"
+    + lora.target_modules = ["all-linear"] | without brackets
     stages = ["sft", "dpo"]; dpo.loss_type = [] | names no loss
     stages = ["sft", "dpo"]; dpo.loss_weights = [1, 2] | one for each loss
     stages = ["sft", "dpo"]; dpo.loss_type = ["robust"]; dpo.label_smoothing = 0.5 | below 0.5

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_recipes.errors import ModelError
 from rlhf_recipes.models import attention
 from rlhf_recipes.models.attention import MatmulBackward
 from rlhf_recipes.models.base import Base
@@ -294,3 +295,12 @@ def test_a_16_bit_model_trains_with_it_and_no_other(
             logprobs(role, rows.ids, rows.mask, rows.answer, 1.0)[0].sum().backward()
         assert len(calls) == count  # one a layer
         calls.clear()
+
+
+def test_a_target_that_the_model_lacks_is_named_with_those_it_has(tiny_model: Path) -> None:
+    """PEFT says nothing of one name among others."""
+    lora = {"r": 2, "target_modules": ["q_proj", "W_pack"]}
+    base = Base(lambda _: load_causal_lm(tiny_model, dtype=torch.float32), lora, torch.float32)
+    with pytest.raises(ModelError) as error:
+        base.open("policy", None, seed=0, trainable=True)
+    assert "target_modules names W_pack" in str(error.value) and "v_proj" in error.value.hint
