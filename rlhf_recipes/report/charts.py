@@ -134,9 +134,9 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
         with plot.drawn() as axes:
             # The points are looks at validation prompts.
             svg.line(axes, xs, ys, PPO, "update", stage.series(f"eval/{key}"))
-            bound = number(guard, watch)  # of all but the KL a share of what it was at first
-            limit = bound and (bound if key == "KL" else bound * ends(ys)[0])
-            if limit and limit < 4 * max(ys):
+            bound = number(guard, watch) or 0.0  # of all but the KL a share of what it was at first
+            limit = bound if key == "KL" else bound * ends(ys)[0]
+            if bound and limit < 4 * max(ys):
                 axes.axhline(limit, color=BAD, linestyle=(0, (5, 3)), linewidth=1.2)
                 at = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": BAD}
                 told = f"guard {bound:g}" if key == "KL" else "guard"
