@@ -167,7 +167,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     stages = [checker.stage(name, names, lora is not None, datasets) for name in names]
     if names == written:
         for stage in stages:
-            if "reward_model" in stage.of.needs and stage.reward_model is None:
+            if "reward_model" in stage.of.roles and stage.reward_model is None:
                 key = (stage.name,) if stage.name in data else ("stages",)
                 what = 'put a "reward" stage before it, or say reward_model = "…"'
                 checker.problem(key, f"{stage.name} has nothing to score with: {what}")

@@ -31,8 +31,7 @@ class Kind:
     config: str  # whose fields the stage's table passes on; "": no recipe has a table of the kind
     makes: str  # policy | reward_model | numbers
     learns_from: str  # answers | pairs | judge_pairs | prompts | test_prompts
-    roles: tuple[str, ...] = ("policy",)  # of ROLES: what its table may name
-    needs: tuple[str, ...] = ()  # of `roles`: without these it cannot run
+    roles: tuple[str, ...] = ("policy",)  # of ROLES; without a reward_model there it cannot run
     samples: bool = False  # asks a policy for answers
     extras: Keys = field(default_factory=dict)  # our own keys, each with its effect on the result
     listed: bool = True  # a recipe's `stages` may name it
@@ -109,7 +108,6 @@ KINDS: dict[str, Kind] = {
             makes="policy",
             learns_from="prompts",
             roles=("policy", "reward_model", "reference"),
-            needs=("reward_model",),
             samples=True,
             extras=_PPO,
         ),

@@ -205,30 +205,21 @@ def inherited(first: dict[str, Any]) -> dict[str, Any]:
     return {key: first[key] for key in INHERITED_DATA_KEYS if key in first}
 
 
-_TEXT = Field(("str",))
-_SOURCE = Field(("str",), effect="source")
-
-
 def dataset_keys() -> dict[str, Field | Keys]:
-    return {**fields_of(DatasetTable), "columns": dict.fromkeys(COLUMNS.split(), _TEXT)}
-
-
-def _own_dataset_keys() -> Keys:
-    keys = dataset_keys()
-    del keys["test_split"]
-    why = "a prompt is on the same side of the split in every stage"
-    for key in SHARED_DATA_KEYS:
-        keys[key] = Field(standing="owned", owner=f"dataset.{key}", reason=why)
-    return keys
+    return {**fields_of(DatasetTable), "columns": dict.fromkeys(COLUMNS.split(), Field(("str",)))}
 
 
 @cache
 def stage_keys(name: str) -> Keys:
     """Every key of a stage's table, by its kind: TRL's fields first."""
-    kind = kind_of(name)
+    kind, own = kind_of(name), dataset_keys()
+    del own["test_split"]
+    why = "a prompt is on the same side of the split in every stage"
+    for key in SHARED_DATA_KEYS:
+        own[key] = Field(standing="owned", owner=f"dataset.{key}", reason=why)
     wiring = {"kind": Field(("str",), choices=tuple(listed()), effect="source")}
-    wiring |= dict.fromkeys(kind.roles, _SOURCE)
-    return {**fields_for(kind.config), **kind.extras, **wiring, "dataset": _own_dataset_keys()}
+    wiring |= dict.fromkeys(kind.roles, Field(("str",), effect="source"))
+    return {**fields_for(kind.config), **kind.extras, **wiring, "dataset": own}
 
 
 @cache

@@ -1,8 +1,11 @@
-"""From a run's facts to its plots: what each shows, and what that means in a line."""
+"""From a run's facts to its plots: what each shows, and what that means in a line.
+
+A chart yields its plot where the run has the numbers for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from rlhf_recipes.findings import percent
@@ -37,7 +40,7 @@ def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f")
 # ---- policies -----------------------------------------------------------------------------------
 
 
-def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
+def who_wins(facts: Facts, name: str, start: str) -> Iterator[Plot]:
     """Every way of counting that there is: by whom, among which answers."""
     rows: list[tuple[str, Share, str]] = []
     among = {"": "all", "_ended": "both ended", "_like_length": "like length"}
@@ -48,25 +51,25 @@ def who_wins(facts: Facts, name: str, start: str) -> Plot | None:
             if share := facts.share(f"{name}.{by}win_rate{which}", count):
                 rows.append((f"{whose}, {words} {share.count}", share, colour))
     if not rows:
-        return None
+        return
     who, other, share = facts.plain_title(name), facts.plain_title(start), rows[0][1]
     told = f"{who}'s answers are preferred to {other}'s on {percent(share.value)} of the prompts"
     said = "; ".join(f"by the {label}: {_between(share)}" for label, share, _ in rows)
     alt = f"Shares of prompts on which {who} wins against {other}, ties one half, {said}."
     note = "Ties count one half; bars hold the share in 95 of 100 repetitions. The dotted line is "
     note += "a half: neither is preferred."
-    return svg.ranges(Plot(f"wins-{name}", told, alt, note), rows)
+    yield svg.ranges(Plot(f"wins-{name}", told, alt, note), rows)
 
 
 def _between(share: Share) -> str:
     return f"{percent(share.value)} ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 
-def price(facts: Facts, name: str, by: str) -> Plot | None:
+def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
     """Gain against KL, beside what taking the best of n answers gains."""
     gain, kl = facts.number(f"{name}.{by}_gain"), facts.number(f"{name}.kl")
     if gain is None or kl is None:
-        return None
+        return
     around = [facts.number(f"{name}.{by}_gain_{end}") for end in ("low", "high")]
     low, high = (gain if end is None else end for end in around)
     whose, unit = "the judge", "gain, the judge's points"
@@ -101,7 +104,7 @@ def price(facts: Facts, name: str, by: str) -> Plot | None:
                 va="center", color=PPO, fontweight="bold")  # fmt: skip
         axes.set_xlim(left=0)
         svg.house(axes, "KL, nats an answer", unit)
-    return plot
+    yield plot
 
 
 # ---- curves -------------------------------------------------------------------------------------
@@ -118,9 +121,9 @@ CURVES = {
 }
 
 
-def ppo(facts: Facts, stage: Stage) -> list[Plot]:
+def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
     """Score, KL, entropy, length, value loss and clip share, with the guards."""
-    made, guard = [], facts.of(stage.name, "guard") or {}
+    guard = facts.of(stage.name, "guard") or {}
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
     for key, (what, form, watch) in CURVES.items():
         xs, ys = stage.series(key)
@@ -131,9 +134,9 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
         with plot.drawn() as axes:
             # The points are looks at validation prompts.
             svg.line(axes, xs, ys, PPO, "update", stage.series(f"eval/{key}"))
-            bound = number(guard, watch)  # of all but the KL a share of what it was at first
-            limit = bound and (bound if key == "KL" else bound * ends(ys)[0])
-            if limit and limit < 4 * max(ys):
+            bound = number(guard, watch) or 0.0  # of all but the KL a share of what it was at first
+            limit = bound if key == "KL" else bound * ends(ys)[0]
+            if bound and limit < 4 * max(ys):
                 axes.axhline(limit, color=BAD, linestyle=(0, (5, 3)), linewidth=1.2)
                 at = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": BAD}
                 told = f"guard {bound:g}" if key == "KL" else "guard"
@@ -146,8 +149,7 @@ def ppo(facts: Facts, stage: Stage) -> list[Plot]:
                 axes.set_ylim(bottom=0)
             if form == ".1%":
                 svg.percents(axes.yaxis)
-        made.append(plot)
-    return made
+        yield plot
 
 
 def _meaning(key: str, values: Sequence[float], form: str) -> str:
@@ -171,11 +173,11 @@ def _meaning(key: str, values: Sequence[float], form: str) -> str:
     return f"{start}: {100 * last:.1f} % of the tokens are clipped"
 
 
-def loss(facts: Facts, stage: Stage) -> Plot | None:
+def loss(facts: Facts, stage: Stage) -> Iterator[Plot]:
     """Of SFT, DPO or a reward model: on the rows it trained on, and on those it did not."""
     xs, ys = stage.series("loss")
     if len(xs) < LEAST:
-        return None
+        return
     before = facts.number(f"{stage.name}.validation_loss_before")
     after = facts.number(f"{stage.name}.validation_loss")
     plot = Plot(f"{stage.name}-loss", f"The training loss {_went(ys)}", _alt("the loss", xs, ys))
@@ -187,18 +189,18 @@ def loss(facts: Facts, stage: Stage) -> Plot | None:
         plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
     with plot.drawn() as axes:
         svg.line(axes, xs, ys, SFT, "step", points)
-    return plot
+    yield plot
 
 
 # ---- reward models ------------------------------------------------------------------------------
 
 
-def accuracy(facts: Facts, name: str) -> Plot | None:
+def accuracy(facts: Facts, name: str) -> Iterator[Plot]:
     whole = facts.share(f"{name}.accuracy", f"{name}.test_pairs")
     shorter = facts.share(f"{name}.shorter_accuracy", f"{name}.shorter_pairs")
     alone = facts.share(f"{name}.length_accuracy", f"{name}.test_pairs")
     if whole is None:
-        return None
+        return
     told = f"It ranks {percent(whole.value)} of {whole.count} pairs right"
     if alone:
         told += f"; by length alone it would be {percent(alone.value)}"
@@ -208,13 +210,13 @@ def accuracy(facts: Facts, name: str) -> Plot | None:
     said = "; ".join(f"{label}: {_between(share)}" for label, share, _ in rows)
     note = "Pairs that nothing was trained on. Bars hold the share in 95 of 100 repetitions."
     plot = Plot(f"{name}-accuracy", told, f"Shares ranked right, {said}.", note)
-    return svg.ranges(plot, rows)
+    yield svg.ranges(plot, rows)
 
 
-def margins(name: str, stage: Stage) -> Plot | None:
+def margins(name: str, stage: Stage) -> Iterator[Plot]:
     values = stage.evidence.get("margins") or []
     if len(values) < LEAST:
-        return None
+        return
     wrong, middle = sum(v < 0 for v in values), sorted(values)[len(values) // 2]
     told = f"In the middle pair the better answer leads by {middle:.1f} units; {wrong} of "
     told += f"{len(values)} are the wrong way round"
@@ -231,14 +233,14 @@ def margins(name: str, stage: Stage) -> Plot | None:
         axes.hist([negative, right], edges, color=[BAD, PPO], stacked=True, rwidth=0.92)
         axes.axvline(0, color=MUTED, linestyle=":", linewidth=1.4)
         svg.house(axes, "score of the chosen answer over the rejected, units", "pairs")
-    return plot
+    yield plot
 
 
-def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
+def calibration(facts: Facts, name: str, stage: Stage) -> Iterator[Plot]:
     """How sure it was against how often it was right."""
     full = [row for row in stage.evidence.get("calibration") or () if row["pairs"]]
     if len(full) < 2:
-        return None
+        return
     said, right, pairs = ([row[key] for row in full] for key in ("said", "right", "pairs"))
     over = fmean(said, pairs) - fmean(right, pairs)
     off = facts.number(f"{name}.calibration_error")
@@ -261,4 +263,4 @@ def calibration(facts: Facts, name: str, stage: Stage) -> Plot | None:
         svg.house(axes, "how sure it was", "how often right")
         svg.percents(axes.xaxis)
         svg.percents(axes.yaxis)
-    return plot
+    yield plot

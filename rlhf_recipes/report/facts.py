@@ -98,12 +98,10 @@ class Facts:
 
         `about` are attributes that their kinds must have, such as `explores=True`.
         """
-        return [
-            stage
-            for stage in self.stages
-            if makes(stage.kind, what)
-            and all(getattr(KINDS[stage.kind], key) == value for key, value in about.items())
-        ]
+        found = [stage for stage in self.stages if makes(stage.kind, what)]
+        for key, value in about.items():
+            found = [stage for stage in found if getattr(KINDS[stage.kind], key) == value]
+        return found
 
     def starts(self) -> dict[str, str]:
         """Each policy that was trained, and the one it started from."""

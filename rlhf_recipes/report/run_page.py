@@ -7,6 +7,7 @@ given, and the page's own policy lets it run and load nothing.
 from __future__ import annotations
 
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
     last = trained[-1] if trained else None
     prices = [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
-    ways = [charts.who_wins(facts, *last), *prices] if last else []
+    ways = [*charts.who_wins(facts, *last), *chain(*prices)] if last else []
     explored = facts.making("policy", explores=True)
     rewards = [s for s in facts.stages if makes(s.kind, "reward_model") or s.evidence]
     losses = [charts.loss(facts, stage) for stage in facts.making("policy", explores=False)]
@@ -66,11 +67,11 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
         "cases": _cases(facts, *last) if last else [],
-        "ways": [plot for plot in ways if plot],
+        "ways": ways,
         "policies": policies(facts),
-        "ppo": [(s, charts.ppo(facts, s)) for s in explored if s.curve],
+        "ppo": [(s, [*charts.ppo(facts, s)]) for s in explored if s.curve],
         "rewards": [_reward(facts, s) for s in rewards],
-        "losses": [plot for plot in losses if plot],
+        "losses": [*chain(*losses)],
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
     }
@@ -138,8 +139,7 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     name = stage.name
     if not makes(stage.kind, "reward_model"):
         name = "foreign" if "foreign.accuracy" in facts.results else "reward"
-    plots = [charts.accuracy(facts, name), charts.margins(name, stage)]
-    plots.append(charts.calibration(facts, name, stage))
-    plots += [charts.loss(facts, stage)] if makes(stage.kind, "reward_model") else []
-    worst = stage.evidence.get("worst")
-    return {"name": name, "plots": [plot for plot in plots if plot], "worst": worst}
+    plots = [*charts.accuracy(facts, name), *charts.margins(name, stage)]
+    plots += charts.calibration(facts, name, stage)
+    plots += charts.loss(facts, stage) if makes(stage.kind, "reward_model") else ()
+    return {"name": name, "plots": plots, "worst": stage.evidence.get("worst")}
