@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_recipes.errors import ModelError
+from rlhf_recipes.errors import ModelError, briefly
 from rlhf_recipes.models import attention
 
 # Of every load. What is here has been brought whole: nothing is fetched as a model is opened.
@@ -45,7 +46,13 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(source: str | Path, trusted: bool = False) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
+    """Raises ModelError where the folder has none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
+    except (OSError, ValueError) as error:
+        hint = "copy tokenizer.json and tokenizer_config.json there, from the model it is made of"
+        what = f"{source} has no tokenizer that can be read: {briefly(error)}"
+        raise ModelError(what, hint) from error
 
 
 def load_config(source: str | Path, trusted: bool = False) -> Any:
@@ -60,6 +67,11 @@ def stored_bits(config: Any) -> str:
 
 def check_base(config: Any, quantization: str) -> None:
     """Raise ModelError where a base model cannot be loaded as the recipe says."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        seen = ", a vision-language model" if hasattr(config, "vision_config") else ""
+        what = f"the base model is a {config.model_type}{seen}"
+        hint = "name a model that AutoModelForCausalLM loads: a text-only one of the same family"
+        raise ModelError(f"{what}, and not a causal language model", hint)
     stored = stored_bits(config)
     if stored != "none" and quantization not in ("none", stored):
         what = f"the base model's weights are stored in {stored}, not in {quantization}"

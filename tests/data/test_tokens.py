@@ -115,3 +115,34 @@ def test_a_pad_token_without_a_row_in_the_embedding_is_not_used() -> None:
     assert tokens.eos_id == tokens.pad_id == 256
     assert tokens.has_specials("a [PAD] b")  # such rows are dropped: that id has no row
     assert settle(byte_tokenizer(pad_token="[PAD]"), VOCABULARY + 1).pad_id == 257  # resized
+
+
+@pytest.mark.parametrize("template", ["own", "plain"])
+def test_bos_stands_first_and_once_where_the_tokenizer_writes_it(template: str) -> None:
+    """Gemma, Llama and Mistral bases do; their own scripts would tokenize a text that way."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(bos_token="<bos>")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    assert tokenizer("a")["input_ids"] == [bos, *tokenizer("a", add_special_tokens=False).input_ids]
+    tokens = settle(tokenizer, len(tokenizer), template)
+    prompt, answer = encode(tokens, ASK, "blue")
+    assert prompt[0] == bos and prompt.count(bos) == 1 and bos not in answer
+    later = [*ASK, {"role": "assistant", "content": "blue"}, *ASK]
+    assert encode(tokens, later)[0].count(bos) == 1
+    asked = tokenizer.apply_chat_template(ASK, add_generation_prompt=True)  # as its users ask it
+    assert asked["input_ids"] == prompt
+
+
+def test_a_token_without_a_row_is_an_error_where_a_text_uses_it() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>", "<call>"])
+    tokens = settle(tokenizer, VOCABULARY)
+    assert encode(tokens, ASK, "blue")
+    said = r"2 tokens more than the model's embedding has rows \(257\), and '<call>' is in use"
+    for prompt, answer in ((ASK, "a <call>"), ([{"role": "user", "content": "<call>"}], None)):
+        with pytest.raises(ModelError, match=said):
+            encode(tokens, prompt, answer)

@@ -8,19 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
 from rlhf_recipes.data.tokens import encode
-from rlhf_recipes.errors import UsageError
+from rlhf_recipes.errors import ModelError, UsageError
 from rlhf_recipes.models.reward_model import open_reward, read_unit
 from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.pipeline.data_lint import data_lint
 from rlhf_recipes.pipeline.export import write_model, write_reward_model
+from rlhf_recipes.pipeline.plan import plan_run
+from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import sft
+from rlhf_recipes.stages.session import Session
 from tests.helpers import architectures
 from tests.helpers.chains import Chain, adapter, differs
 from tests.helpers.tiny import RECIPE
@@ -187,3 +193,51 @@ def test_the_whole_chain_on_a_sample(name: str, tiny_pairs: Path, tmp_path: Path
 @pytest.mark.parametrize("name", sorted(set(architectures.ARCHITECTURES) - {*architectures.SAMPLE}))
 def test_the_whole_chain_on_the_others(name: str, tiny_pairs: Path, tmp_path: Path) -> None:
     whole_chain(name, tiny_pairs, tmp_path)
+
+
+# ---- what is refused by plan, and by run before the first stage
+
+
+def refused(model: Path, data: Path, folder: Path) -> str:
+    """What `plan` finds wrong with a model; a run says the same before any stage begins."""
+    recipe = chain(model, data, folder).recipe
+    plan = plan_run(recipe, folder / "runs")
+    faults = [f for f in data_lint(plan, Session(recipe, plan.model)) if f.level == "fault"]
+    with pytest.raises(ModelError) as caught:
+        run(recipe, runs=folder / "runs")
+    assert not list((folder / "runs").glob(".stages/sft-*"))
+    [finding] = faults
+    assert f"stage sft: {finding.text} ({finding.change}; log: " in str(caught.value)
+    return finding.text
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "mistral3"])
+def test_a_vision_language_model_is_refused(kind: str, tiny_pairs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / kind
+    AutoConfig.for_model(kind).save_pretrained(folder)
+    architectures.byte_tokenizer().save_pretrained(folder)
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    said = f"the base model is a {kind}, a vision-language model, and not a causal language model"
+    assert refused(folder, tiny_pairs, tmp_path) == said
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_where_rows_use_it(
+    tmp_path: Path, tiny_pairs: Path
+) -> None:
+    model = architectures.save(tmp_path / "llama", "llama", **architectures.GROUPED)
+    tokenizer = architectures.byte_tokenizer()
+    tokenizer.add_tokens(["<tool>", "<call>"])
+    tokenizer.save_pretrained(model)
+    train_side = chain(model, tiny_pairs, tmp_path)
+    assert train_side.session.data(train_side.recipe.dataset).train  # no row uses it
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(tiny_pairs.read_text().replace('"fox', '"<call> fox'))
+    said = "the tokenizer has 2 tokens more than the model's embedding has rows (257), "
+    assert refused(model, rows, tmp_path) == f"{said}and '<call>' is in use"
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_pairs: Path) -> None:
+    model = architectures.save_model(tmp_path / "llama", "llama", **architectures.GROUPED)
+    with pytest.raises(ModelError, match="llama has no tokenizer that can be read.*copy tokenizer"):
+        run(chain(model, tiny_pairs, tmp_path).recipe, runs=tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob(".stages/sft-*"))
