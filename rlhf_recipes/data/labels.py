@@ -17,6 +17,7 @@ BAD = set(
     "false 0 0.0 -1 -1.0 no n bad down thumbs_down thumb_down thumbsdown downvote dislike disliked "
     "negative neg rejected reject undesirable dispreferred incorrect wrong unhelpful 👎".split()
 )
+NO_LABEL = "--set 'dataset.columns={label = \"\"}' passes over the labels"
 TIES = ("tie", "both", "neither", "same", "equal", "draw", "none")
 WORDS = "true or false, 1 or 0, 1 or -1, yes or no, good or bad, up or down"
 
@@ -29,7 +30,7 @@ def is_good(label: Any) -> bool:
     rating = " is a rating" if re.fullmatch(r"[\d.+-]+", said) else ""
     raise DataError(
         f"its label {label!r}{rating or ' says neither good nor bad'}",
-        f"write {WORDS}; --set 'dataset.columns={{label=\"\"}}' passes over the labels",
+        f"write {WORDS}; {NO_LABEL}",
     )
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_recipes.data.labels import is_good, parsed, preferred, word_of
+from rlhf_recipes.data.labels import NO_LABEL, is_good, parsed, preferred, word_of
 from rlhf_recipes.data.turns import (
     BAD,
     TRANSCRIPT,
@@ -247,7 +247,7 @@ def _only_good(row: Row) -> None:
         raise Unusable(BAD)
     names = () if "label" in row.named else NAMES["label"]
     if label is None and any(_plain(name) in names for name in row.columns):
-        raise Unusable("an answer whose label is empty")
+        raise Unusable("an answer whose label is empty", NO_LABEL)
 
 
 def _compared(row: Row) -> tuple[Any, Any, Any]:
@@ -272,9 +272,7 @@ def _compared(row: Row) -> tuple[Any, Any, Any]:
         ]
         for said in rounds[1:]
     ]
-    if talks[0][:-1] != talks[1][:-1]:
-        raise Unusable("the two answers are to different prompts")
-    return talks[0][:-1], talks[0][-1:], talks[1][-1:]
+    return [], *talks
 
 
 def _by_winner(row: Row) -> tuple[Any, Any] | None:
@@ -292,9 +290,8 @@ def _by_winner(row: Row) -> tuple[Any, Any] | None:
         if any(_plain(name) in NAMES["winner"] for name in row.columns):
             return None  # not judged: a prompt
         told = (name for name, value in row.columns.items() if VERDICT.fullmatch(word_of(value)))
-        way = (
-            f"--set 'dataset.columns={{winner = \"{next(told, '…')}\"}}' names the column that does"
-        )
+        named = f'{{winner = "{next(told, "…")}"}}'
+        way = f"--set 'dataset.columns={named}' names the column that does"
         raise Unusable("two answers, and nothing says which is better", way)
     for mark in (a, b):  # a model's name
         if f"model_{mark}" in row and row.columns[row.theirs[f"model_{mark}"]] == winner:
