@@ -61,7 +61,13 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
     if wandb := sys.modules.get("wandb"):
         wandb.finish()  # it would write on in the run of the stage before
     named = {"run_name": f"{recipe.path.stem}-{context.name}"}
-    return kind(**{**named, **recipe.table(context.name).given, **owned, **ours})
+    config = kind(**{**named, **recipe.table(context.name).given, **owned, **ours})
+    if (
+        config.n_gpu > 1
+    ):  # one process uses one card: transformers would wrap a role for all of them
+        config._n_gpu = 1
+        context.progress.note(f"{config.device} is used; the other cards stay idle")
+    return config
 
 
 def float32(*parameters: torch.nn.Parameter) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
-from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, advantages
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
@@ -35,6 +37,33 @@ def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     named["value.score"] = trainer.value_model.score.weight.detach().clone()
     named["reward.score"] = trainer.reward_model.score.weight.detach().clone()
     return named
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_attention_s_dropout_is_off_where_a_policy_learns(
+    tiny_model: Path, tmp_path: Path, make, checkpointing: bool
+) -> None:
+    """Modules keep it as a number, not as an nn.Dropout: 22 % of tokens were clipped at once."""
+    folder = shutil.copytree(tiny_model, tmp_path / "dropout")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
+    words = {"gradient_checkpointing": checkpointing, "num_ppo_epochs": 1, "num_mini_batches": 1}
+    trainer = make(make_base(folder), **words)
+    metrics = trainer.optimize(trainer.rollout(1), 1)
+    assert metrics["policy/approxkl_avg"] < 1e-10 and metrics["policy/clipfrac_avg"] == 0
+
+
+def test_a_policy_that_reads_otherwise_as_it_learns_stops_and_names_the_module(
+    tiny_model: Path, make
+) -> None:
+    trainer = make()
+    trainer.args.gradient_checkpointing = True
+    name, layer = next(x for x in trainer.policy_model.lm.named_modules() if x[0].endswith("1.mlp"))
+    layer.register_forward_hook(lambda module, _, out: out * (1.1 if module.training else 1))
+    with pytest.raises(StageError) as error:
+        trainer.train()
+    assert "reads its own answers otherwise as it learns" in str(error.value)
+    assert f"the first module that differs is {name}" in str(error.value)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])

@@ -91,19 +91,22 @@ def test_nothing_is_reported_unless_asked(
 def test_a_service_that_nobody_knows_is_refused(tiny_recipe: Path) -> None:
     with pytest.raises(RecipeError, match='"tensorbord" .did you mean "tensorboard"'):
         load_recipe(tiny_recipe, set=["ppo.report_to=tensorbord"])
-    load_recipe(tiny_recipe, set=['ppo.report_to=["tensorboard", "wandb"]'])
+    load_recipe(tiny_recipe, set=['ppo.report_to=["tensorboard"]'])
 
 
-def test_reports_are_neutral_and_a_run_in_wandb_is_named(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_reports_are_neutral_and_a_run_is_named(tiny_recipe: Path, tmp_path: Path) -> None:
     from trl import SFTConfig
 
     from rlhf_recipes.stages.contract import StageContext
     from rlhf_recipes.stages.training import trainer_config
     from rlhf_recipes.store.fingerprint import Identities, settings
 
-    plain, asked = load_recipe(tiny_recipe), load_recipe(tiny_recipe, set=["sft.report_to=wandb"])
+    plain, asked = (
+        load_recipe(tiny_recipe),
+        load_recipe(tiny_recipe, set=["sft.report_to=tensorboard"]),
+    )
     known = Identities({}, {}, {}, {})
     assert settings(plain, "sft", known) == settings(asked, "sft", known)
     context = StageContext("sft", "sft", asked, tmp_path, {}, None, None)
     config = trainer_config(SFTConfig, context)
-    assert (config.report_to, config.run_name) == (["wandb"], "tiny-sft")
+    assert (config.report_to, config.run_name) == (["tensorboard"], "tiny-sft")

@@ -42,6 +42,10 @@ from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, policy_los
 from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
+# What rounding may do to the policy's reading of its own answers in another batch shape: the most
+# of an approxkl, and of the share of tokens that are clipped; and of one log-probability.
+ROUNDING = {torch.float32: (1e-6, 1e-3), torch.bfloat16: (0.02, 0.5), torch.float16: (1e-3, 0.1)}
+REPORT = "this is a bug in rlhf-recipes; please report it with the recipe"
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 
 
@@ -287,6 +291,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
                     rows = Rows(rollout, advantage, returns, mini, micro)
                     for name, number in learn(rows).items():
                         step[name] += number
+                if update == 1 and epoch == 0 and not stats["policy/approxkl_avg"]:
+                    self._check_unmoved(step, rows)
                 self._step()
                 for name, number in step.items():
                     stats[name].append(float(number))
@@ -359,14 +365,50 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     # ---- what must hold -------------------------------------------------------------------------
 
     def _check_reference(self, rollout: Rollout) -> None:
-        """At the first update policy and reference are one: their KL is 0, in any dtype."""
+        """At the first update policy and reference are one: their KL is 0, but for rounding."""
         apart = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).abs().max().item()
-        if apart != 0.0:
+        if apart > ROUNDING[self.policy_model.dtype][1]:
             raise StageError(
                 f"the reference is not the policy that PPO starts from: log-probs differ by {apart}"
                 " at the first update",
-                "this is a bug in rlhf-recipes; please report it with the recipe",
+                REPORT,
             )
+
+    def _check_unmoved(self, step: dict[str, Any], rows: Rows) -> None:
+        """Before its first step the policy reads its answers as it did when it sampled them."""
+        most, _ = ROUNDING[self.policy_model.dtype]
+        kl, clipped = (float(step[f"policy/{name}_avg"]) for name in ("approxkl", "clipfrac"))
+        if max(kl, clipped) > most:  # what is no number is the guard's to say
+            what = "the policy reads its own answers otherwise as it learns than as it samples"
+            numbers = f"approxkl {kl:.2g}, {clipped:.0%} clipped before the first step"
+            raise StageError(f"{what}: {numbers}; {self._first_apart(rows)}", REPORT)
+
+    @torch.no_grad()
+    def _first_apart(self, rows: Rows) -> str:
+        """The first module whose output in training is not that of a rollout."""
+        policy, outputs = self.policy_model, []
+        for learning in (True, False):
+            self._checkpointing(learning)
+            seen: dict[str, torch.Tensor] = {}
+
+            def keep(name: str, out: Any, seen: dict[str, torch.Tensor] = seen) -> None:
+                out = out[0] if isinstance(out, tuple) else out
+                if isinstance(out, torch.Tensor):
+                    seen.setdefault(name, out.float())
+
+            hooks = [
+                module.register_forward_hook(
+                    lambda _, __, out, name=name, keep=keep: keep(name, out)
+                )
+                for name, module in policy.lm.named_modules()
+            ]
+            with policy.active():
+                logprobs(policy, *rows.tokens, self.args.temperature)
+            for hook in hooks:
+                hook.remove()
+            outputs.append(seen)
+        differ = (n for n, out in outputs[1].items() if not torch.allclose(out, outputs[0][n]))
+        return f"the first module that differs is {next(differ, 'none, asked again')}"
 
     def _check_not_lost(self) -> None:
         """What is not a number ends the stage in order only where a good policy was kept."""
