@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
 from rlhf_recipes.data.shapes import Row, understand
-from rlhf_recipes.data.tokens import Tokens, encode
+from rlhf_recipes.data.tokens import Tokens, texts
 from rlhf_recipes.data.turns import Unusable
 
 
@@ -45,14 +45,22 @@ def unique_prompts(examples: Iterable[Example]) -> list[Example]:
     return list({tuple(e.prompt_ids): e for e in reversed(list(examples))}.values())[::-1]
 
 
-def encoded(row: Row, table: Any, tokens: Tokens) -> tuple[str, Example]:
-    """The canonical text of the row's prompt, and the row encoded. Raises Unusable."""
+@dataclass(frozen=True)
+class Written:
+    """A row as texts, before they are tokenized."""
+
+    key: str  # the canonical text of its prompt
+    prompt: str  # the last user turn, for people
+    texts: list[str]  # of the prompt and its answers, chosen first
+
+
+def written(row: Row, table: Any, tokens: Tokens) -> Written:
+    """The row's texts by the model's template. Raises Unusable."""
     prompt, chosen, rejected = understand(row)
     answers = [answer for answer in (chosen, rejected) if answer is not None]
     if len(answers) == 2 and chosen == rejected:
         raise Unusable("both answers are the same")
-    texts = [text for turn in (*prompt, *answers) for text in _texts(turn)]
-    if any(map(tokens.has_specials, texts)):
+    if any(tokens.has_specials(t) for turn in (*prompt, *answers) for t in _texts(turn)):
         way = "take a template's marks out of the texts: the model's template adds them"
         raise Unusable("text contains a special token", way)
     if not all(_texts(answer)[-1].strip() for answer in answers):
@@ -62,19 +70,24 @@ def encoded(row: Row, table: Any, tokens: Tokens) -> tuple[str, Example]:
     if table.system is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": table.system}, *prompt]
     try:
-        prompt_ids, chosen_ids = encode(tokens, prompt, chosen)
+        return Written(key, shown, texts(tokens, prompt, *answers))
     except TemplateError as error:  # roles that do not alternate, a system message, …
         way = 'turns that it takes: see the model\'s card; or chat_template = "plain" in [model]'
         raise Unusable(f"the chat template refuses it: {str(error)[:80]}", way) from error
-    rejected_ids = encode(tokens, prompt, rejected)[1] if rejected is not None else None
-    for what, most, ids in (
-        ("prompt", table.max_prompt_tokens, prompt_ids),
-        ("answer", table.max_answer_tokens, max(chosen_ids, rejected_ids or [], key=len)),
+
+
+def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tokens) -> Example:
+    """The row with the ids of its texts. Raises Unusable where they are too many."""
+    prompt, *answers = found
+    answers = [[*answer, tokens.eos_id] for answer in answers]
+    for what, most, count in (
+        ("prompt", table.max_prompt_tokens, len(prompt)),
+        ("answer", table.max_answer_tokens, max(map(len, answers), default=0)),
     ):
-        if len(ids) > most:
+        if count > most:
             way = f"--set dataset.max_{what}_tokens=N keeps longer ones, for memory and time"
             raise Unusable(f"{what} over {most} tokens", way)
-    return key, Example(shown, prompt_ids, chosen_ids or None, rejected_ids)
+    return Example(row.prompt, prompt, *answers, *[None] * (2 - len(answers)))
 
 
 def _texts(said: Any) -> list[str]:

@@ -119,27 +119,40 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def encode(tokens: Tokens, prompt: Messages, answer: Any = None) -> tuple[list, list]:
     """Ids of a prompt, generation prompt included, and of its answer, EOS included.
 
-    The two are tokenized apart, as they are in a rollout: PPO appends what it samples to exactly
-    these prompt ids, so SFT and the reward model see the ids that PPO will see. An answer is a
-    text, or an assistant's turn with thoughts, which reads as the template writes it. Raises
-    TemplateError where the template does not take the turns, and ModelError where a token has no
-    row in the model's embedding.
+    Raises as `texts` and `ids` do.
     """
-    text = render(tokens.tokenizer, prompt, add_generation_prompt=True)
-    prompt_ids = tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
-    answer_ids = []
-    if answer is not None:
-        if not isinstance(answer, str):
-            answer = _written(tokens, prompt, text, answer)
-        if text.rstrip().endswith(THINK):  # the template has begun the thoughts
-            answer = answer.lstrip().removeprefix(THINK).lstrip("\n")
-        answer_ids = tokens.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        answer_ids.append(tokens.eos_id)
-    if beyond := [i for i in (*prompt_ids, *answer_ids) if i >= tokens.rows]:
-        count, token = len(tokens.tokenizer) - tokens.rows, tokens.tokenizer.decode(beyond[:1])
+    asked, *said = texts(tokens, prompt, *(() if answer is None else (answer,)))
+    prompt_ids, *answer_ids = ids(tokens, [asked, *said])
+    return prompt_ids, [*answer_ids[0], tokens.eos_id] if said else []
+
+
+def texts(tokens: Tokens, prompt: Messages, *answers: Any) -> list[str]:
+    """What is tokenized of a prompt, generation prompt included, and of answers to it.
+
+    Each is tokenized apart, as in a rollout: PPO appends what it samples to exactly these prompt
+    ids, so SFT and the reward model see the ids that PPO will see. An answer is a text, or an
+    assistant's turn with thoughts, which reads as the template writes it; EOS is not part of it.
+    Raises TemplateError where the template does not take the turns.
+    """
+    asked = render(tokens.tokenizer, prompt, add_generation_prompt=True)
+    said = [
+        one if isinstance(one, str) else _written(tokens, prompt, asked, one) for one in answers
+    ]
+    if asked.rstrip().endswith(THINK):  # the template has begun the thoughts
+        said = [one.lstrip().removeprefix(THINK).lstrip("\n") for one in said]
+    return [asked, *said]
+
+
+def ids(tokens: Tokens, texts: list[str]) -> list[list[int]]:
+    """The ids of each text. Raises ModelError where a token has no row in the model's embedding."""
+    found = tokens.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    larger = len(tokens.tokenizer) > tokens.rows
+    beyond = next((i for one in found for i in one if i >= tokens.rows), None) if larger else None
+    if beyond is not None:
+        count, token = len(tokens.tokenizer) - tokens.rows, tokens.tokenizer.decode([beyond])
         what = f"{count} tokens more than the model's embedding has rows ({tokens.rows:,})"
         raise ModelError(f"the tokenizer has {what}, and {token!r} is in use", RESIZE)
-    return prompt_ids, answer_ids
+    return found
 
 
 def _written(tokens: Tokens, prompt: Messages, before: str, turn: dict[str, str]) -> str:
