@@ -72,6 +72,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", GROUPED),
     "nemotron": ("nemotron", GROUPED),
     "glm4": ("glm4", GROUPED),
+    "minicpm3": ("minicpm3", {"dim_model_base": 8}),
+    "qwen3_5": ("qwen3_5_text", GROUPED | {"layer_types": ["linear_attention", "full_attention"]}),
     "gpt_oss": ("gpt_oss", GROUPED | EXPERTS),
 }
 # transformers has no class ...ForSequenceClassification of these.

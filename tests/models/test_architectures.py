@@ -18,8 +18,9 @@ from transformers import (
 
 from rlhf_recipes.data.tokens import encode
 from rlhf_recipes.errors import ModelError, UsageError
-from rlhf_recipes.models.reward_model import open_reward, read_unit
-from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.models.reward_model import load_head, open_reward, read_unit
+from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
+from rlhf_recipes.models.sampling import join, score_ids
 from rlhf_recipes.pipeline.data_lint import data_lint
 from rlhf_recipes.pipeline.export import write_model, write_reward_model
 from rlhf_recipes.pipeline.plan import plan_run
@@ -167,12 +168,36 @@ def test_eos_is_learned_where_it_is_the_pad_too(gpt2: Chain, monkeypatch: Any) -
 # ---- the whole chain on each architecture
 
 
+def passes_apart(chain: Chain) -> float:
+    """How far values and log-probabilities in one pass are from those in two, as rollouts have it.
+
+    Some models scale or project the hidden states before their head, or never call the base model.
+    """
+    base, (prompts, answers) = chain.session.base, zip(*rows_of(chain), strict=True)
+    policy = base.open("policy", chain.outputs["ppo"], seed=0)
+    value = base.open("value", chain.outputs["ppo"] / "value", seed=0)
+    value.add_head(load_head(value.lm, chain.outputs["reward"]))
+    rows = join(prompts, answers, 0, policy.lm.device)
+    tokens, mask, apart = (rows.ids, rows.mask, rows.answer), rows.mask[:, -rows.answer :], 0.0
+    if policy.pairs_with(value):
+        with torch.no_grad():
+            with policy.active(beside=value):
+                new, _, guess = logprobs_and_values(policy, value, *tokens, 1.0)
+            with policy.active():
+                apart = ((new - logprobs(policy, *tokens, 1.0)[0]) * mask).abs().max().item()
+            with value.active():
+                apart = max(apart, ((guess - values(value, *tokens)) * mask).abs().max().item())
+    base.close(policy, value)
+    return apart
+
+
 def whole_chain(name: str, data: Path, folder: Path) -> None:
     kind, settings = architectures.ARCHITECTURES[name]
     made = chain(architectures.save(folder / name, kind, **settings), data, folder)
     lora = copy.deepcopy(made.recipe.lora)
     train(made)
     assert made.recipe.lora == lora  # else PEFT's ranks of experts would be in the stages' keys
+    assert passes_apart(made) < 1e-4
     assert policy_apart(made, folder / "policy") < 1e-4
     if name in architectures.NO_CLASSIFIER:
         with pytest.raises(UsageError, match=f"no sequence classifier for a {kind} .*--form adapt"):
