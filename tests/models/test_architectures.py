@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ ROWS = [("red cat", "blue dog"), ("green", "red green blue grey"), ("black fox",
 
 def chain(model: Path, data: Path, folder: Path, *words: str) -> Chain:
     """A chain of stages on the model, in `folder`."""
+    folder.mkdir(exist_ok=True)
     file = folder / "tiny.toml"
     file.write_text(RECIPE.format(model=model, data=data))
     return Chain(load_recipe(file, set=[*SHORT, *words]), folder)
@@ -266,3 +268,36 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_pairs: Pat
     with pytest.raises(ModelError, match="llama has no tokenizer that can be read.*copy tokenizer"):
         run(chain(model, tiny_pairs, tmp_path).recipe, runs=tmp_path / "runs")
     assert not list((tmp_path / "runs").glob(".stages/sft-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling = 8"),
+        ("minicpm3", {"dim_model_base": 8}, "logits_scaling = 4"),
+        ("cohere", {"logit_scale": 0.25}, ""),  # TRL knows it by this name
+    ],
+)
+def test_a_loss_that_is_not_the_models_own_is_doubted(
+    tmp_path: Path, tiny_pairs: Path, kind: str, settings: dict[str, float], said: str
+) -> None:
+    """And with what the finding says to add, it is the model's own."""
+    words = architectures.ARCHITECTURES[kind][1] | settings
+    model = architectures.save(tmp_path / kind, kind, **words)
+    apart = {}
+    for loss in ("chunked_nll", "nll"):
+        made = chain(model, tiny_pairs, tmp_path / loss, f"sft.loss_type={loss}")
+        found = data_lint(plan_run(made.recipe, tmp_path / "runs"), made.session)
+        doubts = [(f.about, f.text, f.change) for f in found if f.about == "sft"]
+        text = f"TRL's chunked loss leaves out the model's {said}"
+        expected = [("sft", text, "--set sft.loss_type=nll")]
+        assert doubts == (expected if said and loss == "chunked_nll" else [])
+        told = made.run("sft", {}).metrics["validation_loss"]
+        policy, nats = made.session.base.open("policy", made.outputs["sft"], seed=0), []
+        for row in made.session.data(made.recipe.dataset).validation:
+            rows = join([row.prompt_ids], [row.chosen_ids], 0, policy.lm.device)
+            with policy.active(), torch.no_grad():
+                nats += logprobs(policy, rows.ids, rows.mask, rows.answer, 1.0)[0][0].tolist()
+        apart[loss] = abs(told + fmean(nats))
+    assert apart["nll"] < 5e-3
+    assert (apart["chunked_nll"] > 0.05) == bool(said)
