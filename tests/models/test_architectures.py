@@ -248,6 +248,13 @@ def test_a_vision_language_model_is_refused(kind: str, tiny_pairs: Path, tmp_pat
     assert refused(folder, tiny_pairs, tmp_path) == said
 
 
+def test_adapters_on_a_mamba_are_refused_by_peft(tiny_pairs: Path, tmp_path: Path) -> None:
+    words = {"state_size": 4, "time_step_rank": 2}
+    model = architectures.save(tmp_path / "mamba", "mamba", **words)
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
+        chain(model, tiny_pairs, tmp_path).run("sft", {})
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused_where_rows_use_it(
     tmp_path: Path, tiny_pairs: Path
 ) -> None:
