@@ -67,19 +67,23 @@ def logprobs_and_values(
 
     Call under `policy.active(beside=value)`.
     """
-    states: list[torch.Tensor] = []
-
-    def share(_: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        """The head is asked about the policy's rows alone; what it is given is what values need."""
-        states.append(args[0][len(ids) :])
-        return (args[0][: len(ids)],)
-
-    hook = policy.lm.get_output_embeddings().register_forward_pre_hook(share, prepend=True)
+    lm, states = policy.lm, []
+    hooks = [
+        # Not on the base model: OPT calls the decoder inside.
+        lm.get_decoder().register_forward_hook(
+            lambda _, __, out: states.append(out.last_hidden_state[len(ids) :])
+        ),
+        # The language head is asked about the policy's rows alone.
+        lm.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: (args[0][: len(ids)],), prepend=True
+        ),
+    ]
     try:
         out = _logits(policy, ids.repeat(2, 1), mask.repeat(2, 1), answer)
     finally:
-        hook.remove()
-    guess = value.heads(states[0])
+        for hook in hooks:
+            hook.remove()
+    guess = value.heads(states[0][:, -answer - 1 : -1])
     return *LogProb.apply(out, ids[:, -answer:], temperature), guess
 
 

@@ -33,6 +33,13 @@ def run(context: StageContext) -> StageResult:
     policy = base.open("policy", start, seed=context.seed("lora"), trainable=True)
 
     # ---- training
+    words = {"max_length": None, "completion_only_loss": True}
+    config = policy.lm.config.get_text_config()
+    counts = [hasattr(config, key) for key in ("num_experts", "num_experts_per_tok")]
+    if hasattr(config, "output_router_logits") and not all(counts):
+        words["router_aux_loss_coef"] = 0.0  # TRL would look for them: an AttributeError
+        note = f"no load-balancing loss: TRL cannot count the experts of a {config.model_type}"
+        context.progress.note(note)
     trainer = Trainer(
         context,
         policy,
@@ -40,7 +47,7 @@ def run(context: StageContext) -> StageResult:
         train,
         answered(data.validation),
         model=policy.lm if recipe.lora is None else base.peft,
-        args=trainer_config(SFTConfig, context, max_length=None, completion_only_loss=True),
+        args=trainer_config(SFTConfig, context, **words),
     )
     float32(*policy.trainable())
     with policy.active(autocast=False):

@@ -21,6 +21,9 @@ COMMON: dict[str, Any] = {
 GPT = {"n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}
+ROUTED |= {"topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
 OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
 # By a name of ours: the config's `model_type`, and settings beside COMMON.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,10 +75,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", GROUPED),
     "nemotron": ("nemotron", GROUPED),
     "glm4": ("glm4", GROUPED),
+    "minicpm3": ("minicpm3", {"dim_model_base": 8}),
+    "qwen3_5": ("qwen3_5_text", GROUPED | {"layer_types": ["linear_attention", "full_attention"]}),
+    "deepseek_v3": ("deepseek_v3", ROUTED | LATENT | {"v_head_dim": 8}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", GROUPED | EXPERTS),
 }
 # transformers has no class ...ForSequenceClassification of these.
-NO_CLASSIFIER = ("codegen", "xglm", "cohere", "granite", "lfm2", "olmoe")
+NO_CLASSIFIER = ("codegen", "xglm", "cohere", "granite", "lfm2", "olmoe", "granitemoe")
 SAMPLE = ("gpt2", "opt", "mixtral", "gemma", "qwen3")  # what each pull request tries
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from transformers import (
 
 from rlhf_recipes.data.tokens import encode
 from rlhf_recipes.errors import ModelError, UsageError
-from rlhf_recipes.models.reward_model import open_reward, read_unit
-from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.models.reward_model import load_head, open_reward, read_unit
+from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
+from rlhf_recipes.models.sampling import join, score_ids
 from rlhf_recipes.pipeline.data_lint import data_lint
 from rlhf_recipes.pipeline.export import write_model, write_reward_model
 from rlhf_recipes.pipeline.plan import plan_run
@@ -55,6 +57,7 @@ ROWS = [("red cat", "blue dog"), ("green", "red green blue grey"), ("black fox",
 
 def chain(model: Path, data: Path, folder: Path, *words: str) -> Chain:
     """A chain of stages on the model, in `folder`."""
+    folder.mkdir(exist_ok=True)
     file = folder / "tiny.toml"
     file.write_text(RECIPE.format(model=model, data=data))
     return Chain(load_recipe(file, set=[*SHORT, *words]), folder)
@@ -167,12 +170,36 @@ def test_eos_is_learned_where_it_is_the_pad_too(gpt2: Chain, monkeypatch: Any) -
 # ---- the whole chain on each architecture
 
 
+def passes_apart(chain: Chain) -> float:
+    """How far values and log-probabilities in one pass are from those in two, as rollouts have it.
+
+    Some models scale or project the hidden states before their head, or never call the base model.
+    """
+    base, (prompts, answers) = chain.session.base, zip(*rows_of(chain), strict=True)
+    policy = base.open("policy", chain.outputs["ppo"], seed=0)
+    value = base.open("value", chain.outputs["ppo"] / "value", seed=0)
+    value.add_head(load_head(value.lm, chain.outputs["reward"]))
+    rows = join(prompts, answers, 0, policy.lm.device)
+    tokens, mask, apart = (rows.ids, rows.mask, rows.answer), rows.mask[:, -rows.answer :], 0.0
+    if policy.pairs_with(value):
+        with torch.no_grad():
+            with policy.active(beside=value):
+                new, _, guess = logprobs_and_values(policy, value, *tokens, 1.0)
+            with policy.active():
+                apart = ((new - logprobs(policy, *tokens, 1.0)[0]) * mask).abs().max().item()
+            with value.active():
+                apart = max(apart, ((guess - values(value, *tokens)) * mask).abs().max().item())
+    base.close(policy, value)
+    return apart
+
+
 def whole_chain(name: str, data: Path, folder: Path) -> None:
     kind, settings = architectures.ARCHITECTURES[name]
     made = chain(architectures.save(folder / name, kind, **settings), data, folder)
     lora = copy.deepcopy(made.recipe.lora)
     train(made)
     assert made.recipe.lora == lora  # else PEFT's ranks of experts would be in the stages' keys
+    assert passes_apart(made) < 1e-4
     assert policy_apart(made, folder / "policy") < 1e-4
     if name in architectures.NO_CLASSIFIER:
         with pytest.raises(UsageError, match=f"no sequence classifier for a {kind} .*--form adapt"):
@@ -221,6 +248,13 @@ def test_a_vision_language_model_is_refused(kind: str, tiny_pairs: Path, tmp_pat
     assert refused(folder, tiny_pairs, tmp_path) == said
 
 
+def test_adapters_on_a_mamba_are_refused_by_peft(tiny_pairs: Path, tmp_path: Path) -> None:
+    words = {"state_size": 4, "time_step_rank": 2}
+    model = architectures.save(tmp_path / "mamba", "mamba", **words)
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
+        chain(model, tiny_pairs, tmp_path).run("sft", {})
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused_where_rows_use_it(
     tmp_path: Path, tiny_pairs: Path
 ) -> None:
@@ -241,3 +275,36 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, tiny_pairs: Pat
     with pytest.raises(ModelError, match="llama has no tokenizer that can be read.*copy tokenizer"):
         run(chain(model, tiny_pairs, tmp_path).recipe, runs=tmp_path / "runs")
     assert not list((tmp_path / "runs").glob(".stages/sft-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling = 8"),
+        ("minicpm3", {"dim_model_base": 8}, "logits_scaling = 4"),
+        ("cohere", {"logit_scale": 0.25}, ""),  # TRL knows it by this name
+    ],
+)
+def test_a_loss_that_is_not_the_models_own_is_doubted(
+    tmp_path: Path, tiny_pairs: Path, kind: str, settings: dict[str, float], said: str
+) -> None:
+    """And with what the finding says to add, it is the model's own."""
+    words = architectures.ARCHITECTURES[kind][1] | settings
+    model = architectures.save(tmp_path / kind, kind, **words)
+    apart = {}
+    for loss in ("chunked_nll", "nll"):
+        made = chain(model, tiny_pairs, tmp_path / loss, f"sft.loss_type={loss}")
+        found = data_lint(plan_run(made.recipe, tmp_path / "runs"), made.session)
+        doubts = [(f.about, f.text, f.change) for f in found if f.about == "sft"]
+        text = f"TRL's chunked loss leaves out the model's {said}"
+        expected = [("sft", text, "--set sft.loss_type=nll")]
+        assert doubts == (expected if said and loss == "chunked_nll" else [])
+        told = made.run("sft", {}).metrics["validation_loss"]
+        policy, nats = made.session.base.open("policy", made.outputs["sft"], seed=0), []
+        for row in made.session.data(made.recipe.dataset).validation:
+            rows = join([row.prompt_ids], [row.chosen_ids], 0, policy.lm.device)
+            with policy.active(), torch.no_grad():
+                nats += logprobs(policy, rows.ids, rows.mask, rows.answer, 1.0)[0][0].tolist()
+        apart[loss] = abs(told + fmean(nats))
+    assert apart["nll"] < 5e-3
+    assert (apart["chunked_nll"] > 0.05) == bool(said)
