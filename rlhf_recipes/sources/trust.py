@@ -50,6 +50,9 @@ def check_model(folder: Path, *, trusted: bool = False) -> None:
             raise _refused(folder, what)
         if not (folder / name).is_file():
             hint = "weights must be safetensors: a pickle (.bin, .pt) can run any code as it loads"
+            if any(folder.glob("*.bin")):  # as it loads there, not here
+                hint += "; where you trust it, AutoModelForCausalLM.from_pretrained(folder)"
+                hint += ".save_pretrained(new) writes them"
             raise _refused(folder, f"has no {name}", hint)
     if (folder / "adapter_config.json").exists():
         hint = "name one of the two: a folder of its own"
