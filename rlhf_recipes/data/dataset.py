@@ -23,6 +23,7 @@ from rlhf_recipes.data.rows import (
     Written,
     answered,
     as_example,
+    labelled,
     pairs,
     unique_prompts,
     written,
@@ -48,6 +49,9 @@ class Data:
     validation: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
     judge: list[Example] = field(default_factory=list)
+    # Answers that a label calls bad, of train and validation: for a kind that learns from labels.
+    bad: list[Example] = field(default_factory=list)
+    bad_validation: list[Example] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     rows: int = 0  # read, dropped ones included
     tested: set[str] = field(default_factory=set)  # the prompts of the test side
@@ -90,6 +94,8 @@ class Data:
                 return answered(self.train)
             case "pairs":
                 return pairs(self.reward_train)
+            case "labels":
+                return labelled([*self.reward_train, *self.bad])
             case "judge_pairs":
                 return pairs(self.judge)
             case "prompts":
@@ -108,11 +114,13 @@ def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
     data, tables = Data(), (table, *table.more)
     test_fraction = 0.0 if any(one.test_split for one in tables) else table.test_fraction
     kept: list[tuple[str, str, Example]] = []
+    bad: list[tuple[str, str, Example]] = []
     for one in tables:
-        rows, read = _read(one, tokens)
-        kept += [
-            (side or _side(prompt, test_fraction, table), prompt, e) for side, prompt, e in rows
-        ]
+        read = _read(one, tokens)
+        for rows, found in ((kept, read.kept), (bad, read.called_bad)):
+            rows += [
+                (s or _side(prompt, test_fraction, table), prompt, e) for s, prompt, e in found
+            ]
         data.rows += read.rows
         data.dropped += read.dropped
         data.columns += read.columns
@@ -127,12 +135,26 @@ def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
         getattr(data, side).append(example)
         if side == "train" and _fraction("judge", prompt) < table.judge_fraction:
             data.judge.append(example)
+    for side, prompt, example in bad:
+        if prompt not in data.tested and side != "test":
+            (data.bad if side == "train" else data.bad_validation).append(example)
     return data
 
 
-def _read(table: Any, tokens: Tokens) -> tuple[list[tuple[str | None, str, Example]], Data]:
-    """The usable rows of one table, and what became of all; "test" for those of its test split."""
-    data, kept, left_out = Data(), [], 0
+Sided = tuple[str | None, str, Example]  # "test" where a table's test split says so; the prompt
+
+
+@dataclass
+class _Read(Data):
+    """One table's usable rows, before they are put on their sides."""
+
+    kept: list[Sided] = field(default_factory=list)
+    called_bad: list[Sided] = field(default_factory=list)
+
+
+def _read(table: Any, tokens: Tokens) -> _Read:
+    """The usable rows of one table, and what became of all."""
+    data, left_out = _Read(), 0
     sides: list[tuple[str, str | None]] = [(table.split or "train", None)]
     sides += [(table.test_split, "test")] if table.test_split else []
     found: dict[str, None] = {}  # the columns, in order
@@ -145,15 +167,18 @@ def _read(table: Any, tokens: Tokens) -> tuple[list[tuple[str | None, str, Examp
                 if isinstance(made, Exception):
                     raise made
                 prompt, example = made
-                if example.chosen_ids is None and row.unused():
+                if not (example.chosen_ids or example.rejected_ids) and row.unused():
                     data.first.setdefault(ALONE, (number, columns, guess(columns)))
                 data.columns.update(row.used.items())
                 data.unused.update(row.unused())
                 if table.weight and _fraction("weight", prompt) >= table.weight:
                     left_out += 1
                     continue
-                kept.append((side, prompt, example))
-            if table.max_rows and side is None and len(kept) == table.max_rows:
+                if example.chosen_ids is None and example.rejected_ids is not None:
+                    data.called_bad.append((side, prompt, example))
+                    raise Unusable(BAD)  # for all but those who learn from labels
+                data.kept.append((side, prompt, example))
+            if table.max_rows and side is None and len(data.kept) == table.max_rows:
                 break
     named = {name for name in (table.columns or {}).values() if name}
     if lacking := sorted(named - found.keys()):
@@ -161,7 +186,7 @@ def _read(table: Any, tokens: Tokens) -> tuple[list[tuple[str | None, str, Examp
         raise DataError(f"{table.path} {what}")
     _check_share(data, table)
     data.dropped["beyond the dataset's weight"] = left_out
-    return kept, data
+    return data
 
 
 def _encoded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,7 +15,8 @@ from rlhf_recipes.data.turns import Unusable
 
 @dataclass(frozen=True)
 class Example:
-    """One row, encoded. A demonstration has no rejected answer, a prompt alone has none at all."""
+    """One row, encoded. A demonstration has no rejected answer, a prompt alone has none at all, and
+    a row that a label calls bad has no chosen one."""
 
     prompt: str  # the last user turn, for people
     prompt_ids: list[int]
@@ -28,7 +29,14 @@ def answered(examples: Iterable[Example]) -> list[Example]:
 
 
 def pairs(examples: Iterable[Example]) -> list[Example]:
-    return [example for example in examples if example.rejected_ids is not None]
+    return [e for e in examples if e.chosen_ids is not None and e.rejected_ids is not None]
+
+
+def labelled(examples: Iterable[Example]) -> list[Example]:
+    """Each answer by itself: good ones as chosen, bad ones as rejected. A pair gives two."""
+    rows = list(examples)
+    good = [replace(e, rejected_ids=None) for e in rows if e.chosen_ids is not None]
+    return good + [replace(e, chosen_ids=None) for e in rows if e.rejected_ids is not None]
 
 
 def sequences(example: Example, learns_from: str) -> list[int]:
@@ -36,6 +44,8 @@ def sequences(example: Example, learns_from: str) -> list[int]:
     prompt, chosen, rejected = example.prompt_ids, example.chosen_ids, example.rejected_ids
     if learns_from in ("prompts", "test_prompts"):
         return [len(prompt)]
+    if learns_from == "labels":
+        return [len(prompt) + len(ids) for ids in (chosen, rejected) if ids is not None]
     answers = [chosen] if learns_from == "answers" else [chosen, rejected]
     return [] if None in answers else [len(prompt) + len(ids) for ids in answers]
 
@@ -52,6 +62,7 @@ class Written:
     key: str  # the canonical text of its prompt
     prompt: str  # the last user turn, for people
     texts: list[str]  # of the prompt and its answers, chosen first
+    bad: bool = False  # the only answer is one that a label calls bad
 
 
 def written(row: Row, table: Any, tokens: Tokens) -> Written:
@@ -70,7 +81,8 @@ def written(row: Row, table: Any, tokens: Tokens) -> Written:
     if table.system is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": table.system}, *prompt]
     try:
-        return Written(key, shown, texts(tokens, prompt, *answers))
+        bad = chosen is None and rejected is not None
+        return Written(key, shown, texts(tokens, prompt, *answers), bad)
     except TemplateError as error:  # roles that do not alternate, a system message, …
         way = 'turns that it takes: see the model\'s card; or chat_template = "plain" in [model]'
         raise Unusable(f"the chat template refuses it: {str(error)[:80]}", way) from error
@@ -87,7 +99,8 @@ def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tok
         if count > most:
             way = f"--set dataset.max_{what}_tokens=N keeps longer ones, for memory and time"
             raise Unusable(f"{what} over {most} tokens", way)
-    return Example(row.prompt, prompt, *answers, *[None] * (2 - len(answers)))
+    both = [*[None] * row.bad, *answers, None, None][:2]
+    return Example(row.prompt, prompt, *both)
 
 
 def _texts(said: Any) -> list[str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from rlhf_recipes.data.labels import NO_LABEL, is_good, parsed, preferred, word_of
 from rlhf_recipes.data.turns import (
-    BAD,
     TRANSCRIPT,
     WHO,
     Messages,
@@ -119,6 +118,8 @@ def _plain(name: str) -> str:
 def normalise(row: Row) -> Shaped:
     """Prompt, chosen and rejected answer of a row in any shape of SHAPES; None is what it lacks.
 
+    An answer that a label calls bad is a rejected one without a chosen one.
+
     An answer is a text, or the assistant's turn where it holds thoughts beside its text. Raises
     Unusable, what `understand` catches, and DataError for a label that says nothing.
     """
@@ -140,8 +141,7 @@ def normalise(row: Row) -> Shaped:
         chosen = last
     elif not given and _is_text(chosen):
         given, chosen, rejected = _common_start(row, chosen, rejected)
-    if rejected is None:
-        _only_good(row)
+    good = rejected is not None or _is_good(row)
     if _is_text(given) and all(
         isinstance(one, str) and one.startswith(given) for one in (chosen, rejected)
     ):
@@ -151,7 +151,8 @@ def normalise(row: Row) -> Shaped:
         other, rejected = _answer(as_messages(given), rejected)
         if other != prompt:
             raise Unusable("the two answers are to different prompts")
-    return _prompt(row, prompt), answer, rejected
+    prompt = _prompt(row, prompt)
+    return (prompt, answer, rejected) if good else (prompt, None, answer)
 
 
 def understand(row: Row) -> Shaped:
@@ -240,14 +241,15 @@ def _said(turns: Messages) -> int:
     return sum(turn["role"] != "system" for turn in turns)
 
 
-def _only_good(row: Row) -> None:
-    """Pass over an answer that is not said to be good, where the file says so of its answers."""
+def _is_good(row: Row) -> bool:
+    """Whether an answer may be learned, by its label where the file gives one."""
     label = row.take("label")
-    if label is not None and not is_good(label):
-        raise Unusable(BAD)
+    if label is not None:
+        return is_good(label)
     names = () if "label" in row.named else NAMES["label"]
-    if label is None and any(_plain(name) in names for name in row.columns):
+    if any(_plain(name) in names for name in row.columns):
         raise Unusable("an answer whose label is empty", NO_LABEL)
+    return True
 
 
 def _compared(row: Row) -> tuple[Any, Any, Any]:

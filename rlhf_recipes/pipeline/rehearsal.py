@@ -191,7 +191,8 @@ def longest(data: Data, stage: PlannedStage, trial: Trial) -> Data:
     train = few[: trial.train]
     judge = train if learns_from == "judge_pairs" else []
     validation, test = first(data.validation)[: trial.rest], first(data.test)[: trial.rest]
-    return replace(data, train=train, judge=judge, validation=validation, test=test)
+    none = {"bad": [], "bad_validation": []}  # they are in `train`, where they are learned from
+    return replace(data, train=train, judge=judge, validation=validation, test=test, **none)
 
 
 def work_of(recipe: Recipe, stage: PlannedStage, data: Data) -> Work:

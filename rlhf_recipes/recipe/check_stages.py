@@ -16,7 +16,7 @@ from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
 from rlhf_recipes.recipe.kinds import JUDGE, KINDS, ROLES, extras_of, kind_of, listed, makes
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
-RESERVED = ("kto", "rloo", "grpo")  # names of kinds to come
+RESERVED = ("rloo", "grpo")  # names of kinds to come
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
 NEEDED_BY_SCHEDULERS = {

@@ -30,7 +30,7 @@ class Kind:
     module: str  # it describes the stage: see stages/contract.py
     config: str  # whose fields the stage's table passes on; "": no recipe has a table of the kind
     makes: str  # policy | reward_model | numbers
-    learns_from: str  # answers | pairs | judge_pairs | prompts | test_prompts
+    learns_from: str  # answers | pairs | labels | judge_pairs | prompts | test_prompts
     roles: tuple[str, ...] = ("policy",)  # of ROLES; without a reward_model there it cannot run
     samples: bool = False  # asks a policy for answers
     extras: Keys = field(default_factory=dict)  # our own keys, each with its effect on the result
@@ -118,6 +118,15 @@ KINDS: dict[str, Kind] = {
             config="trl:DPOConfig",
             makes="policy",
             learns_from="pairs",
+            roles=("policy", "reference"),
+        ),
+        Kind(
+            "kto",
+            version=1,
+            module="rlhf_recipes.stages.kto",
+            config="trl:KTOConfig",
+            makes="policy",
+            learns_from="labels",
             roles=("policy", "reference"),
         ),
         replace(_REWARD, name=JUDGE, version=5, learns_from="judge_pairs", roles=(), listed=False),

@@ -207,7 +207,7 @@ def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
     """What to type where a stage of a run lacks memory: layout settings that ask for less."""
     stage = recipe.written_as(stage)
     options = recipe.tables[stage].options if stage in recipe.tables else {}
-    rows, words = options.get("per_device_train_batch_size", 1), {}
+    rows, words = layout_settings(recipe, stage).get("per_device_train_batch_size", 1), {}
     if rows > 1:
         part = next(n for n in range(2, rows + 1) if rows % n == 0)
         words["per_device_train_batch_size"] = rows // part

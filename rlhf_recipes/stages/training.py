@@ -40,6 +40,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 WANTED = {  # by what a kind learns from
     "answers": "answers on the train side",
     "pairs": "pairs on the train side",
+    "labels": "answers with a label, and no pairs, on the train side",
     "judge_pairs": "pairs in the judge's share of the train side",
     "prompts": "prompts on the train side",
     "test_prompts": "prompts on the test side",

@@ -17,9 +17,9 @@ START = {STAGES: 1, MODEL: 4, DATA: 7}  # their lines in MINIMAL
 # The problem is on the last line and about its key, unless the row says `line key:` before a word.
 ROWS = {
     STAGES: """
-    stages = ["sft", "kto"] | reserved
+    stages = ["sft", "grpo"] | reserved
     stages = ["../x"] | cannot be the name of a stage
-    stages = ["b"]; b = { kind = "dqo" } | 2 b.kind: one of sft, reward, ppo, dpo
+    stages = ["b"]; b = { kind = "dqo" } | 2 b.kind: one of sft, reward, ppo, dpo, kto
     stages = ["sft"]; sft = { kind = "ppo" } | 2 sft.kind: "sft", or left out
     stages = ["sft"]; reward2 = {} | did you mean "reward"?
     stages = ["SFT"] | did you mean "sft"?

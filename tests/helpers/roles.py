@@ -25,3 +25,11 @@ def trained(base: Base, name: str, seed: int = 1) -> Role:
         for parameter in role.trainable():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return role
+
+
+@torch.no_grad()
+def logp(role: Role, prompt: list[int], answer: list[int]) -> float:
+    ids = torch.tensor([prompt + answer])
+    with role.active():
+        log_p = torch.log_softmax(role.lm(input_ids=ids).logits[0, :-1], -1)
+    return log_p.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()

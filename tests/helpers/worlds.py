@@ -34,7 +34,7 @@ CHAIN = {
 }
 RICH = {
     "title": "Rich",
-    "stages": ["warmup", "sft", "reward", "dpo", "ppo"],
+    "stages": ["warmup", "sft", "reward", "dpo", "kto", "ppo"],
     "model": {"name": "./model"},
     "dataset": [
         {
@@ -74,12 +74,12 @@ GRAPHS = [
         RICH,
         {
             **MODEL,
-            "data/train.jsonl": "sft reward dpo ppo judge evaluation best_of",
+            "data/train.jsonl": "sft reward dpo kto ppo judge evaluation best_of",
             "data/test.jsonl": ALL,  # no stage may train on its prompts
             "data/demos.jsonl": "warmup",
             "data/feedback.jsonl": "",
             "data/rule.py": "evaluation best_of",
-            "more.jsonl": "sft reward dpo ppo judge evaluation best_of",
+            "more.jsonl": "sft reward dpo kto ppo judge evaluation best_of",
         },
     ),
     (

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rlhf_recipes.models.role import Role
 from rlhf_recipes.pipeline import runner
 from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from tests.helpers.chains import Chain, adapter, base_weights, differs
+from tests.helpers.roles import logp
 
 pytestmark = pytest.mark.train
 
@@ -111,14 +110,6 @@ def test_its_numbers_are_those_of_the_saved_policy_against_the_one_it_started_fr
     assert metrics["validation_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 13)
     losses = [math.log1p(math.exp(-m)) for m in margins]
     assert metrics["validation_loss"] == pytest.approx(sum(losses) / 13, abs=1e-5)
-
-
-@torch.no_grad()
-def logp(role: Role, prompt: list[int], answer: list[int]) -> float:
-    ids = torch.tensor([prompt + answer])
-    with role.active():
-        log_p = torch.log_softmax(role.lm(input_ids=ids).logits[0, :-1], -1)
-    return log_p.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item()
 
 
 @pytest.mark.parametrize("change", ["lora.r=2", "lora=false"])

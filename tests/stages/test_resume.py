@@ -28,8 +28,8 @@ from tests.helpers.tiny import RECIPE
 
 pytestmark = pytest.mark.train
 
-KINDS = ("sft", "reward", "ppo", "dpo")
-STOCK = ("sft", "reward", "dpo")
+KINDS = ("sft", "reward", "ppo", "dpo", "kto")
+STOCK = ("sft", "reward", "dpo", "kto")
 # 68 rows are five steps an epoch, and the checkpoints of even steps fall between lines of numbers.
 CHAIN = {
     "stages": list(KINDS),
@@ -40,12 +40,13 @@ CHAIN = {
     **{f"{kind}.logging_steps": 3 for kind in STOCK},
     **{f"{kind}.save_steps": 2 for kind in KINDS},
     "dpo.learning_rate": 1e-2,
+    "kto.learning_rate": 1e-2,
     "ppo.total_episodes": 80,
     "ppo.keep": "best",
     "ppo.eval_steps": 1,
     "ppo.lr_scheduler_type": "cosine",
 }
-SFT = {key: value for key, value in CHAIN.items() if not key.startswith("dpo")} | {
+SFT = {key: value for key, value in CHAIN.items() if not key.startswith(("dpo", "kto"))} | {
     "stages": ["sft"]
 }
 WALL_CLOCK = ("seconds", "eps")
@@ -237,7 +238,9 @@ def test_what_is_no_number_ends_the_stage_and_no_checkpoint_holds_it(
 ) -> None:
     """Weights after the fourth step, at whose end a checkpoint is due; then a loss."""
     chain = {**CHAIN, "stages": ["sft", "reward"]}
-    chain = {key: value for key, value in chain.items() if key.split(".")[0] not in ("ppo", "dpo")}
+    chain = {
+        key: value for key, value in chain.items() if key.split(".")[0] not in ("ppo", "dpo", "kto")
+    }
 
     def spoil(self: Any, *rest: Any) -> Any:
         loss = stock(self, *rest)
