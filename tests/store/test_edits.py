@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rlhf_recipes.errors import RecipeError
-from rlhf_recipes.recipe.fields import Field
+from rlhf_recipes.recipe.fields import Field, fields_for
 from tests.helpers.worlds import (
     ALL,
     BATCH,
@@ -95,7 +95,8 @@ def shift_the_batch(world: World) -> set[str]:
     size = options[BATCH[0]] * options[BATCH[1]]
     rows = world.draw.choice([n for n in range(1, size + 1) if size % n == 0])
     world.tables.setdefault(stage, {}).update(zip(BATCH, (rows, size // rows), strict=True))
-    return set()
+    micro = fields_for(kind_of(world.tables, stage).config)[BATCH[0]]  # what KTO's KL is made of
+    return {stage} if micro.effect == "result" and rows != options[BATCH[0]] else set()
 
 
 def only_the_layout_of_the_text(world: World) -> set[str]:
@@ -125,6 +126,7 @@ def touch(world: World) -> set[str]:
 def change_bytes(world: World) -> set[str]:
     rows = world.tables["dataset"][0]  # those in the folder's top count for some, or for none
     elsewhere = "data_dir" in rows or isinstance(rows.get("data_files"), str)
+    elsewhere |= rows.get("test_split", "test") != "test"
     names = [name for name in world.files if not (elsewhere and re.search(r"/t\w+\.jsonl", name))]
     name = world.draw.choice(names)
     content = world.files[name] + world.draw.randbytes(4).hex().encode()
