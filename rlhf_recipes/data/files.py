@@ -86,7 +86,7 @@ def _encoding(file: Path, stream: Any) -> str:
 
 
 def _json(file: Path, text: TextIO) -> Rows:
-    first, line = text.readline(), 1
+    line, first = next(((n, one) for n, one in enumerate(text, 1) if one.strip()), (1, ""))
     try:
         row = _parsed(first)
     except ValueError:
@@ -98,7 +98,7 @@ def _json(file: Path, text: TextIO) -> Rows:
             yield from _listed(file, _parsed(whole) if whole.strip() else [])
             return
         yield row
-        for line, written in enumerate(itertools.chain([second], text), 2):
+        for line, written in enumerate(itertools.chain([second], text), line + 1):
             if written.strip():
                 yield _object(file, _parsed(written), line)
     except json.JSONDecodeError as error:

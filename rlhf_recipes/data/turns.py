@@ -23,8 +23,6 @@ WHO, WHAT = ("role", "from", "speaker", "author"), ("content", "value", "text", 
 THOUGHT = ("reasoning_content", "reasoning", "thinking")  # as templates call it
 CUT = re.compile(r"\[?\s*(array\()?[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
 PICTURE = re.compile(r"<(image|video|audio|img)>|\[IMG\]|<\|image\|>")
-
-
 BAD = "an answer that its label calls bad"
 
 
@@ -45,11 +43,14 @@ def text_of(value: Any) -> Any:
 
 def turns(value: Any) -> bool:
     """Whether a value is a list of turns, in some spelling."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(one, Mapping) and any(who in one for who in WHO) for one in value)
-    )
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_turn, value))
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    said = any(what in value for what in (*WHAT, "tool_calls", "function_call"))
+    return said and any(who in value for who in WHO)
 
 
 def unfolded(value: Any) -> Any:
@@ -58,8 +59,8 @@ def unfolded(value: Any) -> Any:
         if "\r" in value and TRANSCRIPT.match(plain := value.replace("\r\n", "\n")):
             return plain
         held = parsed(value)
-        turn = isinstance(held, Mapping) and any(who in held for who in WHO[:2])
-        if turns(held) or turn or (isinstance(held, Mapping) and _inside(held) is not None):
+        inside = isinstance(held, Mapping) and _inside(held) is not None
+        if turns(held) or _is_turn(held) or inside:
             return unfolded(held)
         if held is None and CUT.match(value):
             raise Unusable("messages as a text that is neither JSON nor a Python list")
@@ -107,7 +108,8 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
     if turn.get("label") is not None and not is_good(turn["label"]):
         raise Unusable(BAD)
     content = next((turn[name] for name in WHAT if turn.get(name) is not None), None)
-    thought = {name: turn[name] for name in THOUGHT if turn.get(name)}
+    thought = {name: turn[name] for name in THOUGHT if isinstance(turn.get(name), str)}
+    thought = {name: text for name, text in thought.items() if text.strip()}
     return {"role": role, "content": readable(_text(content)), **thought}
 
 

@@ -39,6 +39,7 @@ FILES = {
     "rows.csv.gz": (gzip.compress(table(",").encode()), ""),
     "rows.jsonl": (LINES.encode(), ""),
     "mark.jsonl": (LINES.replace("\n", "\r\n\r\n").encode("utf-8-sig"), ""),
+    "blank.jsonl": (("\n \n" + LINES).encode(), ""),
     "list.jsonl": (json.dumps(ROWS, indent=1).encode(), ""),
     "rows.json": (json.dumps(ROWS).encode(), ""),
     "data.json": (json.dumps({"version": "1", "data": ROWS}).encode(), ""),

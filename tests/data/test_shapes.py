@@ -197,6 +197,8 @@ NUMBERS = {
     "a date": ({"chosen": date(2024, 5, 1), "rejected": "never"}, ("2024-05-01", "never")),
     "a JSON list": ({"chosen": '["a", "b"]', "rejected": '["a"]'}, ('["a", "b"]', '["a"]')),
     "a JSON object": ({"chosen": '{"name": "Ann"}', "rejected": "{}"}, ('{"name": "Ann"}', "{}")),
+    "a JSON trip": ({"chosen": '{"from": "Rome"}', "rejected": "no"}, ('{"from": "Rome"}', "no")),
+    "JSON jobs": ({"chosen": '[{"role": "cook"}]', "rejected": "no"}, ('[{"role": "cook"}]', "no")),
     "nothing's names": ({"chosen": "None", "rejected": "null"}, ("None", "null")),
 }
 
