@@ -98,7 +98,8 @@ def _json(file: Path, text: TextIO) -> Rows:
             yield from _listed(file, _parsed(whole) if whole.strip() else [])
             return
         yield row
-        for line, written in enumerate(itertools.chain([second], text), line + 1):
+        numbers = itertools.count(line + 1)
+        for line, written in zip(numbers, itertools.chain([second], text), strict=False):
             if written.strip():
                 yield _object(file, _parsed(written), line)
     except json.JSONDecodeError as error:
