@@ -214,6 +214,20 @@ def test_a_truncated_answer_costs_the_penalty(make) -> None:
     assert torch.allclose(free.scores - fined.scores, 2.5 * (~free.ended).float())
 
 
+def test_a_truncated_answer_scores_less_than_its_floor(make) -> None:
+    """Whatever the reward model likes about it; an answer that ends keeps its score."""
+    free = make(missing_eos_penalty=None, response_length=20).rollout(1)
+    floor = free.scores.median().item()
+    words = {"floor": floor, "validation_prompts": [row["input_ids"] for row in PROMPTS]}
+    trainer = make(missing_eos_penalty=0.5, response_length=20, words=words)
+    cut, seen = ~free.ended, trainer.rollout(1)
+    assert torch.equal(seen.scores[~cut], free.scores[~cut])
+    assert torch.equal(seen.scores[cut], free.scores[cut].clamp(max=floor) - 0.5)
+    assert (free.scores[cut] > floor).any() and (seen.scores[cut] <= floor - 0.5).all()
+    validated = trainer.explore(words["validation_prompts"], 0)
+    assert (~validated.ended).any() and validated.scores[~validated.ended].max() <= floor - 0.5
+
+
 def test_a_dataset_smaller_than_a_batch_serves(make) -> None:
     """Stock hangs for ever (fact 10)."""
     trainer = make(prompts=PROMPTS[:3], total_episodes=16)

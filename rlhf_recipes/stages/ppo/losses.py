@@ -26,7 +26,7 @@ class Rollout:
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
-    scores: torch.Tensor  # [batch], in units of the reward, less `missing_eos_penalty`
+    scores: torch.Tensor  # [batch], in units of the reward, `fined` where cut off
     ended: torch.Tensor  # [batch], whether the answer ends in EOS
     entropy: torch.Tensor
 

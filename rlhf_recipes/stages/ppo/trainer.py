@@ -13,6 +13,7 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 - 13: masks come from lengths;
 - 15: `max_grad_norm` clips, policy and value apart; `gradient_checkpointing` is enabled for the
   update and off in rollouts;
+- 18: an answer without EOS scores at most `floor`, less `missing_eos_penalty`;
 - 19: no logits for prompt positions, none kept for a whole rollout batch;
 - 21: policy and value have learning rates of their own.
 """
@@ -32,6 +33,7 @@ from trl.experimental.ppo.ppo_trainer import masked_mean
 
 from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, score, values
 from rlhf_recipes.models.sampling import Sequences, join, sample
 from rlhf_recipes.recipe.kinds import Limits
@@ -75,6 +77,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         value_learning_rate: float | None = None,
         value_warmup_epochs: int = 0,
         other_reference: bool = False,
+        floor: float = math.inf,
         limits: Limits | None = None,
         keep: str = "last",
         validation_prompts: Sequence[list[int]] = (),
@@ -86,6 +89,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self.value_learning_rate = value_learning_rate
         self.value_warmup_epochs = value_warmup_epochs
         self.other_reference = other_reference
+        self.floor = floor
         self.guard = Guard(limits or Limits())
         self.keep = keep
         self.validation_prompts = validation_prompts
@@ -240,13 +244,13 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             for name, tensor in self._opinions(chunk).items():
                 parts[name].append(tensor)
         seen = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        if args.missing_eos_penalty is not None:
-            seen["scores"][~ended] -= args.missing_eos_penalty
+        ended = ended.to(self._device)
+        seen["scores"] = fined(seen["scores"], ended, args.missing_eos_penalty, self.floor)
         return Rollout(
             sequences=sequences,
             mask=columns < sequences.lengths[:, None],
             value_mask=columns < sequences.lengths[:, None] + 1,
-            ended=ended.to(self._device),
+            ended=ended,
             **seen,
         )
 
