@@ -24,6 +24,7 @@ ALIKE = 0.5  # of the distinct 2-grams that the policy before had
 REPEATING = 0.3  # of an answer's 3-grams
 ENDING = 0.5  # of the answers; under it most are cut off
 CUT_MORE = 0.15  # more of the answers cut off than before
+UPDATES = 3  # fewer say nothing of a value model
 MORE_PROMPTS = "100 prompts tell 60 % from chance, 400 tell 55 %."
 
 
@@ -112,6 +113,19 @@ def never_ends(facts: Facts) -> Found:
             return
         if before != "base" and then is not None and now < then - CUT_MORE:
             yield Finding("doubt", name, f"{text}: more are cut off.", cure)
+
+
+def blind_critic(facts: Facts) -> Found:
+    """A value model that never foresaw the returns better than their mean does."""
+    for stage in facts.making("policy", explores=True):
+        name, foreseen = stage.name, stage.series("val/explained_variance")[1]
+        if len(foreseen) >= UPDATES and max(foreseen) <= 0:
+            text = f"{facts.title(name)}'s value model never foresaw the returns better than their "
+            text += f"mean: its explained variance is {max(foreseen):.2f} at most, in "
+            text += f"{len(foreseen)} updates. Its advantages are noisier than the returns."
+            change = f"Raise {facts.setting(name, 'value_warmup_epochs')} or "
+            change += f"{facts.setting(name, 'value_learning_rate')}."
+            yield Finding("doubt", name, text.replace("-", "−"), change)
 
 
 # ---- who wins -----------------------------------------------------------------------------------
@@ -257,4 +271,4 @@ def against_best_of(facts: Facts) -> Found:
             return
 
 
-RULES = (went_far, collapsed, never_ends, winning, over_base, against_best_of)
+RULES = (went_far, collapsed, never_ends, blind_critic, winning, over_base, against_best_of)

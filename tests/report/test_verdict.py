@@ -286,6 +286,23 @@ def test_a_reward_model_that_knows_its_training_pairs_by_heart(tmp_path: Path) -
         assert words in one.text and change in one.change
 
 
+def test_a_value_model_that_never_foresaw_anything(tmp_path: Path) -> None:
+    for best, said_so in ((-0.1, 1), (0.1, 0)):
+        rows = [{"step": n, "val/explained_variance": -0.3} for n in (1, 2)]
+        curves = {"ppo": [*rows, {"step": 3, "val/explained_variance": best}]}
+        recipe = {"ppo": {"value_warmup_epochs": 0, "value_learning_rate": 1e-4}}
+        findings = found(tmp_path / str(said_so), curves=curves, recipe=recipe)
+        assert len([f for f in findings if "value model" in f.text]) == said_so
+        if said_so:
+            (one,) = [f for f in findings if "value model" in f.text]
+            assert (one.level, one.about) == ("doubt", "ppo")
+            assert one.text.startswith(
+                "PPO's value model never foresaw the returns better than their mean: its explained "
+                "variance is −0.10 at most, in 3 updates."
+            )
+            assert "Raise `ppo.value_warmup_epochs` (0 now)" in one.change
+
+
 def test_the_price_of_a_gain_is_held_against_the_best_of_n(tmp_path: Path) -> None:
     outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
     last = found(tmp_path, outputs=outputs)[-1]

@@ -15,7 +15,7 @@ from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo.guards import Guard
-from rlhf_recipes.stages.ppo.losses import Rollout, advantages
+from rlhf_recipes.stages.ppo.losses import Rollout, advantages, explained_variance
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.roles import make_base
 from tests.helpers.trainers import PROMPTS, make_trainer
@@ -280,6 +280,21 @@ def test_the_value_learns_the_return(make) -> None:
     assert losses[-1] < 0.25 * losses[0]
 
 
+def test_the_explained_variance_is_of_the_rollout_s_values(make) -> None:
+    """1 where the values are the returns, 0 where they are the mean, below 0 where they mislead."""
+    for values, expected in (([1.0, 3.0], 1.0), ([2.0, 2.0], 0.0), ([3.0, 1.0], -3.0)):
+        trainer = make(response_length=2, kl_coef=0.0)
+        words = {"scores": [1.0, 3.0], "values": [[value] * 2 for value in values]}
+        seen = rollout(trainer, [[7, 2], [8, 2]], **words)
+        _, returns, _ = advantages(seen, trainer.args)
+        assert explained_variance(seen, returns) == pytest.approx(expected, abs=1e-6)
+    trainer = make()
+    seen = trainer.rollout(1)
+    _, returns, _ = advantages(seen, trainer.args)
+    said = trainer.optimize(seen, 1)["val/explained_variance"]
+    assert said == explained_variance(seen, returns) and said < 1  # before the update
+
+
 def test_checkpointing_is_on_in_the_update_and_off_in_the_rollout(make) -> None:
     """The same weights as without, and no layer left checkpointing."""
     after = []
@@ -414,6 +429,17 @@ def test_value_warmup_trains_the_value_alone_once(make) -> None:
         steps.append(len(count))
     assert steps == [2 * 4, 2 * 4 + 2 * 2]
     assert all(torch.equal(a, b) for a, b in zip(*policies, strict=True))
+
+
+def test_a_warmup_is_not_held_near_the_first_values(make) -> None:
+    """Clipped to ±0.2 of the rollout's, values cannot learn returns that are 5 away."""
+    words = {"value_warmup_epochs": 30, "value_learning_rate": 1e-1}
+    trainer = make(learning_rate=0.0, lr_scheduler_type="constant", words=words)
+    seen = trainer.rollout(1)
+    seen.scores.add_(5.0)
+    trainer.optimize(seen, 1)
+    moved = (trainer.rollout(1).values - seen.values)[seen.value_mask]
+    assert moved.mean() > 2
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,14 @@ from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo.guards import Guard
-from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, policy_loss, value_loss
+from rlhf_recipes.stages.ppo.losses import (
+    Rollout,
+    Rows,
+    advantages,
+    explained_variance,
+    policy_loss,
+    value_loss,
+)
 from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
@@ -284,7 +292,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self._checkpointing(True)
         warmup = self.value_warmup_epochs if update == 1 else 0
         for epoch in range(-warmup, args.num_ppo_epochs):
-            learn = self._learn if epoch >= 0 else self._learn_value
+            # Clipped, a warm-up would end within 0.2 of where it began, however long it is.
+            learn = self._learn if epoch >= 0 else partial(self._learn_value, clip=False)
             order = self._permutation(args.local_batch_size, "minibatch", update, epoch)
             for mini in order.split(args.local_mini_batch_size):
                 step: dict[str, float] = defaultdict(float)
@@ -302,7 +311,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
                     stats[name].append(float(number))
         self._checkpointing(False)
         self.lr_scheduler.step()
-        return {**_averages(stats), **self._objective(rollout, kl), "lr": learning_rate}
+        told = {"val/explained_variance": explained_variance(rollout, returns), "lr": learning_rate}
+        return {**_averages(stats), **self._objective(rollout, kl), **told}
 
     def _learn(self, rows: Rows) -> dict[str, torch.Tensor]:
         """The gradients of both losses, and their metrics; forward and backward in one `active`.
@@ -324,10 +334,10 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             self.accelerator.backward(loss + args.vf_coef * other)
         return seen | more
 
-    def _learn_value(self, rows: Rows) -> dict[str, torch.Tensor]:
+    def _learn_value(self, rows: Rows, clip: bool = True) -> dict[str, torch.Tensor]:
         with self.value_model.active():
             guess = values(self.value_model, *rows.tokens)
-            loss, seen = value_loss(guess, rows, self.args)
+            loss, seen = value_loss(guess, rows, self.args, clip)
             self.accelerator.backward(self.args.vf_coef * loss)
         return seen
 
