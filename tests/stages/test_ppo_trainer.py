@@ -381,7 +381,7 @@ def test_the_policy_kept_is_the_best_on_validation_or_the_last(
     given = [0.0, 1.0, 3.0, 2.0, 3.0, 9.0, -1.0]  # the 9 is beyond max_kl
     words = {"keep": keep, "validation_prompts": [[1, 4, 7, 5]], "limits": Limits(max_kl=2.0)}
     when = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = make(total_episodes=48, words=words, **when)
+    trainer = make(total_episodes=48, kl_coef=0.0, words=words, **when)
     explore = trainer.explore
     after: list[list[torch.Tensor]] = []
 
@@ -399,6 +399,27 @@ def test_the_policy_kept_is_the_best_on_validation_or_the_last(
     kept = zip(trainer.policy_model.trainable(), after[update], strict=True)
     assert all(torch.equal(a, b) for a, b in kept)
     assert trainer.best.update == 2
+
+
+def test_what_is_kept_is_the_best_by_ppo_s_own_objective(make) -> None:
+    """A score of 3 at 8 nats is worth less than one of 2 at 1 nat where a nat costs 0.5."""
+    words = {"keep": "best", "validation_prompts": [[1, 4, 7, 5]]}
+    trainer = make(kl_coef=0.5, eval_strategy="steps", eval_steps=1, words=words)
+    explore, given = trainer.explore, [(0.0, 0.0), (2.0, 1.0), (3.0, 8.0)]
+
+    def scored(prompts: list, seed: int) -> Rollout:
+        seen = explore(prompts, seed)
+        seen.scores.fill_(given[update][0])
+        each = given[update][1] / seen.mask.sum(1, keepdim=True)
+        seen.ref_logprobs.copy_(seen.logprobs - each)
+        return seen
+
+    trainer.explore = scored
+    for update in (0, 1, 2):
+        told = trainer.validate(update)
+    assert told == pytest.approx({"eval/score": 3.0, "eval/kl": 8.0, "eval/objective": -1.0})
+    assert (trainer.best.update, trainer.best.score) == (1, 2.0)
+    assert trainer.best.objective == pytest.approx(1.5)
 
 
 def test_validating_changes_no_weight(make) -> None:

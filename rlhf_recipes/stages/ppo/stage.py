@@ -135,6 +135,8 @@ def run(context: StageContext) -> StageResult:
     }
     if table.extras["keep"] == "best" and trainer.best is not None:
         metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
+        metrics |= {"validation_objective": trainer.best.objective}
+        metrics["kept_by"] = f"score - {trainer.args.kl_coef:g} × KL on validation prompts"
     before, now = metrics["train_score_first"], metrics["train_score"]
     summary = f"score {before:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
     if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:

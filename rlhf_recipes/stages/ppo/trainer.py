@@ -61,10 +61,11 @@ GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 
 @dataclass(frozen=True)
 class Best:
-    """The policy that scored best on the validation prompts so far."""
+    """The policy that is best on the validation prompts so far, by PPO's own objective."""
 
     update: int  # 0: the start
     score: float
+    objective: float  # score - kl_coef × KL: the score alone prefers the most over-optimised one
     policy: list[torch.Tensor]  # a copy of its trainable weights
 
 
@@ -73,8 +74,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
 
     `train_dataset` is a list of {"input_ids": prompt}. `on_update(trainer, rollout, metrics)` is
     called after each update. The reference must equal the policy at the start unless
-    `other_reference`. With `keep="best"` the policy ends as it was where it scored best on
-    `validation_prompts` within `limits.max_kl`, its start included.
+    `other_reference`. With `keep="best"` the policy ends as it was where score - kl_coef × KL
+    was highest on `validation_prompts`, within `limits.max_kl`, its start included.
     """
 
     def __init__(
@@ -180,10 +181,11 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         seen = self.explore(self.validation_prompts, derive_seed(args.seed, "validation"))
         kl = ((seen.logprobs - seen.ref_logprobs) * seen.mask).sum(1).mean().item()
         score = seen.scores.mean().item()
-        within = math.isfinite(score) and kl <= self.guard.limits.max_kl
-        if within and (self.best is None or score > self.best.score):
-            self.best = Best(update, score, _copies(self.policy_model.trainable()))
-        return {"eval/score": score, "eval/kl": kl}
+        objective = score - args.kl_coef * kl
+        within = math.isfinite(objective) and kl <= self.guard.limits.max_kl
+        if within and (self.best is None or objective > self.best.objective):
+            self.best = Best(update, score, objective, _copies(self.policy_model.trainable()))
+        return {"eval/score": score, "eval/kl": kl, "eval/objective": objective}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         policy, value = self.policy_model.trainable(), self.value_model.trainable()
@@ -193,7 +195,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     def carried(self) -> dict[str, Any]:
         return {
             "guard": {name: getattr(self.guard, name) for name in GUARD},
-            "best": self.best and [self.best.update, self.best.score],
+            "best": self.best and [self.best.update, self.best.score, self.best.objective],
             "stopped": self.stopped,
             "metrics": self.metrics,
         }
