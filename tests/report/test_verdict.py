@@ -308,8 +308,8 @@ def test_the_price_of_a_gain_is_held_against_the_best_of_n(tmp_path: Path) -> No
     last = found(tmp_path, outputs=outputs)[-1]
     assert (last.level, last.text) == (
         "note",
-        "By the judge, PPO gained 85 % of what taking the best of 16 of SFT's answers does, at 3.4 "
-        "times its KL.",
+        "By the judge, PPO gained 85 % (56–114) of what taking the best of 16 of SFT's answers "
+        "does, at 3.4 times its KL.",
     )
 
 
@@ -317,8 +317,8 @@ def test_little_of_what_the_best_of_many_gains_is_a_doubt(tmp_path: Path) -> Non
     outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
     for gain, share, level in [
         (-0.2, "nothing", "doubt"),
-        (0.1, "25 %", "doubt"),
-        (0.3, "75 %", "note"),
+        (0.1, "25 % (0–51)", "doubt"),
+        (0.3, "75 % (44–106)", "note"),
     ]:
         findings = found(tmp_path / share, shares("ppo.judge_gain", gain, 0.1), outputs=outputs)
         (one,) = [f for f in findings if "the best of 16" in f.text]
