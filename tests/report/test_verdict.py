@@ -123,6 +123,11 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "Only 3 % of PPO's answers end within their tokens, 96 % of SFT's: most are cut off.",
         "`ppo.missing_eos_penalty` (1 now), or `ppo.response_length` (48 now)",
     ),
+    "a unit that is mostly noise": (
+        {"reward.margin": 0.62}, "doubt", "reward",
+        "The chosen answer of a test pair leads by 0.62 of `reward`'s units, under 1: its scores "
+        "spread more than", "Raise `ppo.kl_coef` (0.15 now)",
+    ),
     "SFT's answers never end": (
         {"sft.ended": 0.1, "ppo.ended": 0.1}, "fault", "sft",
         "Only 10 % of SFT's answers end within their tokens: most are cut off.",
