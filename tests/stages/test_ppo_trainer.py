@@ -15,8 +15,8 @@ from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo.guards import Guard
-from rlhf_recipes.stages.ppo.losses import Rollout, advantages, explained_variance
-from rlhf_recipes.stages.ppo.trainer import PPOTrainer
+from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, explained_variance
+from rlhf_recipes.stages.ppo.trainer import LOSS_SCALE, PPOTrainer
 from tests.helpers.roles import make_base
 from tests.helpers.trainers import PROMPTS, make_trainer
 
@@ -269,6 +269,52 @@ def test_max_grad_norm_clips(make) -> None:
         pairs = zip(before, trainer.policy_model.trainable(), strict=True)
         moved.append(sum((a - b).square().sum() for a, b in pairs).sqrt().item())
     assert moved[0] <= 2e-3 * 1.001 and moved[1] > 10 * moved[0]
+
+
+def test_float16_loses_no_gradient_to_a_small_share(tiny_model: Path, make) -> None:
+    """A mini-batch of 32,768 tokens, by its share: unscaled, float16 flushes gradients to 0."""
+    found = {}
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.float16, LOSS_SCALE)):
+        trainer = make(make_base(tiny_model, dtype))
+        assert trainer.loss_scale == (LOSS_SCALE if dtype == torch.float16 else 1.0)
+        seen = trainer.rollout(1)
+        advantage, returns, _ = advantages(seen, trainer.args)
+        rows = torch.arange(8)
+        trainer.loss_scale = scale / 32768 * seen.mask.sum().item()
+        trainer._learn(Rows(seen, advantage, returns, rows, rows))
+        grads = [p.grad for p in trainer.policy_model.trainable() if p.grad is not None]
+        found[dtype, scale] = torch.cat([(grad / trainer.loss_scale).flatten() for grad in grads])
+    whole, lossy, scaled = found.values()
+    lost = [((one == 0) & (whole != 0)).float().mean().item() for one in (lossy, scaled)]
+    near = [torch.cosine_similarity(one, whole, 0).item() for one in (lossy, scaled)]
+    assert lost[0] > 1e-3 and lost[1] == 0
+    assert 1 - near[1] < 0.2 * (1 - near[0])  # 3.6e-5, 3.8e-4
+
+
+def test_a_step_that_overflows_in_float16_is_skipped_and_counted(tiny_model: Path, make) -> None:
+    trainer = make(make_base(tiny_model, torch.float16))
+    before, step, calls = weights(trainer), trainer._step, []
+
+    def overflow() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            trainer.policy_model.trainable()[0].grad[0] = float("inf")
+            step()
+            assert all(torch.equal(before[name], now) for name, now in weights(trainer).items())
+        else:
+            step()
+
+    trainer._step = overflow
+    told = trainer.optimize(trainer.rollout(1), 1)
+    assert (trainer.skipped, trainer.loss_scale, len(calls)) == (1, LOSS_SCALE / 2, 4)
+    assert told["val/skipped_steps"] == 1
+    after = weights(trainer)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    other = make(make_base(tiny_model, torch.float16))
+    trainer.best = None
+    other.carry(trainer.carried())
+    assert (other.skipped, other.loss_scale) == (1, LOSS_SCALE / 2)
 
 
 def test_the_value_learns_the_return(make) -> None:

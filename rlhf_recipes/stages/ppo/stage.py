@@ -115,6 +115,10 @@ def run(context: StageContext) -> StageResult:
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
 
+    if trainer.skipped:
+        said = f"{trainer.skipped} optimizer steps were skipped: gradients beyond float16"
+        context.progress.note(said)
+
     # ---- output
     output = context.folder / "output"
     base.save(policy, output)
@@ -131,6 +135,7 @@ def run(context: StageContext) -> StageResult:
         "train_length": last["val/length"],
         "stopped": trainer.stopped,
         "minimum_accuracy": minimum,
+        **({"skipped_steps": trainer.skipped} if trainer.scaled else {}),
         **told,
     }
     if table.extras["keep"] == "best" and trainer.best is not None:

@@ -16,6 +16,8 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 - 18: an answer without EOS scores at most `floor`, less `missing_eos_penalty`;
 - 19: no logits for prompt positions, none kept for a whole rollout batch;
 - 21: policy and value have learning rates of their own.
+
+In float16 its losses are scaled. Stock has no scaler there.
 """
 
 from __future__ import annotations
@@ -55,6 +57,9 @@ from rlhf_recipes.store.digests import derive_seed
 # What rounding may do to the policy's reading of its own answers in another batch shape: the most
 # of an approxkl, and of the share of tokens that are clipped; and of one log-probability.
 ROUNDING = {torch.float32: (1e-6, 1e-3), torch.bfloat16: (0.02, 0.5), torch.float16: (1e-3, 0.1)}
+# Of the losses in float16, whose least number is 6e-8: a token's share of 32,768 would lose its
+# gradients. A step that overflows is skipped, and halves it.
+LOSS_SCALE = 2.0**12
 REPORT = "this is a bug in rlhf-recipes; please report it with the recipe"
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 
@@ -106,10 +111,13 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self.stopped = ""  # why it ended before its last update
         self.metrics: dict[str, float] = {}  # the last update's
         self.on_update = on_update
+        self.skipped = 0  # optimizer steps
         super().__init__(*args, **kwargs)
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
         self.is_fsdp_xla_v1_enabled = False  # loading an optimizer asks; PPO's constructor forgot
+        self.scaled = self.policy_model.dtype == torch.float16
+        self.loss_scale = LOSS_SCALE if self.scaled else 1.0
         paired = self.policy_model.pairs_with(self.value_model)
         self.together = paired and self._device.type == "cpu"
 
@@ -198,6 +206,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             "best": self.best and [self.best.update, self.best.score, self.best.objective],
             "stopped": self.stopped,
             "metrics": self.metrics,
+            "scale": [self.loss_scale, self.skipped],
         }
 
     def carry(self, kept: dict[str, Any]) -> None:
@@ -205,6 +214,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         if kept["best"]:
             self.best = Best(*kept["best"], _copies(self.policy_model.trainable()))
         self.stopped, self.metrics = kept["stopped"], kept["metrics"]
+        self.loss_scale, self.skipped = kept["scale"]
 
     def _every(self, steps: float) -> int:
         """A number of updates, also where it is given as a share of all of them."""
@@ -314,6 +324,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self._checkpointing(False)
         self.lr_scheduler.step()
         told = {"val/explained_variance": explained_variance(rollout, returns), "lr": learning_rate}
+        told |= {"val/skipped_steps": float(self.skipped)} if self.scaled else {}
         return {**_averages(stats), **self._objective(rollout, kl), **told}
 
     def _learn(self, rows: Rows) -> dict[str, torch.Tensor]:
@@ -327,23 +338,29 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             with policy.active():
                 new, entropy = logprobs(policy, *rows.tokens, args.temperature)
                 loss, seen = policy_loss(new, entropy, rows, args)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * self.loss_scale)
             return seen | self._learn_value(rows)
         with policy.active(beside=value):
             new, entropy, guess = logprobs_and_values(policy, value, *rows.tokens, args.temperature)
             loss, seen = policy_loss(new, entropy, rows, args)
             other, more = value_loss(guess, rows, args)
-            self.accelerator.backward(loss + args.vf_coef * other)
+            self.accelerator.backward((loss + args.vf_coef * other) * self.loss_scale)
         return seen | more
 
     def _learn_value(self, rows: Rows, clip: bool = True) -> dict[str, torch.Tensor]:
         with self.value_model.active():
             guess = values(self.value_model, *rows.tokens)
             loss, seen = value_loss(guess, rows, self.args, clip)
-            self.accelerator.backward(self.args.vf_coef * loss)
+            self.accelerator.backward(self.args.vf_coef * loss * self.loss_scale)
         return seen
 
     def _step(self) -> None:
+        if self.scaled:
+            found = [p for group in self.optimizer.param_groups for p in group["params"]]
+            grads = [p.grad.div_(self.loss_scale) for p in found if p.grad is not None]
+            if not all(grad.isfinite().all() for grad in grads):
+                self.skipped, self.loss_scale = self.skipped + 1, self.loss_scale / 2
+                return self.optimizer.zero_grad()
         if self.args.max_grad_norm:
             for group in self.optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
