@@ -275,6 +275,9 @@ def prepare_trained(run_folder: str, work: str) -> None:
 
     for name in ("sft", "reward"):
         shutil.copytree(finished_stage(Path(run_folder), name)[2], Path(work, name))
+    unit = json.loads(Path(work, "reward", "unit.json").read_text())
+    del unit["floor"]  # TRL has none: both are to be rewarded alike
+    Path(work, "reward", "unit.json").write_text(json.dumps(unit))
     _write_for_trl(Session(load_recipe(Path(run_folder, "resolved.toml")), {}), Path(work))
 
 

@@ -121,7 +121,9 @@ def gate(found: Mapping[str, float], minimum: float, key: str) -> str:
     """What to say of a reward model before PPO trains against it; nothing where all is well.
 
     `found` are its numbers on test pairs, `minimum` the accuracy that the recipe's `key` asks for,
-    0 for none. Raises GateError where it ranks too few right, or is surely worse than chance.
+    0 for none. Raises GateError where it ranks too few right, where it is surely worse than chance,
+    and, with a minimum over a half, where it may be chance: of 81 pairs a coin ranks 55 % right or
+    more in one case of five.
     """
     if not minimum:
         return ""
@@ -132,10 +134,14 @@ def gate(found: Mapping[str, float], minimum: float, key: str) -> str:
     said += f"(95 %: {low:.0%} to {high:.0%}), and length alone {found['length_accuracy']:.0%}"
     if high - low > UNSURE and low < minimum and high >= max(minimum, 0.5):
         return f"{said}: too few pairs to tell whether it is over {key} = {minimum:g}"
-    if accuracy >= minimum and high >= 0.5:
+    chance = minimum > 0.5 and low <= 0.5
+    if accuracy >= minimum and high >= 0.5 and not chance:
         return ""
     what = "worse than chance" if high < 0.5 else f"under {key} = {minimum:g}"
     hint = "try more or cleaner pairs, more epochs or another learning_rate"
+    if accuracy >= minimum and chance:
+        what = f"this may be chance, as the interval begins at {low:.0%}"
+        hint = f"raise dataset.test_fraction for more test pairs; else {hint}"
     raise GateError(f"{said}: {what}", f"{hint}; --set {key}=0 trains against it all the same")
 
 

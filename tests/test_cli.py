@@ -68,7 +68,8 @@ def test_a_run_ends_in_a_table_and_what_to_type_next(here: Path) -> None:
     assert verdict.splitlines() == [
         "? PPO wins against SFT on 75 % of 8 prompts (41–93) by the reward model: too few prompts "
         "to tell.",
-        "  → Raise `evaluation.prompts` (8 now): 100 prompts tell 60 % from chance, 400 tell 55 %.",
+        "  → Raise `evaluation.prompts` (8 now): 200 prompts tell 60 % from chance in four cases "
+        "of five, 780 tell 55 %.",
     ]
     assert rest.splitlines() == [
         "results  runs/toy/results.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from rlhf_recipes.errors import GateError
-from rlhf_recipes.stats import calibration, calibration_error, gate, of_pairs, wilson
+from rlhf_recipes.report.policy_rules import MORE_PROMPTS
+from rlhf_recipes.stats import bootstrap, calibration, calibration_error, gate, of_pairs, wilson
 
 
 @pytest.mark.parametrize(
@@ -108,10 +110,15 @@ def numbers(accuracy: float, count: int) -> dict[str, float]:
         (1.0, 12, 0.55, "well"),
         (0.5, 57, 0.55, "unsure"),
         (0.5, 58, 0.55, "under"),
+        (0.58, 81, 0.55, "coin"),
+        (0.62, 81, 0.55, "well"),
+        (0.56, 200, 0.55, "coin"),
+        (0.6, 57, 0.55, "coin"),
     ],
 )
 def test_the_gate(accuracy: float, count: int, minimum: float, answer: str) -> None:
     words = {"under": "under reward.minimum_accuracy = ", "chance": ": worse than chance"}
+    words["coin"] = r": this may be chance, as the interval begins at \d\d%"
     found = numbers(accuracy, count)
     if answer in words:
         with pytest.raises(GateError, match=words[answer]) as caught:
@@ -124,6 +131,29 @@ def test_the_gate(accuracy: float, count: int, minimum: float, answer: str) -> N
     note = gate(found, minimum, "reward.minimum_accuracy")
     assert ("too few pairs to tell" in note) == (answer == "unsure")
     assert bool(note) == (answer == "unsure")
+
+
+def test_a_coin_seldom_passes_the_gate() -> None:
+    """It did in 19 of 100 cases at 81 pairs, and in 14 at 100."""
+    for count in (81, 100, 200):
+        passed = 0.0
+        for hits in range(count + 1):
+            with contextlib.suppress(GateError):
+                passed += not gate(numbers(hits / count, count), 0.55, "key") and (
+                    math.comb(count, hits) / 2**count
+                )
+        assert 0 < passed < 0.035
+
+
+@pytest.mark.parametrize(("share", "prompts"), [(0.6, 200), (0.55, 780)])
+def test_as_many_prompts_as_are_named_tell_a_gain_four_times_in_five(
+    share: float, prompts: int
+) -> None:
+    named = MORE_PROMPTS.replace("prompts ", "")
+    assert f"{prompts} tell {100 * share:.0f} %" in named
+    draws = np.random.default_rng(0).random((200, prompts)) < share
+    lows = [bootstrap(wins, seed)[0] for seed, wins in enumerate(draws.astype(float))]
+    assert 0.74 < np.mean(np.array(lows) > 0.5) < 0.88
 
 
 def test_without_test_pairs_the_gate_says_so() -> None:

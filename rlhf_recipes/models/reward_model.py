@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +12,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf_recipes.data.rows import Example
 from rlhf_recipes.data.tokens import Tokens, special_tokens
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.models.base import HEAD, UNIT, Base
 from rlhf_recipes.models.load import load_config, load_reward_model, load_tokenizer, new_head
 from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampling import score_ids
+
+FLOOR_ROWS = 256  # the mean of so many scores is right to 6 % of their deviation
 
 
 def open_reward(base: Base, output: Path) -> Role:
@@ -86,3 +92,41 @@ def read_unit(output: Path) -> tuple[float, float]:
     """Mean and standard deviation of the reward over the training chosen answers."""
     unit = json.loads((output / UNIT).read_text())
     return unit["mean"], unit["std"]
+
+
+# ---- answers that were cut off
+
+
+def floor_of(reward: Role, rows: Sequence[Example], pad: int, batch: int) -> float:
+    """The most that an answer without EOS may score before its penalty, in the model's own scale.
+
+    That is a deviation below the mean of the rejected answers of `rows`, which are pairs: what a
+    bad answer scores that is complete. It is inf without rows. N+ (arXiv 2403.17031) puts a
+    constant in the place of the score, but a reward model from elsewhere has no unit for one.
+    """
+    if not rows:
+        return math.inf
+    some = rows[:: -(-len(rows) // FLOOR_ROWS)]
+    both = [(e.prompt_ids, e.rejected_ids) for e in some]
+    scores = score_ids(reward, both, pad, batch)
+    return (scores.mean() - scores.std(correction=0)).item()
+
+
+def read_floor(output: Path) -> float:
+    """`floor_of` the training pairs, in units; inf where a reward stage of before wrote none."""
+    mean, std = read_unit(output)
+    return (json.loads((output / UNIT).read_text()).get("floor", math.inf) - mean) / std
+
+
+def fined(
+    scores: torch.Tensor, ended: torch.Tensor, penalty: float | None, floor: float
+) -> torch.Tensor:
+    """The scores [batch] that a policy is trained on and chosen by; None takes them as they are.
+
+    An answer that did not end (`ended` [batch]) scores at most `floor`, less the penalty. A reward
+    model was trained on whole answers. On smoke it scores half of a rejected answer 1.5 units above
+    the whole: with a penalty of 1 alone, a bad answer is better cut off than ended.
+    """
+    if penalty is None:
+        return scores
+    return torch.where(ended, scores, scores.clamp(max=floor) - penalty)

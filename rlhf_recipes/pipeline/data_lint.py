@@ -6,6 +6,7 @@ Rows are looked at as the stages get them: the same ids, sides and reasons for d
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
 BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
 MANY = 0.05
+ROOM = 1.2  # times the longest answer, for the policy to be a little longer and still end
 WEIGHT = "beyond the dataset's weight"  # as data.py says it
 MARKUP = re.compile(
     r"\[/?INST\]|<</?SYS>>|<\|\w+\|>|<(start|end)_of_turn>|^### ?\w+:", re.MULTILINE
@@ -138,6 +140,12 @@ def _lengths(place: str, data: Data, recipe: Any) -> Found:
     for stage in recipe.stages if not place else ():
         room = recipe.table(stage).options.get("response_length")
         over = sum(length > room for length in groups["chosen"]) if room else 0
+        longest = max(groups["chosen"], default=0)
+        if room and not over and room < ROOM * longest:
+            text = f"the longest chosen answer has {longest} tokens, {stage}.response_length is "
+            text += f"{room}: an answer that is a little longer is cut off, and cannot learn to end"
+            change = f"--set {stage}.response_length={math.ceil(ROOM * longest)}"
+            yield Finding("note", "room", text, change)
         if over:
             share = over / len(groups["chosen"])
             text = f"{share:.1%} of the chosen answers are longer than {stage}.response_length"

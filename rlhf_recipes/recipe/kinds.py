@@ -69,7 +69,7 @@ _PPO: Keys = {
 }
 _REWARD = Kind(
     "reward",
-    version=4,
+    version=5,
     module="rlhf_recipes.stages.reward",
     config="trl:RewardConfig",
     makes="reward_model",
@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
         _REWARD,
         Kind(
             "ppo",
-            version=4,
+            version=5,
             module="rlhf_recipes.stages.ppo.stage",
             config="trl.experimental.ppo:PPOConfig",
             makes="policy",
@@ -129,12 +129,12 @@ KINDS: dict[str, Kind] = {
             learns_from="labels",
             roles=("policy", "reference"),
         ),
-        replace(_REWARD, name=JUDGE, version=5, learns_from="judge_pairs", roles=(), listed=False),
+        replace(_REWARD, name=JUDGE, version=6, learns_from="judge_pairs", roles=(), listed=False),
         _EVALUATION,
         replace(
             _EVALUATION,
             name=BEST_OF,
-            version=3,
+            version=4,
             module="rlhf_recipes.stages.best_of",
             reads=(*_EVALUATION.reads, "best_of"),
             borrows=("response_length", "temperature", "missing_eos_penalty"),

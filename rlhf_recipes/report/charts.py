@@ -117,6 +117,7 @@ CURVES = {
     "val/entropy_per_token": ("entropy", ".2f", "min_entropy"),
     "length": ("length", ".0f", "min_length"),
     "loss/value_avg": ("the value model's loss", ".2f", ""),
+    "val/explained_variance": ("the explained variance", ".2f", ""),
     "policy/clipfrac_avg": ("the clipped share", ".1%", ""),
 }
 
@@ -145,7 +146,9 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
                 axes.axvline(kept, color=MUTED, linestyle=":", linewidth=1.4)
                 at = {"xycoords": ("data", "axes fraction"), "ha": "center"}
                 svg.say(axes, "kept", (kept, 1), (0, 2), va="bottom", fontsize=10, **at)
-            if key != "score":
+            if key == "val/explained_variance":
+                axes.axhline(0, color=MUTED, linewidth=1)
+            elif key != "score":
                 axes.set_ylim(bottom=0)
             if form == ".1%":
                 svg.percents(axes.yaxis)
@@ -169,6 +172,9 @@ def _meaning(key: str, values: Sequence[float], form: str) -> str:
     if key == "loss/value_avg":
         start = "learns to foresee the score" if change < 0.9 else "does not learn"
         return f"The value model {start}: its loss {went}"
+    if key == "val/explained_variance":
+        start = "foresees the returns" if last > 0 else "foresees the returns worse than their mean"
+        return f"The value model {start}: explained variance {went}"
     start = "Updates are gentle" if last < ROUGH else "Updates are rough"
     return f"{start}: {100 * last:.1f} % of the tokens are clipped"
 

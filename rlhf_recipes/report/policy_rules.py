@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -24,7 +25,9 @@ ALIKE = 0.5  # of the distinct 2-grams that the policy before had
 REPEATING = 0.3  # of an answer's 3-grams
 ENDING = 0.5  # of the answers; under it most are cut off
 CUT_MORE = 0.15  # more of the answers cut off than before
-MORE_PROMPTS = "100 prompts tell 60 % from chance, 400 tell 55 %."
+UPDATES = 3  # fewer say nothing of a value model
+# With 95 % intervals of the bootstrap.
+MORE_PROMPTS = "200 prompts tell 60 % from chance in four cases of five, 780 tell 55 %."
 
 
 def _trained(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
@@ -112,6 +115,19 @@ def never_ends(facts: Facts) -> Found:
             return
         if before != "base" and then is not None and now < then - CUT_MORE:
             yield Finding("doubt", name, f"{text}: more are cut off.", cure)
+
+
+def blind_critic(facts: Facts) -> Found:
+    """A value model that never foresaw the returns better than their mean does."""
+    for stage in facts.making("policy", explores=True):
+        name, foreseen = stage.name, stage.series("val/explained_variance")[1]
+        if len(foreseen) >= UPDATES and max(foreseen) <= 0:
+            text = f"{facts.title(name)}'s value model never foresaw the returns better than their "
+            text += f"mean: its explained variance is {max(foreseen):.2f} at most, in "
+            text += f"{len(foreseen)} updates. Its advantages are noisier than the returns."
+            change = f"Raise {facts.setting(name, 'value_warmup_epochs')} or "
+            change += f"{facts.setting(name, 'value_learning_rate')}."
+            yield Finding("doubt", name, text.replace("-", "−"), change)
 
 
 # ---- who wins -----------------------------------------------------------------------------------
@@ -246,15 +262,26 @@ def against_best_of(facts: Facts) -> Found:
     most = max((int(count) for count in counts if count.isdecimal()), default=0)
     kl, least = facts.number(f"{policy}.kl"), facts.number(f"best_of.{most}.kl")
     for by, called in (("judge", "the judge"), ("score", "the reward model")):
-        gain = facts.number(f"{policy}.{by}_gain")
-        best = facts.number(f"best_of.{most}.{by}_gain")
+        ours, theirs = f"{policy}.{by}_gain", f"best_of.{most}.{by}_gain"
+        gain, best = facts.number(ours), facts.number(theirs)
         if gain is not None and best and best > 0 and kl is not None and least:
             who, start = (facts.title(str(name)) for name in (policy, facts.best_of.get("policy")))
-            share = percent(gain / best) if gain > 0 else "nothing"
+            share = "nothing"
+            if gain > 0:
+                # As if the two gains were apart: on the same prompts they err together.
+                half = 1.96 * math.hypot(_error(facts, ours), _error(facts, theirs)) * gain / best
+                low, high = max(0.0, gain / best - half), gain / best + half
+                share = f"{percent(gain / best)} ({100 * low:.0f}–{100 * high:.0f})"
             text = f"By {called}, {who} gained {share} of what taking the best of "
             text += f"{most} of {start}'s answers does, at {kl / least:.1f} times its KL."
             yield Finding("doubt" if gain < LITTLE * best else "note", policy, text)
             return
 
 
-RULES = (went_far, collapsed, never_ends, winning, over_base, against_best_of)
+def _error(facts: Facts, key: str) -> float:
+    """The standard error of a number, as a share of it; 0 where it has no interval."""
+    value, low, high = (facts.number(f"{key}{end}") for end in ("", "_low", "_high"))
+    return (high - low) / 3.92 / value if value and low is not None and high is not None else 0.0
+
+
+RULES = (went_far, collapsed, never_ends, blind_critic, winning, over_base, against_best_of)

@@ -18,6 +18,7 @@ from rlhf_recipes.stats import Share, wilson
 
 TELLING = 0.65  # an interval from under a half to over this may hold a good reward model
 FEWEST = 8  # pairs to say anything from
+WEAK = 1.0  # units between the answers of a test pair: smoke and chat have 2.2
 LEARNED = 0.01  # of the loss: what SFT has to take off it
 
 
@@ -117,6 +118,23 @@ def ranking(facts: Facts) -> Found:
             yield Finding(level, name, text, f"{change}one.")
 
 
+def weak_unit(facts: Facts) -> Found:
+    """A reward model whose unit, the deviation of its scores, is more than what a pair differs by.
+
+    kl_coef is a price in that unit: the weaker the model, the less a nat costs.
+    """
+    for stage in facts.making("reward_model", listed=True):
+        name, margin = stage.name, facts.number(f"{stage.name}.margin")
+        readers = [s.name for s in facts.making("policy", explores=True)]
+        readers = [one for one in readers if facts.of(one, "reward_model") == name]
+        if margin is not None and margin < WEAK and readers:
+            text = f"The chosen answer of a test pair leads by {margin:.2f} of `{name}`'s units, "
+            text += f"under {WEAK:g}: its scores spread more than a better and a worse answer "
+            text += "differ, so PPO follows noise at a price that is low."
+            change = f"Raise {facts.setting(readers[-1], 'kl_coef')}, or give it cleaner pairs."
+            yield Finding("doubt", name, text, change)
+
+
 def _untrained(facts: Facts, name: str, level: str, text: str, chance: bool) -> Finding:
     """No better than chance, or hardly, and not by too few pairs to tell."""
     stage = facts.stage(name)
@@ -175,4 +193,4 @@ def gate_lowered(facts: Facts) -> Found:
             yield Finding("doubt" if value < MINIMUM else "note", stage.name, text)
 
 
-RULES = (ended, sft_loss, ranking, gate_lowered)
+RULES = (ended, sft_loss, ranking, weak_unit, gate_lowered)

@@ -2,7 +2,7 @@
 
 No training is in it, and what it costs in nats is known. So many answers are drawn to each prompt;
 the best of every n of them is reckoned, and its gain is over the mean of all. The best is chosen as
-PPO is rewarded: by the reward model, less the penalty for an answer that was cut off.
+PPO is rewarded: by the reward model, with the floor and the penalty for answers that were cut off.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ import json
 from collections.abc import Iterator
 from statistics import fmean
 
+import torch
+
 from rlhf_recipes import stats
 from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.rows import pairs
 from rlhf_recipes.models.fake_model import Held, Sim
+from rlhf_recipes.models.reward_model import fined, floor_of, open_foreign, read_floor
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import BASE
+from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.answers import (
+    BATCH,
     SCORERS,
     answer_length,
     ask,
@@ -56,9 +62,9 @@ def run(context: StageContext) -> StageResult:
     drawn = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
     said = score(context, drawn, tell)
     context.progress.update(total, total)
-    penalty, eos = ppo.options["missing_eos_penalty"] or 0.0, session.tokens.eos_id
-    ended = [ids[-1] == eos for _, ids in drawn]
-    rewards = [s if end else s - penalty for s, end in zip(said[""], ended, strict=True)]
+    ended = [ids[-1] == session.tokens.eos_id for _, ids in drawn]
+    scores, penalty = torch.tensor(said[""]).double(), ppo.options["missing_eos_penalty"]
+    rewards = fined(scores, torch.tensor(ended), penalty, _floor(context)).tolist()
     rows = [slice(first, first + count) for first in range(0, len(drawn), count)]  # one a prompt
 
     # ---- gains
@@ -86,6 +92,19 @@ def run(context: StageContext) -> StageResult:
     gain, nats = (metrics[f"best_of.{count}.{key}"] for key in ("score_gain", "kl"))
     summary = f"the best of {count} of {start}: gain {gain:+.2f} at {nats:.2f} nats or less"
     return StageResult(metrics, summary)
+
+
+def _floor(context: StageContext) -> float:
+    """The most that an answer without EOS may score: the reward stage's, or a foreign model's."""
+    if scorer := context.inputs.get("reward_model"):
+        return read_floor(scorer)
+    recipe, session = context.recipe, context.session
+    folder = sources.model_folder(recipe.explorer.reward_model, recipe)
+    foreign = open_foreign(folder, session.base, session.tokens)
+    rows = pairs(session.data(recipe.dataset).train)
+    floor = floor_of(foreign, rows, session.tokens.pad_id, BATCH)
+    session.base.close(foreign)
+    return floor
 
 
 # ---- what its memory and its work are counted from

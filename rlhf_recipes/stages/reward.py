@@ -6,7 +6,7 @@ Departs from TRL's own script in that
   writes after EOS, while PPO scores at EOS (TRL-facts 27);
 - the head trains with a learning rate of its own, in float32;
 - mean and deviation of its scores over the training chosen answers are stored: the unit in which
-  every later stage reads it;
+  every later stage reads it; and what an answer that was cut off scores at most;
 - what it is worth is measured on test pairs: PPO looks at that before it starts.
 
 The independent judge is one too: from the bare base, on the pairs that this one never sees. Those
@@ -28,6 +28,7 @@ from rlhf_recipes.data.rows import Example, pairs
 from rlhf_recipes.models.base import UNIT
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
 from rlhf_recipes.models.load import new_head
+from rlhf_recipes.models.reward_model import floor_of
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.recipe.kinds import JUDGE
@@ -83,12 +84,14 @@ def run(context: StageContext) -> StageResult:
     chosen = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in some], pad, batch)
     mean, std = chosen.mean().item(), chosen.std().item()
     std = std if std > 0 else 1.0  # one answer alone, or all alike
+    floor = floor_of(reward, some, pad, batch)
     metrics: dict[str, Any] = {
         "train_loss": trained.training_loss,
         "steps": trained.global_step,
         "pairs": len(train),
         "unit_mean": mean,
         "unit_std": std,
+        "unit_floor": (floor - mean) / std,
     }
     summary = f"loss {trained.training_loss:.3f}"
     if validation:
@@ -103,7 +106,7 @@ def run(context: StageContext) -> StageResult:
     # ---- output
     output = context.folder / "output"
     base.save(reward, output)
-    write_json(output / UNIT, {"mean": mean, "std": std})
+    write_json(output / UNIT, {"mean": mean, "std": std, "floor": floor})
     base.close(reward)
     return StageResult(metrics | found, summary)
 

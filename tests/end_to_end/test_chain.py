@@ -21,7 +21,7 @@ base.ended base.length base.score
 sft.ended sft.kl sft.length sft.rows sft.rows_dropped sft.score sft.score_gain sft.steps
 sft.train_loss sft.unchanged sft.validation_loss sft.validation_loss_before sft.win_rate
 reward.accuracy reward.length_accuracy reward.margin reward.pairs reward.steps reward.test_pairs
-reward.train_loss reward.unit_mean reward.unit_std reward.validation_accuracy
+reward.train_loss reward.unit_mean reward.unit_std reward.unit_floor reward.validation_accuracy
 reward.validation_margin
 reward.accuracy_high reward.accuracy_low reward.calibration_error reward.shorter_accuracy
 reward.shorter_pairs ppo.minimum_accuracy

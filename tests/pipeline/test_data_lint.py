@@ -83,6 +83,18 @@ def test_answers_that_ppo_has_no_room_for(look: Lint) -> None:
     assert look.about("too long", rows, "ppo.response_length=7") == []
 
 
+def test_room_for_answers_a_little_longer_than_the_longest(look: Lint) -> None:
+    rows = [{**row, "chosen": "red red red red"} for row in PAIRS]  # and the end of the turn
+    (line,) = [line for line in look(rows, "ppo.response_length=5") if line.about == "room"]
+    assert (line.level, line.text) == (
+        "note",
+        "the longest chosen answer has 5 tokens, ppo.response_length is 5: an answer that is a "
+        "little longer is cut off, and cannot learn to end",
+    )
+    assert line.change == "--set ppo.response_length=6"
+    assert look.about("room", rows, "ppo.response_length=6") == []
+
+
 def test_pairs_that_stand_twice_and_that_contradict(look: Lint) -> None:
     turned = {**PAIRS[0], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}
     assert look.about("pairs", [*PAIRS, PAIRS[3], PAIRS[3], turned]) == [

@@ -265,7 +265,7 @@ def test_the_schema_knows_the_keys_that_may_be_set() -> None:
     assert ppo["keep"] == {
         "enum": ["best", "last"],
         "default": "best",
-        "description": "ends with what scored best on validation prompts",
+        "description": "ends with the best score − kl_coef × KL on validation",
     }
     assert ppo["kind"] == {"const": "ppo", "type": "string"}
     assert {k: v["default"] for k, v in ppo["guard"]["properties"].items()} == GUARD

@@ -123,6 +123,11 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "Only 3 % of PPO's answers end within their tokens, 96 % of SFT's: most are cut off.",
         "`ppo.missing_eos_penalty` (1 now), or `ppo.response_length` (48 now)",
     ),
+    "a unit that is mostly noise": (
+        {"reward.margin": 0.62}, "doubt", "reward",
+        "The chosen answer of a test pair leads by 0.62 of `reward`'s units, under 1: its scores "
+        "spread more than", "Raise `ppo.kl_coef` (0.15 now)",
+    ),
     "SFT's answers never end": (
         {"sft.ended": 0.1, "ppo.ended": 0.1}, "fault", "sft",
         "Only 10 % of SFT's answers end within their tokens: most are cut off.",
@@ -286,13 +291,30 @@ def test_a_reward_model_that_knows_its_training_pairs_by_heart(tmp_path: Path) -
         assert words in one.text and change in one.change
 
 
+def test_a_value_model_that_never_foresaw_anything(tmp_path: Path) -> None:
+    for best, said_so in ((-0.1, 1), (0.1, 0)):
+        rows = [{"step": n, "val/explained_variance": -0.3} for n in (1, 2)]
+        curves = {"ppo": [*rows, {"step": 3, "val/explained_variance": best}]}
+        recipe = {"ppo": {"value_warmup_epochs": 0, "value_learning_rate": 1e-4}}
+        findings = found(tmp_path / str(said_so), curves=curves, recipe=recipe)
+        assert len([f for f in findings if "value model" in f.text]) == said_so
+        if said_so:
+            (one,) = [f for f in findings if "value model" in f.text]
+            assert (one.level, one.about) == ("doubt", "ppo")
+            assert one.text.startswith(
+                "PPO's value model never foresaw the returns better than their mean: its explained "
+                "variance is −0.10 at most, in 3 updates."
+            )
+            assert "Raise `ppo.value_warmup_epochs` (0 now)" in one.change
+
+
 def test_the_price_of_a_gain_is_held_against_the_best_of_n(tmp_path: Path) -> None:
     outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
     last = found(tmp_path, outputs=outputs)[-1]
     assert (last.level, last.text) == (
         "note",
-        "By the judge, PPO gained 85 % of what taking the best of 16 of SFT's answers does, at 3.4 "
-        "times its KL.",
+        "By the judge, PPO gained 85 % (56–114) of what taking the best of 16 of SFT's answers "
+        "does, at 3.4 times its KL.",
     )
 
 
@@ -300,8 +322,8 @@ def test_little_of_what_the_best_of_many_gains_is_a_doubt(tmp_path: Path) -> Non
     outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
     for gain, share, level in [
         (-0.2, "nothing", "doubt"),
-        (0.1, "25 %", "doubt"),
-        (0.3, "75 %", "note"),
+        (0.1, "25 % (0–51)", "doubt"),
+        (0.3, "75 % (44–106)", "note"),
     ]:
         findings = found(tmp_path / share, shares("ppo.judge_gain", gain, 0.1), outputs=outputs)
         (one,) = [f for f in findings if "the best of 16" in f.text]

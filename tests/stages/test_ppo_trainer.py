@@ -15,8 +15,8 @@ from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo.guards import Guard
-from rlhf_recipes.stages.ppo.losses import Rollout, advantages
-from rlhf_recipes.stages.ppo.trainer import PPOTrainer
+from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, explained_variance
+from rlhf_recipes.stages.ppo.trainer import LOSS_SCALE, PPOTrainer
 from tests.helpers.roles import make_base
 from tests.helpers.trainers import PROMPTS, make_trainer
 
@@ -214,6 +214,20 @@ def test_a_truncated_answer_costs_the_penalty(make) -> None:
     assert torch.allclose(free.scores - fined.scores, 2.5 * (~free.ended).float())
 
 
+def test_a_truncated_answer_scores_less_than_its_floor(make) -> None:
+    """Whatever the reward model likes about it; an answer that ends keeps its score."""
+    free = make(missing_eos_penalty=None, response_length=20).rollout(1)
+    floor = free.scores.median().item()
+    words = {"floor": floor, "validation_prompts": [row["input_ids"] for row in PROMPTS]}
+    trainer = make(missing_eos_penalty=0.5, response_length=20, words=words)
+    cut, seen = ~free.ended, trainer.rollout(1)
+    assert torch.equal(seen.scores[~cut], free.scores[~cut])
+    assert torch.equal(seen.scores[cut], free.scores[cut].clamp(max=floor) - 0.5)
+    assert (free.scores[cut] > floor).any() and (seen.scores[cut] <= floor - 0.5).all()
+    validated = trainer.explore(words["validation_prompts"], 0)
+    assert (~validated.ended).any() and validated.scores[~validated.ended].max() <= floor - 0.5
+
+
 def test_a_dataset_smaller_than_a_batch_serves(make) -> None:
     """Stock hangs for ever (fact 10)."""
     trainer = make(prompts=PROMPTS[:3], total_episodes=16)
@@ -257,6 +271,52 @@ def test_max_grad_norm_clips(make) -> None:
     assert moved[0] <= 2e-3 * 1.001 and moved[1] > 10 * moved[0]
 
 
+def test_float16_loses_no_gradient_to_a_small_share(tiny_model: Path, make) -> None:
+    """A mini-batch of 32,768 tokens, by its share: unscaled, float16 flushes gradients to 0."""
+    found = {}
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1.0), (torch.float16, LOSS_SCALE)):
+        trainer = make(make_base(tiny_model, dtype))
+        assert trainer.loss_scale == (LOSS_SCALE if dtype == torch.float16 else 1.0)
+        seen = trainer.rollout(1)
+        advantage, returns, _ = advantages(seen, trainer.args)
+        rows = torch.arange(8)
+        trainer.loss_scale = scale / 32768 * seen.mask.sum().item()
+        trainer._learn(Rows(seen, advantage, returns, rows, rows))
+        grads = [p.grad for p in trainer.policy_model.trainable() if p.grad is not None]
+        found[dtype, scale] = torch.cat([(grad / trainer.loss_scale).flatten() for grad in grads])
+    whole, lossy, scaled = found.values()
+    lost = [((one == 0) & (whole != 0)).float().mean().item() for one in (lossy, scaled)]
+    near = [torch.cosine_similarity(one, whole, 0).item() for one in (lossy, scaled)]
+    assert lost[0] > 1e-3 and lost[1] == 0
+    assert 1 - near[1] < 0.2 * (1 - near[0])  # 3.6e-5, 3.8e-4
+
+
+def test_a_step_that_overflows_in_float16_is_skipped_and_counted(tiny_model: Path, make) -> None:
+    trainer = make(make_base(tiny_model, torch.float16))
+    before, step, calls = weights(trainer), trainer._step, []
+
+    def overflow() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            trainer.policy_model.trainable()[0].grad[0] = float("inf")
+            step()
+            assert all(torch.equal(before[name], now) for name, now in weights(trainer).items())
+        else:
+            step()
+
+    trainer._step = overflow
+    told = trainer.optimize(trainer.rollout(1), 1)
+    assert (trainer.skipped, trainer.loss_scale, len(calls)) == (1, LOSS_SCALE / 2, 4)
+    assert told["val/skipped_steps"] == 1
+    after = weights(trainer)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    other = make(make_base(tiny_model, torch.float16))
+    trainer.best = None
+    other.carry(trainer.carried())
+    assert (other.skipped, other.loss_scale) == (1, LOSS_SCALE / 2)
+
+
 def test_the_value_learns_the_return(make) -> None:
     """On one rollout kept fixed. What is left is two answers to one prompt, told apart too late."""
     words = {"value_learning_rate": 1e-2}
@@ -264,6 +324,21 @@ def test_the_value_learns_the_return(make) -> None:
     seen = trainer.rollout(1)
     losses = [trainer.optimize(seen, 1)["loss/value_avg"] for _ in range(12)]
     assert losses[-1] < 0.25 * losses[0]
+
+
+def test_the_explained_variance_is_of_the_rollout_s_values(make) -> None:
+    """1 where the values are the returns, 0 where they are the mean, below 0 where they mislead."""
+    for values, expected in (([1.0, 3.0], 1.0), ([2.0, 2.0], 0.0), ([3.0, 1.0], -3.0)):
+        trainer = make(response_length=2, kl_coef=0.0)
+        words = {"scores": [1.0, 3.0], "values": [[value] * 2 for value in values]}
+        seen = rollout(trainer, [[7, 2], [8, 2]], **words)
+        _, returns, _ = advantages(seen, trainer.args)
+        assert explained_variance(seen, returns) == pytest.approx(expected, abs=1e-6)
+    trainer = make()
+    seen = trainer.rollout(1)
+    _, returns, _ = advantages(seen, trainer.args)
+    said = trainer.optimize(seen, 1)["val/explained_variance"]
+    assert said == explained_variance(seen, returns) and said < 1  # before the update
 
 
 def test_checkpointing_is_on_in_the_update_and_off_in_the_rollout(make) -> None:
@@ -352,7 +427,7 @@ def test_the_policy_kept_is_the_best_on_validation_or_the_last(
     given = [0.0, 1.0, 3.0, 2.0, 3.0, 9.0, -1.0]  # the 9 is beyond max_kl
     words = {"keep": keep, "validation_prompts": [[1, 4, 7, 5]], "limits": Limits(max_kl=2.0)}
     when = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    trainer = make(total_episodes=48, words=words, **when)
+    trainer = make(total_episodes=48, kl_coef=0.0, words=words, **when)
     explore = trainer.explore
     after: list[list[torch.Tensor]] = []
 
@@ -370,6 +445,27 @@ def test_the_policy_kept_is_the_best_on_validation_or_the_last(
     kept = zip(trainer.policy_model.trainable(), after[update], strict=True)
     assert all(torch.equal(a, b) for a, b in kept)
     assert trainer.best.update == 2
+
+
+def test_what_is_kept_is_the_best_by_ppo_s_own_objective(make) -> None:
+    """A score of 3 at 8 nats is worth less than one of 2 at 1 nat where a nat costs 0.5."""
+    words = {"keep": "best", "validation_prompts": [[1, 4, 7, 5]]}
+    trainer = make(kl_coef=0.5, eval_strategy="steps", eval_steps=1, words=words)
+    explore, given = trainer.explore, [(0.0, 0.0), (2.0, 1.0), (3.0, 8.0)]
+
+    def scored(prompts: list, seed: int) -> Rollout:
+        seen = explore(prompts, seed)
+        seen.scores.fill_(given[update][0])
+        each = given[update][1] / seen.mask.sum(1, keepdim=True)
+        seen.ref_logprobs.copy_(seen.logprobs - each)
+        return seen
+
+    trainer.explore = scored
+    for update in (0, 1, 2):
+        told = trainer.validate(update)
+    assert told == pytest.approx({"eval/score": 3.0, "eval/kl": 8.0, "eval/objective": -1.0})
+    assert (trainer.best.update, trainer.best.score) == (1, 2.0)
+    assert trainer.best.objective == pytest.approx(1.5)
 
 
 def test_validating_changes_no_weight(make) -> None:
@@ -400,6 +496,17 @@ def test_value_warmup_trains_the_value_alone_once(make) -> None:
         steps.append(len(count))
     assert steps == [2 * 4, 2 * 4 + 2 * 2]
     assert all(torch.equal(a, b) for a, b in zip(*policies, strict=True))
+
+
+def test_a_warmup_is_not_held_near_the_first_values(make) -> None:
+    """Clipped to ±0.2 of the rollout's, values cannot learn returns that are 5 away."""
+    words = {"value_warmup_epochs": 30, "value_learning_rate": 1e-1}
+    trainer = make(learning_rate=0.0, lr_scheduler_type="constant", words=words)
+    seen = trainer.rollout(1)
+    seen.scores.add_(5.0)
+    trainer.optimize(seen, 1)
+    moved = (trainer.rollout(1).values - seen.values)[seen.value_mask]
+    assert moved.mean() > 2
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch
 
 from rlhf_recipes.errors import ModelError, StageError
 from rlhf_recipes.models.load import load_tokenizer
-from rlhf_recipes.models.reward_model import open_foreign, open_reward, read_unit
+from rlhf_recipes.models.reward_model import (
+    fined,
+    floor_of,
+    open_foreign,
+    open_reward,
+    read_floor,
+    read_unit,
+)
 from rlhf_recipes.models.role import score, values
 from rlhf_recipes.models.sampling import join, score_ids
 from rlhf_recipes.pipeline.export import write_reward_model
@@ -277,6 +285,34 @@ def test_the_unit_is_mean_0_and_deviation_1_over_the_training_chosen(chain: Chai
     scores = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in pairs], 0, 7)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
     assert scores.std().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["own", "foreign"])
+def test_a_rejected_answer_that_is_cut_in_half_gains_nothing(
+    chain: Chain, tmp_path: Path, kind: str
+) -> None:
+    """A penalty of 1 alone leaves it a gain: the reward model has seen no answer without EOS."""
+    chain.run("sft", {})
+    metrics = chain.run("reward", {"policy": "sft"}).metrics
+    rows = [e for e in chain.session.data(chain.recipe.dataset).reward_train if e.rejected_ids[1:]]
+    unit = 1.0
+    if kind == "own":
+        reward = open_reward(chain.session.base, chain.outputs["reward"])
+        floor = read_floor(chain.outputs["reward"])
+        assert floor == pytest.approx(metrics["unit_floor"], abs=1e-6)
+    else:
+        write_reward_model(chain.session, chain.outputs["reward"], tmp_path / "rm", form="merged")
+        reward = open_foreign(tmp_path / "rm", chain.session.base, chain.session.tokens)
+        floor, unit = floor_of(reward, rows, 0, 8), metrics["unit_std"]
+    whole = score_ids(reward, [(e.prompt_ids, e.rejected_ids) for e in rows], 0, 8)
+    halves = [(e.prompt_ids, e.rejected_ids[: len(e.rejected_ids) // 2]) for e in rows]
+    half = score_ids(reward, halves, 0, 8)
+    cut = torch.zeros(len(rows), dtype=torch.bool)
+    before = fined(half, cut, unit, math.inf) - whole
+    now = fined(half, cut, unit, floor) - whole
+    assert floor == pytest.approx((whole.mean() - whole.std(correction=0)).item(), abs=1e-4)
+    assert (before > 0).float().mean() > 0.3
+    assert now.mean() < -1.5 * unit and (now > 0).float().mean() < 0.1
 
 
 def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(

@@ -26,7 +26,7 @@ class Rollout:
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     values: torch.Tensor
-    scores: torch.Tensor  # [batch], in units of the reward, less `missing_eos_penalty`
+    scores: torch.Tensor  # [batch], in units of the reward, `fined` where cut off
     ended: torch.Tensor  # [batch], whether the answer ends in EOS
     entropy: torch.Tensor
 
@@ -103,12 +103,25 @@ def policy_loss(new: torch.Tensor, entropy: torch.Tensor, rows: Rows, args: PPOC
     }
 
 
-def value_loss(new: torch.Tensor, rows: Rows, args: PPOConfig) -> Loss:
-    """The clipped value loss, as the micro-batch's share; `new` are the values now."""
+def explained_variance(rollout: Rollout, returns: torch.Tensor) -> float:
+    """How much of the returns' variance the rollout's values foresaw: 1 all, 0 as their mean does.
+
+    Below 0 a critic is worse than a constant, and its advantages are noisier than the returns.
+    """
+    goal, value = returns[rollout.value_mask], rollout.values[rollout.value_mask]
+    left = (goal - value).var(correction=0) / goal.var(correction=0).clamp(min=1e-12)
+    return 1 - left.item()
+
+
+def value_loss(new: torch.Tensor, rows: Rows, args: PPOConfig, clip: bool = True) -> Loss:
+    """The value loss, as the micro-batch's share, clipped to be near the rollout's values.
+
+    `new` are the values now.
+    """
     rollout = rows.rollout
     mask, goal, old = rows.columns(rollout.value_mask, rows.returns, rollout.values)
     share, old, new = 1.0 / rollout.value_mask[rows.mini].sum(), old * mask, new * mask
-    near = new.clamp(old - args.cliprange_value, old + args.cliprange_value)
+    near = new.clamp(old - args.cliprange_value, old + args.cliprange_value) if clip else new
     plain, clipped = (new - goal).square(), (near - goal).square()
     loss = 0.5 * (torch.max(plain, clipped) * mask).sum() * share
     return loss, {

@@ -2,7 +2,8 @@
 
 Four roles on one base. The reference is the policy that the stage starts from (the bare base only
 where nothing was trained before), the value starts from the reward model, and the reward is read in
-units of its own spread over the training chosen answers. Default λ is 1: over answers of tens of
+units of its own spread over the training chosen answers. An answer that is cut off scores less than
+a bad one that ends: see `reward_model.fined`. Default λ is 1: over answers of tens of
 tokens with one score at the end, bootstrapping from a young value model costs more in bias than it
 saves in variance.
 """
@@ -20,9 +21,16 @@ from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes import signals, stats
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import Example, unique_prompts
+from rlhf_recipes.data.rows import Example, pairs, unique_prompts
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, learning, sampling
-from rlhf_recipes.models.reward_model import load_head, open_foreign, open_reward, zero_head
+from rlhf_recipes.models.reward_model import (
+    floor_of,
+    load_head,
+    open_foreign,
+    open_reward,
+    read_floor,
+    zero_head,
+)
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
@@ -55,6 +63,7 @@ def run(context: StageContext) -> StageResult:
     else:
         folder = sources.model_folder(table.reward_model, recipe)
         reward = open_foreign(folder, base, session.tokens)
+        floor = floor_of(reward, pairs(data.train), session.tokens.pad_id, table.options[ROLLOUT])
         found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
         told = {f"{name}.{metric}": number for metric, number in found.items()}
@@ -70,7 +79,7 @@ def run(context: StageContext) -> StageResult:
     reference = base.open("reference", start_of_reference, seed=seed, adapter=True)
     value = base.open("value", scorer or start, seed=seed, trainable=True)
     if scorer is not None:
-        reward = open_reward(base, scorer)
+        reward, floor = open_reward(base, scorer), read_floor(scorer)
         value.add_head(load_head(value.lm, scorer))
     else:
         value.add_head(zero_head(value.lm))
@@ -78,6 +87,8 @@ def run(context: StageContext) -> StageResult:
 
     # ---- training
     report = Report(context, prompts)
+    if math.isinf(floor):
+        context.progress.note("no pairs: a cut-off answer keeps its score, less the penalty")
     if table.extras["keep"] == "best" and not validation:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
     trainer = PPOTrainer(
@@ -91,6 +102,7 @@ def run(context: StageContext) -> StageResult:
         value_learning_rate=table.extras["value_learning_rate"],
         other_reference="reference" in context.inputs,
         value_warmup_epochs=table.extras["value_warmup_epochs"],
+        floor=floor,
         limits=Limits(**table.extras["guard"]),
         keep=table.extras["keep"],
         validation_prompts=validation[:VALIDATION_PROMPTS],
@@ -102,6 +114,10 @@ def run(context: StageContext) -> StageResult:
         trainer.train()
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
+
+    if trainer.skipped:
+        said = f"{trainer.skipped} optimizer steps were skipped: gradients beyond float16"
+        context.progress.note(said)
 
     # ---- output
     output = context.folder / "output"
@@ -119,10 +135,13 @@ def run(context: StageContext) -> StageResult:
         "train_length": last["val/length"],
         "stopped": trainer.stopped,
         "minimum_accuracy": minimum,
+        **({"skipped_steps": trainer.skipped} if trainer.scaled else {}),
         **told,
     }
     if table.extras["keep"] == "best" and trainer.best is not None:
         metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
+        metrics |= {"validation_objective": trainer.best.objective}
+        metrics["kept_by"] = f"score - {trainer.args.kl_coef:g} × KL on validation prompts"
     before, now = metrics["train_score_first"], metrics["train_score"]
     summary = f"score {before:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
     if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:

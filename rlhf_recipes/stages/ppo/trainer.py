@@ -13,8 +13,11 @@ gives the same numbers. It departs in that (numbers are those of the TRL-facts l
 - 13: masks come from lengths;
 - 15: `max_grad_norm` clips, policy and value apart; `gradient_checkpointing` is enabled for the
   update and off in rollouts;
+- 18: an answer without EOS scores at most `floor`, less `missing_eos_penalty`;
 - 19: no logits for prompt positions, none kept for a whole rollout batch;
 - 21: policy and value have learning rates of their own.
+
+In float16 its losses are scaled. Stock has no scaler there.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,29 +36,41 @@ from trl.experimental.ppo.ppo_trainer import masked_mean
 
 from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, score, values
 from rlhf_recipes.models.sampling import Sequences, join, sample
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo.guards import Guard
-from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, policy_loss, value_loss
+from rlhf_recipes.stages.ppo.losses import (
+    Rollout,
+    Rows,
+    advantages,
+    explained_variance,
+    policy_loss,
+    value_loss,
+)
 from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
 # What rounding may do to the policy's reading of its own answers in another batch shape: the most
 # of an approxkl, and of the share of tokens that are clipped; and of one log-probability.
 ROUNDING = {torch.float32: (1e-6, 1e-3), torch.bfloat16: (0.02, 0.5), torch.float16: (1e-3, 0.1)}
+# Of the losses in float16, whose least number is 6e-8: a token's share of 32,768 would lose its
+# gradients. A step that overflows is skipped, and halves it.
+LOSS_SCALE = 2.0**12
 REPORT = "this is a bug in rlhf-recipes; please report it with the recipe"
 GUARD = ("first", "scores", "broken")  # what a checkpoint holds of it
 
 
 @dataclass(frozen=True)
 class Best:
-    """The policy that scored best on the validation prompts so far."""
+    """The policy that is best on the validation prompts so far, by PPO's own objective."""
 
     update: int  # 0: the start
     score: float
+    objective: float  # score - kl_coef × KL: the score alone prefers the most over-optimised one
     policy: list[torch.Tensor]  # a copy of its trainable weights
 
 
@@ -63,8 +79,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
 
     `train_dataset` is a list of {"input_ids": prompt}. `on_update(trainer, rollout, metrics)` is
     called after each update. The reference must equal the policy at the start unless
-    `other_reference`. With `keep="best"` the policy ends as it was where it scored best on
-    `validation_prompts` within `limits.max_kl`, its start included.
+    `other_reference`. With `keep="best"` the policy ends as it was where score - kl_coef × KL
+    was highest on `validation_prompts`, within `limits.max_kl`, its start included.
     """
 
     def __init__(
@@ -75,6 +91,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         value_learning_rate: float | None = None,
         value_warmup_epochs: int = 0,
         other_reference: bool = False,
+        floor: float = math.inf,
         limits: Limits | None = None,
         keep: str = "last",
         validation_prompts: Sequence[list[int]] = (),
@@ -86,6 +103,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self.value_learning_rate = value_learning_rate
         self.value_warmup_epochs = value_warmup_epochs
         self.other_reference = other_reference
+        self.floor = floor
         self.guard = Guard(limits or Limits())
         self.keep = keep
         self.validation_prompts = validation_prompts
@@ -93,10 +111,13 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self.stopped = ""  # why it ended before its last update
         self.metrics: dict[str, float] = {}  # the last update's
         self.on_update = on_update
+        self.skipped = 0  # optimizer steps
         super().__init__(*args, **kwargs)
         # accelerate's `backward` divides by this; the losses below are normalised already.
         self.accelerator.gradient_accumulation_steps = 1
         self.is_fsdp_xla_v1_enabled = False  # loading an optimizer asks; PPO's constructor forgot
+        self.scaled = self.policy_model.dtype == torch.float16
+        self.loss_scale = LOSS_SCALE if self.scaled else 1.0
         paired = self.policy_model.pairs_with(self.value_model)
         self.together = paired and self._device.type == "cpu"
 
@@ -168,10 +189,11 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         seen = self.explore(self.validation_prompts, derive_seed(args.seed, "validation"))
         kl = ((seen.logprobs - seen.ref_logprobs) * seen.mask).sum(1).mean().item()
         score = seen.scores.mean().item()
-        within = math.isfinite(score) and kl <= self.guard.limits.max_kl
-        if within and (self.best is None or score > self.best.score):
-            self.best = Best(update, score, _copies(self.policy_model.trainable()))
-        return {"eval/score": score, "eval/kl": kl}
+        objective = score - args.kl_coef * kl
+        within = math.isfinite(objective) and kl <= self.guard.limits.max_kl
+        if within and (self.best is None or objective > self.best.objective):
+            self.best = Best(update, score, objective, _copies(self.policy_model.trainable()))
+        return {"eval/score": score, "eval/kl": kl, "eval/objective": objective}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         policy, value = self.policy_model.trainable(), self.value_model.trainable()
@@ -181,9 +203,10 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     def carried(self) -> dict[str, Any]:
         return {
             "guard": {name: getattr(self.guard, name) for name in GUARD},
-            "best": self.best and [self.best.update, self.best.score],
+            "best": self.best and [self.best.update, self.best.score, self.best.objective],
             "stopped": self.stopped,
             "metrics": self.metrics,
+            "scale": [self.loss_scale, self.skipped],
         }
 
     def carry(self, kept: dict[str, Any]) -> None:
@@ -191,6 +214,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         if kept["best"]:
             self.best = Best(*kept["best"], _copies(self.policy_model.trainable()))
         self.stopped, self.metrics = kept["stopped"], kept["metrics"]
+        self.loss_scale, self.skipped = kept["scale"]
 
     def _every(self, steps: float) -> int:
         """A number of updates, also where it is given as a share of all of them."""
@@ -240,13 +264,13 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             for name, tensor in self._opinions(chunk).items():
                 parts[name].append(tensor)
         seen = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        if args.missing_eos_penalty is not None:
-            seen["scores"][~ended] -= args.missing_eos_penalty
+        ended = ended.to(self._device)
+        seen["scores"] = fined(seen["scores"], ended, args.missing_eos_penalty, self.floor)
         return Rollout(
             sequences=sequences,
             mask=columns < sequences.lengths[:, None],
             value_mask=columns < sequences.lengths[:, None] + 1,
-            ended=ended.to(self._device),
+            ended=ended,
             **seen,
         )
 
@@ -280,7 +304,8 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         self._checkpointing(True)
         warmup = self.value_warmup_epochs if update == 1 else 0
         for epoch in range(-warmup, args.num_ppo_epochs):
-            learn = self._learn if epoch >= 0 else self._learn_value
+            # Clipped, a warm-up would end within 0.2 of where it began, however long it is.
+            learn = self._learn if epoch >= 0 else partial(self._learn_value, clip=False)
             order = self._permutation(args.local_batch_size, "minibatch", update, epoch)
             for mini in order.split(args.local_mini_batch_size):
                 step: dict[str, float] = defaultdict(float)
@@ -298,7 +323,9 @@ class PPOTrainer(Resumable, StockPPOTrainer):
                     stats[name].append(float(number))
         self._checkpointing(False)
         self.lr_scheduler.step()
-        return {**_averages(stats), **self._objective(rollout, kl), "lr": learning_rate}
+        told = {"val/explained_variance": explained_variance(rollout, returns), "lr": learning_rate}
+        told |= {"val/skipped_steps": float(self.skipped)} if self.scaled else {}
+        return {**_averages(stats), **self._objective(rollout, kl), **told}
 
     def _learn(self, rows: Rows) -> dict[str, torch.Tensor]:
         """The gradients of both losses, and their metrics; forward and backward in one `active`.
@@ -311,23 +338,29 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             with policy.active():
                 new, entropy = logprobs(policy, *rows.tokens, args.temperature)
                 loss, seen = policy_loss(new, entropy, rows, args)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * self.loss_scale)
             return seen | self._learn_value(rows)
         with policy.active(beside=value):
             new, entropy, guess = logprobs_and_values(policy, value, *rows.tokens, args.temperature)
             loss, seen = policy_loss(new, entropy, rows, args)
             other, more = value_loss(guess, rows, args)
-            self.accelerator.backward(loss + args.vf_coef * other)
+            self.accelerator.backward((loss + args.vf_coef * other) * self.loss_scale)
         return seen | more
 
-    def _learn_value(self, rows: Rows) -> dict[str, torch.Tensor]:
+    def _learn_value(self, rows: Rows, clip: bool = True) -> dict[str, torch.Tensor]:
         with self.value_model.active():
             guess = values(self.value_model, *rows.tokens)
-            loss, seen = value_loss(guess, rows, self.args)
-            self.accelerator.backward(self.args.vf_coef * loss)
+            loss, seen = value_loss(guess, rows, self.args, clip)
+            self.accelerator.backward(self.args.vf_coef * loss * self.loss_scale)
         return seen
 
     def _step(self) -> None:
+        if self.scaled:
+            found = [p for group in self.optimizer.param_groups for p in group["params"]]
+            grads = [p.grad.div_(self.loss_scale) for p in found if p.grad is not None]
+            if not all(grad.isfinite().all() for grad in grads):
+                self.skipped, self.loss_scale = self.skipped + 1, self.loss_scale / 2
+                return self.optimizer.zero_grad()
         if self.args.max_grad_norm:
             for group in self.optimizer.param_groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
