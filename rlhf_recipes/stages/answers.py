@@ -19,7 +19,13 @@ from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.reward_model import open_foreign, open_reward
 from rlhf_recipes.models.role import Role
-from rlhf_recipes.models.sampling import sample, score_ids
+from rlhf_recipes.models.sampling import (
+    SAMPLED,
+    held_at_once,
+    rows_at_once,
+    sample,
+    score_ids,
+)
 from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.wiring import wiring
@@ -30,8 +36,6 @@ from rlhf_recipes.stages.session import Session
 from rlhf_recipes.stages.training import FORWARD, load_rows
 
 BATCH = 16  # sequences a forward
-SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
-TOKENS = 2**15  # of prompts and answers at a time: 4.3 GB of keys and values in an 8B model
 
 # Who scores, by what their numbers are called: "win_rate", "judge_win_rate", "judge2_win_rate".
 SCORERS = {"": "scores", "judge_": "judged", "judge2_": "judged2"}  # and in answers.jsonl
@@ -76,9 +80,9 @@ def ask(
     None is the base. While it is asked no other model is in memory, and then it is not either.
     """
     prompts = [example.prompt_ids for example in examples]
-    longest = max(map(len, prompts)) + setting.length
     session.release()
     policy = Role(session.exported(output), None, torch.float32)  # no autocast: as it is stored
+    rows = rows_at_once(policy, max(map(len, prompts)), setting.length, len(prompts))
     for seed in seeds:
         yield sample(
             policy,
@@ -87,7 +91,7 @@ def ask(
             temperature=setting.temperature,
             eos=session.tokens.eos_id,
             pad=session.tokens.pad_id,
-            batch=max(1, min(SAMPLED, TOKENS // longest)),
+            batch=rows,
             seed=seed,
         )
     empty(policy.lm)
@@ -154,7 +158,7 @@ def asked_work(recipe: Recipe, name: str, data: Data, answers: int, passes: int)
 
 def sampling_memory(sim: Sim) -> Iterator[Held]:
     """A policy as it is exported, and as many answers as are sampled at a time."""
-    rows = max(1, min(SAMPLED, sim.recipe.evaluation.prompts, TOKENS // sim.lengths.row))
+    rows = held_at_once(sim.recipe.evaluation.prompts, sim.lengths.row)
     with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
         yield from sampling(tracker, policy, rows, sim.lengths)
 

@@ -14,6 +14,7 @@ from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
+from rlhf_recipes.stages.ppo import trainer as trainer_module
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, advantages
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
@@ -150,6 +151,27 @@ def test_another_reference_stops_the_run(make) -> None:
     with pytest.raises(StageError, match="the reference is not the policy that PPO starts from"):
         make(same_reference=False).train()
     make(same_reference=False, words={"other_reference": True}).train()
+
+
+def test_what_is_scored_together_says_nothing_of_what_is_sampled_together(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits bound the former, the cache the latter; 64 answers by 16 took four times as long."""
+    batches, scored = [], []
+    real, opinions = trainer_module.sample, PPOTrainer._opinions
+    monkeypatch.setattr(
+        trainer_module, "sample", lambda *a, **w: batches.append(w["batch"]) or real(*a, **w)
+    )
+    monkeypatch.setattr(
+        PPOTrainer, "_opinions", lambda self, c: scored.append(len(c)) or opinions(self, c)
+    )
+    apart = make(local_rollout_forward_batch_size=3).rollout(1)
+    assert batches == [8] and scored == [3, 3, 2]
+    whole = make().rollout(1)
+    assert batches == [8, 8] and scored[3:] == [8]
+    assert torch.equal(apart.sequences.ids, whole.sequences.ids)
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "entropy"):
+        torch.testing.assert_close(getattr(apart, name), getattr(whole, name))
 
 
 def test_the_first_mini_batch_is_on_policy(make) -> None:

@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from trl.experimental.ppo.ppo_trainer import masked_mean
 from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, score, values
-from rlhf_recipes.models.sampling import Sequences, join, sample
+from rlhf_recipes.models.sampling import Sequences, join, rows_at_once, sample
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
@@ -213,6 +214,14 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         """What the policy does with this update's prompts."""
         return self.explore(self.prompts(update), derive_seed(self.args.seed, "rollout", update))
 
+    @cached_property
+    def sampled(self) -> int:
+        """Answers sampled together: decided once, so that a resumed run has the same batches."""
+        prompts = [*(row["input_ids"] for row in self.train_dataset), *self.validation_prompts]
+        count = max(self.args.batch_size, len(self.validation_prompts))
+        longest = max(map(len, prompts))
+        return rows_at_once(self.policy_model, longest, self.args.response_length, count)
+
     @torch.no_grad()
     def explore(self, prompts: Sequence[list[int]], seed: int) -> Rollout:
         """Sample an answer to each prompt; read the roles' opinions of it."""
@@ -225,7 +234,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             temperature=args.temperature,
             eos=eos,
             pad=pad,
-            batch=args.local_rollout_forward_batch_size,
+            batch=self.sampled,
             seed=seed,
         )
         # One column more than the longest answer where it ended early: the state after its EOS is
