@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.roles import make_base
 from tests.helpers.trainers import make_trainer

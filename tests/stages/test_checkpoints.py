@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.recipe.tables import Limits
 from rlhf_recipes.stages import checkpoints
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.store import layout

@@ -21,7 +21,7 @@ from rlhf_recipes.data.tokens import settle
 from rlhf_recipes.models.load import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sampling
-from rlhf_recipes.recipe.tables import Limits
+from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo import trainer as ours
 from tests.helpers.chains import Silent
 from tests.helpers.roles import make_base
