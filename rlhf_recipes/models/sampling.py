@@ -52,6 +52,14 @@ class Sequences:
         columns = slice(first, before + answer)
         return Sequences(self.ids[:, columns], self.mask[:, columns], self.lengths, answer)
 
+    def alike(self, size: int) -> tuple[torch.Tensor, ...]:
+        """The rows in chunks of like length: by the whole length or by the answer's, whichever
+        leaves less padding in trimmed chunks. Prompts and answers are padded apart."""
+        whole = self.mask.sum(1)
+        orders = [key.argsort() for key in (whole, self.lengths * self.ids.shape[1] + whole)]
+        chunks = [order.split(size) for order in orders]
+        return min(chunks, key=lambda some: sum(self[c].trimmed().ids.numel() for c in some))
+
     @property
     def last(self) -> torch.Tensor:
         """The column [batch] of each answer's last token, which is what is scored."""

@@ -174,6 +174,32 @@ def test_what_is_scored_together_says_nothing_of_what_is_sampled_together(
         torch.testing.assert_close(getattr(apart, name), getattr(whole, name))
 
 
+def test_opinions_are_asked_without_padding_and_put_back_in_order(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of like length share a chunk, as in the update, and are read in its own columns."""
+    prompts = [{"input_ids": [1, 4, *[7] * n, 5]} for n in (1, 20, 2, 18, 3, 22, 1, 19)]
+    trainer = make(
+        prompts=prompts, local_rollout_forward_batch_size=2, response_length=20, temperature=2.0
+    )
+    whole, asked = PPOTrainer._opinions, []
+    monkeypatch.setattr(
+        PPOTrainer, "_opinions", lambda self, c: asked.append(c.ids.shape) or whole(self, c)
+    )
+    rollout = trainer.rollout(1)
+    sequences = rollout.sequences
+    read = sum(rows * columns for rows, columns in asked)
+    assert [rows for rows, _ in asked] == [2, 2, 2, 2]
+    assert sequences.mask.sum() < read < 0.85 * sequences.ids.numel()
+    assert read < sum(sequences[i : i + 2].trimmed().ids.numel() for i in range(0, 8, 2))
+    with torch.no_grad():
+        expected = whole(trainer, sequences)
+    for name, mask in (("logprobs", rollout.mask), ("values", rollout.value_mask)):
+        found = getattr(rollout, name)
+        torch.testing.assert_close(found * mask, expected[name] * mask)
+    torch.testing.assert_close(rollout.scores, expected["scores"])
+
+
 def test_the_first_mini_batch_is_on_policy(make) -> None:
     """Ratio 1 to rounding, though the update's batches are cut otherwise than the rollout's."""
     trainer = make(num_ppo_epochs=1, num_mini_batches=1, local_rollout_forward_batch_size=3)

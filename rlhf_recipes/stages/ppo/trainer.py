@@ -243,12 +243,12 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         width = min(max(len(ids) for ids in answers) + 1, args.response_length)
         sequences = join(prompts, answers, pad, self._device, width)
         columns = torch.arange(sequences.answer, device=self._device)
-        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for start in range(0, len(sequences), args.local_rollout_forward_batch_size):
-            chunk = sequences[start : start + args.local_rollout_forward_batch_size]
-            for name, tensor in self._opinions(chunk).items():
-                parts[name].append(tensor)
-        seen = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        seen: dict[str, torch.Tensor] = {}
+        for rows in sequences.alike(args.local_rollout_forward_batch_size):
+            for name, part in self._opinions(sequences[rows].trimmed()).items():
+                shape = (len(sequences), sequences.answer)[: part.dim()]
+                whole = seen.setdefault(name, part.new_zeros(shape))
+                whole[(rows, slice(part.shape[-1]))[: part.dim()]] = part
         if args.missing_eos_penalty is not None:
             seen["scores"][~ended] -= args.missing_eos_penalty
         return Rollout(
