@@ -23,6 +23,7 @@ from transformers import (
 
 from rlhf_recipes.errors import ModelError, briefly
 from rlhf_recipes.models import attention
+from rlhf_recipes.store import provenance
 
 # Of every load. What is here has been brought whole: nothing is fetched as a model is opened.
 SAFELY = {"trust_remote_code": False, "local_files_only": True}
@@ -31,6 +32,12 @@ WEIGHTS = {"use_safetensors": True, "weights_only": True}
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> dict[str, Any]:
+    """What rounding, memory and speed depend on, beside the libraries."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return provenance.hardware() | {"cpu": torch.backends.cpu.get_cpu_capability(), "card": card}
 
 
 def compute_dtype(name: str) -> torch.dtype:

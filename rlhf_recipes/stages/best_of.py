@@ -19,7 +19,7 @@ from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.stages.answers import (
     SCORERS,
     answer_length,
-    ask,
+    answers_of,
     asked,
     asked_work,
     sampling_memory,
@@ -50,11 +50,11 @@ def run(context: StageContext) -> StageResult:
     # ---- answers and what is said of them
     draws: list[list[list[int]]] = []
     seeds = [derive_seed(setting.seed, "draw", draw) for draw in range(count)]
-    for answers in ask(session, context.inputs.get("policy"), examples, setting, seeds):
+    for answers in answers_of(context, context.inputs.get("policy"), examples, setting, seeds):
         draws.append(answers)
         tell(len(answers))
     drawn = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
-    said = score(context, drawn, tell)
+    said = score(context, [drawn], tell)
     context.progress.update(total, total)
     penalty, eos = ppo.options["missing_eos_penalty"] or 0.0, session.tokens.eos_id
     ended = [ids[-1] == eos for _, ids in drawn]
