@@ -10,12 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf_recipes.models.role import Role, score
 from rlhf_recipes.store.digests import derive_seed
 
 Ids = Sequence[int]
+DRAWN = 64  # rows that one generator draws for, in the order of their prompts' lengths
+SAMPLED = 64  # rows sampled together on a CPU; by the memory rule too
+TOKENS = 2**15  # of those rows, prompts included: 4.3 GB of keys and values in an 8B model
+MOST = 256  # rows sampled together on a card: on an H200 256 took as long as 16 (LOG, 2026-11-27)
+FREE = 0.8  # of a card's free memory, for sampling
+LOOSE = 1.25  # a cache is copied as it grows, a layer at a time
+READ = 32  # bytes a prompt token and hidden unit: the activations of a layer in 16 bit
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,14 @@ class Sequences:
         columns = slice(first, before + answer)
         return Sequences(self.ids[:, columns], self.mask[:, columns], self.lengths, answer)
 
+    def alike(self, size: int) -> tuple[torch.Tensor, ...]:
+        """The rows in chunks of like length: by the whole length or by the answer's, whichever
+        leaves less padding in trimmed chunks. Prompts and answers are padded apart."""
+        whole = self.mask.sum(1)
+        orders = [key.argsort() for key in (whole, self.lengths * self.ids.shape[1] + whole)]
+        chunks = [order.split(size) for order in orders]
+        return min(chunks, key=lambda some: sum(self[c].trimmed().ids.numel() for c in some))
+
     @property
     def last(self) -> torch.Tensor:
         """The column [batch] of each answer's last token, which is what is scored."""
@@ -70,18 +86,72 @@ def join(
     return Sequences(ids.to(device), mask.to(device), lengths.to(device), answer)
 
 
-def sampling(length: int, temperature: float, *, eos: int, pad: int) -> GenerationConfig:
-    """Draw from the whole distribution at `temperature`, with nothing that would bend it."""
+def sampling(length: int, temperature: float | None, *, eos: int, pad: int) -> GenerationConfig:
+    """Draw from the whole distribution at `temperature`, with nothing that would bend it.
+
+    Without a temperature the most likely token is taken, which `Draws` makes a draw of.
+    """
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **(how if temperature is not None else {"do_sample": False}),
         eos_token_id=eos,
         pad_token_id=pad,
         use_cache=True,
     )
+
+
+def held_at_once(count: int, tokens: int) -> int:
+    """Rows of so many `tokens` that are sampled together on a CPU, of `count`."""
+    return max(1, min(SAMPLED, count, TOKENS // tokens))
+
+
+@torch.no_grad()
+def rows_at_once(policy: Role, prompt: int, answer: int, count: int) -> int:
+    """How many of `count` answers to sample together: prompts and answers of so many tokens.
+
+    A step of sampling on a card takes as long for 256 rows as for 16, so there the free memory
+    decides: by the bytes of the model's own cache, or of reading the prompts if that takes more.
+    Rounded down to a power of two, so that a little less free memory changes no batch.
+    """
+    if not torch.cuda.is_available():
+        return held_at_once(count, prompt + answer)
+    with policy.active():
+        one = torch.ones((1, 1), dtype=torch.long, device=policy.lm.device)
+        cache = policy.lm(input_ids=one, use_cache=True).past_key_values
+    held = [t for t in tree_leaves([vars(layer) for layer in cache.layers]) if torch.is_tensor(t)]
+    token, text = sum(tensor.nbytes for tensor in held), policy.config.get_text_config()
+    reading = prompt * (token + READ * text.hidden_size)
+    row = max(LOOSE * (prompt + answer) * token, reading) + 16 * text.vocab_size  # float32 logits
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    fits = max(1, int(FREE * (free - torch.cuda.memory_allocated()) / row))
+    return min(2 ** (fits.bit_length() - 1), MOST, count)
+
+
+class Draws(LogitsProcessor):
+    """Divides probabilities by noise: the largest is then a draw, as `torch.multinomial` makes it.
+
+    The noise of a row depends on `seed`, its place and the step alone. `rows` is the batch's part
+    of all `count` rows.
+    """
+
+    def __init__(
+        self, temperature: float, seed: int, rows: slice, count: int, device: torch.device
+    ) -> None:
+        self.temperature = temperature
+        self.blocks = []
+        for start in range(rows.start - rows.start % DRAWN, rows.stop, DRAWN):
+            generator = torch.Generator(device).manual_seed(derive_seed(seed, "sample", start))
+            size = min(DRAWN, count - start)
+            part = slice(max(rows.start - start, 0), min(rows.stop - start, size))
+            self.blocks.append((generator, size, part))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = [
+            scores.new_empty(size, scores.shape[1]).exponential_(generator=generator)[part]
+            for generator, size, part in self.blocks
+        ]
+        return torch.softmax(scores / self.temperature, dim=-1).div_(torch.cat(noise))
 
 
 @torch.no_grad()
@@ -98,19 +168,23 @@ def sample(
 ) -> list[list[int]]:
     """An answer to each prompt, at most `length` tokens, cut after its EOS.
 
-    Sampled from the whole distribution at `temperature`; each batch is seeded by its place, so the
-    same weights give the same answers whatever ran before. Prompts of like length share a batch.
+    Sampled from the whole distribution at `temperature`. Prompts of like length share a batch. What
+    is drawn does not depend on the batch, nor on what ran before.
     """
-    settings = sampling(length, temperature, eos=eos, pad=pad)
+    settings = sampling(length, None, eos=eos, pad=pad)
     answers: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch):
-        part = order[start : start + batch]
-        rows = join([prompts[i] for i in part], [[]] * len(part), pad, policy.lm.device)
-        with policy.active(), torch.random.fork_rng():
-            torch.manual_seed(derive_seed(seed, "sample", start))
+        part, device = order[start : start + batch], policy.lm.device
+        rows = join([prompts[i] for i in part], [[]] * len(part), pad, device)
+        place = slice(start, start + len(part))
+        draws = Draws(temperature, seed, place, len(prompts), device)
+        with policy.active():
             out = policy.lm.generate(
-                input_ids=rows.ids, attention_mask=rows.mask, generation_config=settings
+                input_ids=rows.ids,
+                attention_mask=rows.mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([draws]),
             )
         for i, ids in zip(part, out[:, rows.ids.shape[1] :].tolist(), strict=True):
             answers[i] = _until(ids, eos)

@@ -26,17 +26,19 @@ def begin() -> None:
     with contextlib.suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
     if torch := _accelerated():
+        torch.cuda.empty_cache()  # else the next model gets what lies between the last one's pieces
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak() -> dict[str, int]:
-    """Bytes since `begin`, as far as they can be told."""
+    """Bytes since `begin`, as far as they can be told. A card runs out of what is reserved."""
     found = {}
     with contextlib.suppress(OSError):
         if most := re.search(r"^VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE):
             found["process_bytes"] = 1024 * int(most[1])
     if torch := _accelerated():
         found["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        found["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved()
     return found
 
 

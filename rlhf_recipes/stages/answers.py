@@ -2,25 +2,36 @@
 
 A policy is sampled as `export` writes it and a user gets it: merged into the base in 16 or 32 bit,
 whatever it was trained on. Reward models and judges score as they did in training.
+
+What a policy answers is kept in its stage's folder, and what a stage's reward model or judge says
+in that one's. A later evaluation of the same policy takes it from there: see `_about` for what
+decides it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
-from rlhf_recipes.models.load import empty
+from rlhf_recipes.models.load import compute_dtype, empty, machine
 from rlhf_recipes.models.reward_model import open_foreign, open_reward
 from rlhf_recipes.models.role import Role
-from rlhf_recipes.models.sampling import sample, score_ids
-from rlhf_recipes.recipe.kinds import EVALUATION
+from rlhf_recipes.models.sampling import (
+    SAMPLED,
+    held_at_once,
+    rows_at_once,
+    sample,
+    score_ids,
+)
+from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.wiring import wiring
 from rlhf_recipes.sources import resolve as sources
@@ -28,10 +39,10 @@ from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.judges import load_judge
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.stages.training import FORWARD, load_rows
+from rlhf_recipes.store import layout, provenance
+from rlhf_recipes.store.kept import keep, recall
 
 BATCH = 16  # sequences a forward
-SAMPLED = 64  # answers at a time: a step of sampling takes little longer for 64 than for 16
-TOKENS = 2**15  # of prompts and answers at a time: 4.3 GB of keys and values in an 8B model
 
 # Who scores, by what their numbers are called: "win_rate", "judge_win_rate", "judge2_win_rate".
 SCORERS = {"": "scores", "judge_": "judged", "judge2_": "judged2"}  # and in answers.jsonl
@@ -76,9 +87,9 @@ def ask(
     None is the base. While it is asked no other model is in memory, and then it is not either.
     """
     prompts = [example.prompt_ids for example in examples]
-    longest = max(map(len, prompts)) + setting.length
     session.release()
     policy = Role(session.exported(output), None, torch.float32)  # no autocast: as it is stored
+    rows = rows_at_once(policy, max(map(len, prompts)), setting.length, len(prompts))
     for seed in seeds:
         yield sample(
             policy,
@@ -87,49 +98,125 @@ def ask(
             temperature=setting.temperature,
             eos=session.tokens.eos_id,
             pad=session.tokens.pad_id,
-            batch=max(1, min(SAMPLED, TOKENS // longest)),
+            batch=rows,
             seed=seed,
         )
     empty(policy.lm)
 
 
+def answers_of(
+    context: StageContext,
+    output: Path | None,
+    examples: Sequence[Example],
+    setting: Setting,
+    seeds: Sequence[int],
+    home: Path | None = None,
+) -> Iterator[list[list[int]]]:
+    """`ask`, but for answers that were kept.
+
+    The base's own are kept with the stage of output `home`, which is on that base.
+    """
+    tokens, asked = context.session.tokens, [example.prompt_ids for example in examples]
+    how = {**asdict(setting), "prompts": asked, "eos": tokens.eos_id, "pad": tokens.pad_id}
+    abouts = [
+        _about(context, output or home, **how | {"base": output is None, "seed": seed})
+        for seed in seeds
+    ]
+    kept = [_recall(output or home, about) for about in abouts]
+    missing = [seed for seed, answers in zip(seeds, kept, strict=True) if answers is None]
+    new = ask(context.session, output, examples, setting, missing) if missing else iter(())
+    for about, answers in zip(abouts, kept, strict=True):
+        if answers is None:
+            answers = next(new)
+            _keep(output or home, about, answers)
+        yield answers
+    next(new, None)  # lets go of the policy
+
+
+def _about(context: StageContext, output: Path | None, **more: Any) -> dict[str, Any] | None:
+    """All that decides a value of the stage that has this `output`; None if it has no record.
+
+    A rehearsal's stages have none. `started` tells two stages of one key apart, as --fresh makes
+    them. Rounding depends on the libraries and on the machine.
+    """
+    record = layout.read_record(output.parent) if output is not None else None
+    if record is None:
+        return None
+    return {
+        "stage": [record["key"], record["started"]],
+        "kind": [context.kind, kind_of(context.kind).version],
+        "dtype": str(compute_dtype(context.recipe.model.dtype)),
+        "versions": provenance.versions(),
+        "machine": machine(),
+        **more,
+    }
+
+
+def _recall(output: Path | None, about: dict[str, Any] | None) -> Any:
+    return None if about is None else recall(output.parent / "kept", about)
+
+
+def _keep(output: Path | None, about: dict[str, Any] | None, value: Any) -> None:
+    if about is not None:
+        keep(output.parent / "kept", about, value)
+
+
 def score(
-    context: StageContext, rows: Answered, tell: Tell = lambda count: None
+    context: StageContext, groups: Sequence[Answered], tell: Tell = lambda count: None
 ) -> dict[str, list[float]]:
     """What the reward model and each judge say of every answer, by SCORERS' keys.
 
-    Equal answers to a prompt are scored once, so that they tie. Models score to four digits, which
-    are all that answers.jsonl keeps: what is computed from them can be computed again. The reward
-    model is what was optimised last, else the first one, if there is one.
+    Equal answers to a prompt are scored once, so that they tie. A group is scored apart, so what
+    follows it changes no batch of it. Models score to four digits, which are all that answers.jsonl
+    keeps: what is computed from them can be computed again. The reward model is what was optimised
+    last, else the first one, if there is one.
     """
     recipe, said = context.recipe, {}
-    keys = [(tuple(example.prompt_ids), tuple(ids)) for example, ids in rows]
-    once = dict(zip(keys, rows, strict=True))
+    places = [[(tuple(e.prompt_ids), tuple(ids)) for e, ids in group] for group in groups]
+    keys: list[Any] = [key for part in places for key in part]
+    once: list[dict[Any, Any]] = []  # of each group, the answers that no earlier one has
+    for part, group in zip(places, groups, strict=True):
+        new = dict(zip(part, group, strict=True))
+        once.append({k: row for k, row in new.items() if not any(k in one for one in once)})
     scorer = wiring(recipe)[EVALUATION].get("reward_model")
     names = {"reward_model": scorer, **recipe.evaluation.judges}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
         if name := names.get(role):
-            scores = _scores(context, role, name, list(once.values()), tell)
-            found = dict(zip(once, scores, strict=True))
+            rows = [list(one.values()) for one in once]
+            scores = _scores(context, role, name, rows, tell)
+            found = dict(zip([key for one in once for key in one], scores, strict=True))
             said[prefix] = [found[key] for key in keys]
     return said
 
 
-def _scores(context: StageContext, role: str, name: str, rows: Answered, tell: Tell) -> list[float]:
+def _scores(
+    context: StageContext, role: str, name: str, groups: Sequence[Answered], tell: Tell
+) -> list[float]:
     """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
-    recipe, tokens = context.recipe, context.session.tokens
+    recipe, tokens, found = context.recipe, context.session.tokens, []
     if judge := load_judge(name, recipe.model.base):
+        rows = [row for group in groups for row in group]
         tell(len(rows))
         return [judge(example.prompt, tokens.decode(ids)) for example, ids in rows]
-    base = context.session.base
-    if role in context.inputs:
-        model = open_reward(base, context.inputs[role])
-    else:
-        model = open_foreign(sources.model_folder(name, recipe), base, tokens)
-    both = [(example.prompt_ids, ids) for example, ids in rows]
-    scores = score_ids(model, both, tokens.pad_id, BATCH, tell)
-    base.close(model)
-    return [round(number, 4) for number in scores.tolist()]
+    output, model = context.inputs.get(role), None
+    for group in groups:
+        both = [(list(example.prompt_ids), list(ids)) for example, ids in group]
+        about = _about(context, output, rows=both, pad=tokens.pad_id)
+        if (scores := _recall(output, about)) is None:
+            if model is None and output is not None:
+                model = open_reward(context.session.base, output)
+            elif model is None:
+                folder = sources.model_folder(name, recipe)
+                model = open_foreign(folder, context.session.base, tokens)
+            told = score_ids(model, both, tokens.pad_id, BATCH, tell).tolist()
+            scores = [round(number, 4) for number in told]
+            _keep(output, about, scores)
+        else:
+            tell(len(group))
+        found += scores
+    if model is not None:
+        context.session.base.close(model)
+    return found
 
 
 # ---- the rehearsal of stages that only ask, and what their memory and work are counted from
@@ -154,7 +241,7 @@ def asked_work(recipe: Recipe, name: str, data: Data, answers: int, passes: int)
 
 def sampling_memory(sim: Sim) -> Iterator[Held]:
     """A policy as it is exported, and as many answers as are sampled at a time."""
-    rows = max(1, min(SAMPLED, sim.recipe.evaluation.prompts, TOKENS // sim.lengths.row))
+    rows = held_at_once(sim.recipe.evaluation.prompts, sim.lengths.row)
     with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
         yield from sampling(tracker, policy, rows, sim.lengths)
 

@@ -25,7 +25,7 @@ from rlhf_recipes.stages.answers import (
     BATCH,
     SCORERS,
     answer_length,
-    ask,
+    answers_of,
     asked,
     asked_work,
     sampling_memory,
@@ -56,11 +56,11 @@ def run(context: StageContext) -> StageResult:
     # ---- answers and what is said of them
     draws: list[list[list[int]]] = []
     seeds = [derive_seed(setting.seed, "draw", draw) for draw in range(count)]
-    for answers in ask(session, context.inputs.get("policy"), examples, setting, seeds):
+    for answers in answers_of(context, context.inputs.get("policy"), examples, setting, seeds):
         draws.append(answers)
         tell(len(answers))
     drawn = [(e, answers[i]) for i, e in enumerate(examples) for answers in draws]
-    said = score(context, drawn, tell)
+    said = score(context, [drawn], tell)
     context.progress.update(total, total)
     ended = [ids[-1] == session.tokens.eos_id for _, ids in drawn]
     scores, penalty = torch.tensor(said[""]).double(), ppo.options["missing_eos_penalty"]

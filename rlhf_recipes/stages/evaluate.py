@@ -30,7 +30,7 @@ from rlhf_recipes.stages.answers import (
     SCORERS,
     Setting,
     answer_length,
-    ask,
+    answers_of,
     asked,
     asked_work,
     sampling_memory,
@@ -59,7 +59,7 @@ class Answers:
 
 
 def run(context: StageContext) -> StageResult:
-    recipe, session, eos = context.recipe, context.session, context.session.tokens.eos_id
+    recipe, eos = context.recipe, context.session.tokens.eos_id
     examples, setting = asked(context)
     policies = {BASE: None} | {
         role.removeprefix("policy:"): folder
@@ -69,15 +69,15 @@ def run(context: StageContext) -> StageResult:
 
     # ---- what each answers, as exported
     ids: dict[str, list[list[int]]] = {}
+    home = next(filter(None, policies.values()), None)  # its stage's key holds the base, too
     for done, (name, folder) in enumerate(policies.items(), 1):
-        [ids[name]] = ask(session, folder, examples, setting, [setting.seed])
+        [ids[name]] = answers_of(context, folder, examples, setting, [setting.seed], home)
         context.progress.update(done, len(policies) + 2)
 
     # ---- how far it went, and what is said of it
     numbers = _distances(context, policies, examples, ids, setting)
     context.progress.update(len(policies) + 1, len(policies) + 2)
-    both = [(e, a) for name in ids for e, a in zip(examples, ids[name], strict=True)]
-    said = score(context, both)
+    said = score(context, [list(zip(examples, ids[name], strict=True)) for name in ids])
     given: dict[str, Answers] = {}
     for place, name in enumerate(policies):
         part = slice(place * len(examples), (place + 1) * len(examples))

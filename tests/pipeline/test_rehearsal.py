@@ -218,13 +218,13 @@ SIZES += ["num_ppo_epochs", "local_rollout_forward_batch_size"]
 @pytest.mark.parametrize(
     ("sizes", "some", "fewer", "updates"),
     [
-        ((2, 32, 4, 1, 16), 8, 2, 1),  # no more than is sampled at a time
+        ((2, 128, 4, 1, 16), 32, 2, 1),  # no more than 64, which are sampled at a time
         ((8, 8, 2, 2, 64), 8, 2, 1),  # all that is sampled
-        ((8, 8, 2, 2, 16), 4, 2, 1),  # two backwards a step: the second meets gradients
+        ((32, 8, 2, 2, 16), 4, 2, 1),  # two backwards a step: the second meets gradients
         ((8, 1, 2, 1, 64), 1, 2, 1),  # mini-batches smaller than a micro-batch stay so
         ((4, 1, 1, 1, 64), 1, 1, 2),  # one step an update: two updates
         ((4, 1, 1, 4, 64), 1, 1, 1),
-        ((1, 64, 1, 1, 8), 8, 1, 2),
+        ((1, 64, 1, 1, 8), 64, 1, 2),
     ],
 )
 def test_an_update_of_ppo_is_cut_to_what_takes_its_memory(

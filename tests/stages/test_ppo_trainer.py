@@ -14,6 +14,7 @@ from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
+from rlhf_recipes.stages.ppo import trainer as trainer_module
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, explained_variance
 from rlhf_recipes.stages.ppo.trainer import LOSS_SCALE, PPOTrainer
@@ -150,6 +151,53 @@ def test_another_reference_stops_the_run(make) -> None:
     with pytest.raises(StageError, match="the reference is not the policy that PPO starts from"):
         make(same_reference=False).train()
     make(same_reference=False, words={"other_reference": True}).train()
+
+
+def test_what_is_scored_together_says_nothing_of_what_is_sampled_together(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits bound the former, the cache the latter; 64 answers by 16 took four times as long."""
+    batches, scored = [], []
+    real, opinions = trainer_module.sample, PPOTrainer._opinions
+    monkeypatch.setattr(
+        trainer_module, "sample", lambda *a, **w: batches.append(w["batch"]) or real(*a, **w)
+    )
+    monkeypatch.setattr(
+        PPOTrainer, "_opinions", lambda self, c: scored.append(len(c)) or opinions(self, c)
+    )
+    apart = make(local_rollout_forward_batch_size=3).rollout(1)
+    assert batches == [8] and scored == [3, 3, 2]
+    whole = make().rollout(1)
+    assert batches == [8, 8] and scored[3:] == [8]
+    assert torch.equal(apart.sequences.ids, whole.sequences.ids)
+    for name in ("logprobs", "ref_logprobs", "values", "scores", "entropy"):
+        torch.testing.assert_close(getattr(apart, name), getattr(whole, name))
+
+
+def test_opinions_are_asked_without_padding_and_put_back_in_order(
+    make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of like length share a chunk, as in the update, and are read in its own columns."""
+    prompts = [{"input_ids": [1, 4, *[7] * n, 5]} for n in (1, 20, 2, 18, 3, 22, 1, 19)]
+    trainer = make(
+        prompts=prompts, local_rollout_forward_batch_size=2, response_length=20, temperature=2.0
+    )
+    whole, asked = PPOTrainer._opinions, []
+    monkeypatch.setattr(
+        PPOTrainer, "_opinions", lambda self, c: asked.append(c.ids.shape) or whole(self, c)
+    )
+    rollout = trainer.rollout(1)
+    sequences = rollout.sequences
+    read = sum(rows * columns for rows, columns in asked)
+    assert [rows for rows, _ in asked] == [2, 2, 2, 2]
+    assert sequences.mask.sum() < read < 0.85 * sequences.ids.numel()
+    assert read < sum(sequences[i : i + 2].trimmed().ids.numel() for i in range(0, 8, 2))
+    with torch.no_grad():
+        expected = whole(trainer, sequences)
+    for name, mask in (("logprobs", rollout.mask), ("values", rollout.value_mask)):
+        found = getattr(rollout, name)
+        torch.testing.assert_close(found * mask, expected[name] * mask)
+    torch.testing.assert_close(rollout.scores, expected["scores"])
 
 
 def test_the_first_mini_batch_is_on_policy(make) -> None:

@@ -32,6 +32,7 @@ from rlhf_recipes.models.reward_model import (
     zero_head,
 )
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
+from rlhf_recipes.models.sampling import SAMPLED, held_at_once
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
@@ -110,6 +111,8 @@ def run(context: StageContext) -> StageResult:
         key=context.key,
         progress=context.progress,
     )
+    scored = table.options[ROLLOUT]
+    context.progress.note(f"answers: {trainer.sampled} sampled together, {scored} scored together")
     with signals.deferred():
         trainer.train()
     if trainer.stopped:
@@ -201,11 +204,11 @@ def trial(recipe: Recipe, name: str) -> Trial:
 
 
 def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
-    """An update on no more answers than are sampled at a time, in two optimizer steps or more."""
+    """An update on no more answers than are sampled or scored together, in two steps or more."""
     rows, micros = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     minis = given["num_mini_batches"]
     if micros >= minis and not given["whiten_rewards"]:  # else a mini-batch is as small as it goes
-        sampled = min(given[ROLLOUT], rows * micros)
+        sampled = min(max(SAMPLED, given[ROLLOUT]), rows * micros)
         each, minis = micros // minis, min(minis, training.STEPS)
         each = min(each, max(min(each, training.STEPS), -(-sampled // (rows * minis))))
         micros = each * minis
@@ -244,13 +247,16 @@ def memory(sim: Sim) -> Iterator[Held]:
     temperature, size = options["temperature"], training.batch(options)
     rows = min(options["per_device_train_batch_size"], size // options["num_mini_batches"])
     looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
-    sampled = min(options[ROLLOUT], max(size, looked_at))
+    scored = min(options[ROLLOUT], max(size, looked_at))
+    sampled = held_at_once(max(size, looked_at), lengths.row)
+    if sim.card:  # there it is as many as the rest of the memory holds
+        sampled = min(sampled, scored)
     names, trained = ["policy", "reference", "value", "reward"], ["policy", "value"]
     with sim.model(*names, trained=trained) as (tracker, [policy, _, value, *_]):
         policy.lm.eval(), value.lm.eval()
         yield from sampling(tracker, policy, sampled, lengths)
         tracker.begin()
-        given = (*ids_of(sampled, lengths.row), lengths.answer)
+        given = (*ids_of(scored, lengths.row), lengths.answer)
         with policy.active(), torch.no_grad():
             logprobs(policy, *given, temperature)
         yield tracker.most

@@ -27,7 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, score, values
-from rlhf_recipes.models.sampling import Sequences, join, sample
+from rlhf_recipes.models.sampling import Sequences, join, rows_at_once, sample
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
@@ -237,6 +237,14 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         """What the policy does with this update's prompts."""
         return self.explore(self.prompts(update), derive_seed(self.args.seed, "rollout", update))
 
+    @cached_property
+    def sampled(self) -> int:
+        """Answers sampled together: decided once, so that a resumed run has the same batches."""
+        prompts = [*(row["input_ids"] for row in self.train_dataset), *self.validation_prompts]
+        count = max(self.args.batch_size, len(self.validation_prompts))
+        longest = max(map(len, prompts))
+        return rows_at_once(self.policy_model, longest, self.args.response_length, count)
+
     @torch.no_grad()
     def explore(self, prompts: Sequence[list[int]], seed: int) -> Rollout:
         """Sample an answer to each prompt; read the roles' opinions of it."""
@@ -249,7 +257,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
             temperature=args.temperature,
             eos=eos,
             pad=pad,
-            batch=args.local_rollout_forward_batch_size,
+            batch=self.sampled,
             seed=seed,
         )
         # One column more than the longest answer where it ended early: the state after its EOS is
@@ -258,12 +266,12 @@ class PPOTrainer(Resumable, StockPPOTrainer):
         width = min(max(len(ids) for ids in answers) + 1, args.response_length)
         sequences = join(prompts, answers, pad, self._device, width)
         columns = torch.arange(sequences.answer, device=self._device)
-        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for start in range(0, len(sequences), args.local_rollout_forward_batch_size):
-            chunk = sequences[start : start + args.local_rollout_forward_batch_size]
-            for name, tensor in self._opinions(chunk).items():
-                parts[name].append(tensor)
-        seen = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        seen: dict[str, torch.Tensor] = {}
+        for rows in sequences.alike(args.local_rollout_forward_batch_size):
+            for name, part in self._opinions(sequences[rows].trimmed()).items():
+                shape = (len(sequences), sequences.answer)[: part.dim()]
+                whole = seen.setdefault(name, part.new_zeros(shape))
+                whole[(rows, slice(part.shape[-1]))[: part.dim()]] = part
         ended = ended.to(self._device)
         seen["scores"] = fined(seen["scores"], ended, args.missing_eos_penalty, self.floor)
         return Rollout(
