@@ -81,6 +81,12 @@ class Tracker(TorchDispatchMode):
         self.now[was] -= count
         self.now[role] += count
 
+    def rename(self, was: str, role: str, count: int) -> None:
+        """Of what was held when it was most, count up to so many bytes in all under `role`."""
+        count = min(self.most[was], max(0, count - self.most[role]))
+        self.most[was] -= count
+        self.most[role] += count
+
     def _gone(self, key: int) -> None:
         role, count = self._held.pop(key)
         self.now[role] -= count
@@ -271,14 +277,21 @@ def sampling(tracker: Tracker, policy: Role, rows: int, lengths: Lengths) -> Ite
         with policy.active(), torch.no_grad():
             return policy.lm(input_ids=ids, attention_mask=mask, **words)
 
+    def kept(cache: Any) -> list[torch.Tensor]:
+        leaves = tree_leaves([vars(layer) for layer in cache.layers])
+        return [tensor for tensor in leaves if isinstance(tensor, torch.Tensor)]
+
     tracker.begin()
-    read(lengths.prompt, lengths.prompt)
+    first = kept(read(lengths.prompt, lengths.prompt).past_key_values)
+    tracker.rename(ACTIVATIONS, CACHE, sum(tensor.nbytes for tensor in first))
+    del first
     yield tracker.most
     cache = read(lengths.row - 1, lengths.row - 1).past_key_values
-    for tensor in tree_leaves([vars(layer) for layer in cache.layers]):
-        if isinstance(tensor, torch.Tensor):
-            tracker.move(tensor, CACHE)
+    for tensor in kept(cache):
+        tracker.move(tensor, CACHE)
     tracker.begin()
     logits = read(1, lengths.row, cache).logits[:, -1].float()
     torch.multinomial(torch.softmax(logits / 0.7, -1), 1)
+    # A step writes keys and values anew, one layer after another.
+    tracker.rename(ACTIVATIONS, CACHE, sum(tensor.nbytes for tensor in kept(cache)))
     yield tracker.most

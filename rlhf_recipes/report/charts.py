@@ -86,9 +86,9 @@ def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
         told += f"answers does, at {kl / dear:.1f} times the KL"
     points = "; ".join(f"best of {n}: {g:+.2f} at {k:.2f}" for n, k, g in best)
     alt = f"Gain by {whose} against KL. {who}: {gain:+.2f} at {kl:.2f} nats. {points}"
-    note = "Upper left is better: more gain for less distance."
+    note = f"Upper left is better: more gain for less distance. {facts.tempered('evaluation')}"
     told, alt = told.replace("-", "−"), alt.replace("-", "−").strip()
-    plot = Plot(f"price-{by}-{name}", told, alt, note)
+    plot = Plot(f"price-{by}-{name}", told, alt, note.strip())
     with plot.drawn(height=240) as axes:
         axes.axhline(0, color=MUTED, linewidth=1)
         counts, nats, gains = zip(*best, strict=True) if best else ((), (), ())
@@ -131,7 +131,8 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
         if len(xs) < LEAST:
             continue
         name = f"{stage.name}-{key.replace('/', '-')}"
-        plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form))
+        note = facts.tempered(stage.name) if key == "KL" else ""
+        plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form), note)
         with plot.drawn() as axes:
             # The points are looks at validation prompts.
             svg.line(axes, xs, ys, PPO, "update", stage.series(f"eval/{key}"))

@@ -109,6 +109,16 @@ class Facts:
         before = dict(zip(names, ["base", *names], strict=False))
         return {name: self.of(name, "policy") or before[name] for name in names}
 
+    def tempered(self, stage: str) -> str:
+        """What a KL is of, where `stage` samples at another temperature than 1."""
+        explorers = [one.name for one in self.making("policy", explores=True)]
+        heat = self.of(stage, "temperature")
+        if stage == "evaluation" and heat is None:  # as the stage does: answers.asked
+            heat = self.of(explorers[-1], "temperature") if explorers else 0.7
+        if heat in (None, 1):
+            return ""
+        return f"KL is that of the policies at temperature {heat:g}, as they are sampled."
+
     # ---- how sentences name what stands here; words in `…` are keys
 
     def title(self, name: str) -> str:

@@ -10,11 +10,21 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
-from rlhf_recipes.models.fake_model import ACTIVATIONS, ADAPTERS, LOGITS_ROLE, OPTIMIZER, WEIGHTS
+from rlhf_recipes.models.fake_model import (
+    ACTIVATIONS,
+    ADAPTERS,
+    CACHE,
+    LOGITS_ROLE,
+    OPTIMIZER,
+    WEIGHTS,
+    Lengths,
+    Sim,
+)
 from rlhf_recipes.pipeline import fit, memory, rehearsal, runner
 from rlhf_recipes.pipeline.estimate import reckoning
 from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.stages.answers import sampling_memory
 from rlhf_recipes.stages.session import Session
 
 pytestmark = pytest.mark.train
@@ -41,6 +51,21 @@ def test_what_is_held_all_along_is_exact(tiny_recipe: Path, tiny_model: Path) ->
     assert found[WEIGHTS] == pytest.approx(lm, abs=200)  # and the rotary embedding's buffer
     assert found[ADAPTERS] == 4 * lora + 2 * head
     assert found[OPTIMIZER] == 2 * (2 * lora + head)
+
+
+def test_keys_and_values_are_not_activations(tiny_recipe: Path) -> None:
+    """Of sampling's memory; an out-of-memory message names the largest part."""
+    plan, session = planned(tiny_recipe, "evaluation.response_length=200")
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), session)
+    lengths = Lengths(prompt=16, row=216, answer=200, validation=0)
+    sim = Sim(plan.recipe, "evaluation", False, lengths, False, room.config)
+    *_, last = sampling_memory(sim)
+    config = room.config.get_text_config()
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    rows = plan.recipe.evaluation.prompts
+    cached = 2 * config.num_hidden_layers * rows * 216 * width * 4
+    assert last[CACHE] == pytest.approx(cached, rel=0.02)
+    assert last[ACTIVATIONS] < last[CACHE]
 
 
 def test_what_grows_with_what(tiny_recipe: Path) -> None:

@@ -308,6 +308,14 @@ def test_a_value_model_that_never_foresaw_anything(tmp_path: Path) -> None:
             assert "Raise `ppo.value_warmup_epochs` (0 now)" in one.change
 
 
+def test_a_kl_says_at_which_temperature_it_is(tmp_path: Path) -> None:
+    cool, plain = ({"ppo": {"temperature": heat}} for heat in (0.5, 1.0))
+    said = "KL is that of the policies at temperature 0.5, as they are sampled."
+    facts = Facts(told(tmp_path / "cool", recipe=cool))
+    assert facts.tempered("ppo") == facts.tempered("evaluation") == said
+    assert Facts(told(tmp_path / "plain", recipe=plain)).tempered("evaluation") == ""
+
+
 def test_the_price_of_a_gain_is_held_against_the_best_of_n(tmp_path: Path) -> None:
     outputs = {"best_of": {"best_of.json": '{"format": 1, "policy": "sft", "against": "ppo"}'}}
     last = found(tmp_path, outputs=outputs)[-1]
