@@ -49,12 +49,12 @@ def _by_rule(
     config = fit.architecture(sources.config_folder(recipe, plan.model))
     room = fit.Room(recipe, config, session, given)
     held = {stage.name: room.need(stage) for stage in stages}
-    if session and (speed := room.speed()):
+    if session and room.speed():
         count = weights(session.model_folder)
         with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
             for stage in stages:
                 amount = work_of(recipe, stage, session.data(recipe.dataset_of(stage.name)))
-                took[stage.name] = amount.total * count / speed
+                took[stage.name] = room.seconds(amount, count) or 0.0
     there = f"by rule{'' if session else ', at the longest rows that the recipe lets in'}"
     there += f"; {room.name} has {size(room.bytes)}"
     shown = f"{needs(held, room.beside, took)}\n\n{there}"

@@ -31,11 +31,12 @@ from rlhf_recipes.pipeline.rehearsal import Ahead
 from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.load import Recipe, changed
 from rlhf_recipes.screen import Screen
-from rlhf_recipes.stages.contract import module_of
+from rlhf_recipes.stages.contract import Work, module_of
 from rlhf_recipes.stages.ppo.stage import VALIDATION_PROMPTS
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.text import duration, size
 
+KNOWN = "not repeated: the same layout was rehearsed on this machine, with these figures"
 SHALLOW, DEEP = 2, 4  # layers
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
 LOOSE = 1.04  # an allocator holds a little more than it hands out
@@ -46,6 +47,11 @@ KERNELS = 0.9e9
 # Operations a second: of a core, in 16 bit and in 32; of a card's unit at a clock's tick, by its
 # generation; and the share of a card's that training sees.
 CORE, CORE_32, TICK, SHARE = 1.7e11, 6e10, {7: 1024, 8: 1024, 9: 4096}, 0.3
+
+# Sampling is bound by launches: on an H200 71, 48 and 55 ms a step for 16, 64 and 256 rows of a
+# 1.5B model with 28 layers and LoRA unmerged (benchmarks/results/gpu.json; LOG.md, 2026-11-27).
+LAUNCHES = 2e-3  # seconds a layer
+COPY = 0.85  # of a card's nominal bandwidth, that a copy has: 4.17 of 4.9 TB/s on the H200
 
 
 def lengths_of(recipe: Recipe, stage: PlannedStage, data: Data | None) -> Lengths:
@@ -159,6 +165,25 @@ class Room:
         ticks = getattr(card, "clock_rate", 1_700_000) * 1e3
         return card.multi_processor_count * ticks * TICK.get(card.major, 4096) * SHARE
 
+    def seconds(self, work: Work, weights: float) -> float | None:
+        """What the work takes, roughly; None of a card that is not here.
+
+        On a card each token that is sampled costs a pass: its launches, and the weights read once.
+        """
+        if (speed := self.speed()) is None:
+            return None
+        token = 0.0
+        if self.card:
+            card = torch.cuda.get_device_properties(0)
+            clock, bits = (
+                getattr(card, name, usual)  # else those of an RTX 3090
+                for name, usual in (("memory_clock_rate", 9_751_000), ("memory_bus_width", 384))
+            )
+            bandwidth = COPY * 2 * clock * 1e3 * bits / 8
+            layers = self.config.get_text_config().num_hidden_layers
+            token = LAUNCHES * layers + 2 * weights / bandwidth
+        return work.total * weights / speed + work.tokens * token
+
 
 def architecture(folder: Path) -> Any:
     """What config.json says of a model. Raises ModelError where it does not say enough."""
@@ -181,9 +206,10 @@ def check(ahead: Ahead, screen: Screen) -> None:
     refuse(ahead, screen)
     if part > rehearsal.SHARE * whole:
         return
-    screen.line("Rehearsal · a step of each stage, on its longest rows", "bold")
-    seconds = 0.0
-    for took in rehearsal.rehearse(ahead):
+    known, seconds = rehearsal.remembered(ahead), 0.0
+    what = "a step of each stage, on its longest rows" if known is None else KNOWN
+    screen.line(f"Rehearsal · {what}", "bold")
+    for took in rehearsal.rehearse(ahead) if known is None else known:
         seconds += took.seconds
         screen.line(f"  {took.line()}")
     screen.line(f"  in all about {duration(seconds)}")

@@ -4,6 +4,8 @@ Each stage's own `run` does it, on a recipe cut down to a step, in a folder that
 from what the stages before it rehearsed. It is two optimizer
 steps, for an optimizer has a state from the first one on. What breaks, breaks now; peak memory and
 seconds a step are measured. No stage draws from what this draws from, nor sees its model.
+
+What it measured is kept in the runs folder, by all that decides it (`_about`).
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, sequences
+from rlhf_recipes.models import load as models
 from rlhf_recipes.pipeline import memory
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage
+from rlhf_recipes.recipe.fields import fields_for
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.stages.contract import Trial, Work, module_of
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.stages.training import STEPS
-from rlhf_recipes.store import files, layout
+from rlhf_recipes.store import files, layout, provenance
+from rlhf_recipes.store.kept import keep, recall
 from rlhf_recipes.text import duration, size
 
 SHORT = 5e13  # operations: a run of fewer takes minutes at most, and is its own rehearsal
@@ -86,6 +92,43 @@ def weights(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
 
 
+def remembered(ahead: Ahead) -> list[Rehearsed] | None:
+    """What an earlier rehearsal measured; None where one of these stages has none."""
+    found = [recall(_kept(ahead), _about(ahead, stage)) for stage in ahead.stages]
+    return None if None in found else [Rehearsed(**took) for took in found]
+
+
+def _kept(ahead: Ahead) -> Path:
+    return ahead.plan.runs / ".stages" / "rehearsed"
+
+
+def _about(ahead: Ahead, stage: PlannedStage) -> dict[str, Any]:
+    """All that decides a stage's memory and time, and whether it runs.
+
+    That is its fingerprint with all of its settings, but of a rate or a coefficient only whether it
+    is set, and whether it is 0. Inputs count by their roles.
+    """
+    recipe, own = ahead.plan.recipe, stage.payload | {"inputs": sorted(stage.inputs)}
+    if config := recipe.kind(stage.name).config:
+        table, fields = recipe.table(stage.name), fields_for(config)
+        options = {k: v for k, v in table.options.items() if fields[k].effect != "neutral"}
+        own |= {"settings": options | table.extras}
+    return {
+        "stage": _without_floats(own),
+        "work": list(work_of(recipe, stage, ahead.data(stage))),
+        "versions": provenance.versions(),
+        "machine": models.machine(),
+    }
+
+
+def _without_floats(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_floats(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_floats(one) for one in value]
+    return value != 0 if isinstance(value, float) else value
+
+
 def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
     """Rehearse these stages; what fails does so in `ahead.failing(stage)`."""
     plan, outputs = ahead.plan, ahead.plan.outputs
@@ -99,6 +142,7 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
             with ahead.failing(stage, "the rehearsal of "), _same_draws():
                 took = _stage(ahead, stage, own, folder, outputs)
             outputs[stage.name] = folder / "output"
+            keep(_kept(ahead), _about(ahead, stage), asdict(took))
             yield took
     finally:
         own.release()

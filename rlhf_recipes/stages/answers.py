@@ -25,6 +25,7 @@ from rlhf_recipes.models.load import compute_dtype, empty, machine
 from rlhf_recipes.models.reward_model import open_foreign, open_reward
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import (
+    MOST,
     SAMPLED,
     held_at_once,
     rows_at_once,
@@ -236,7 +237,8 @@ def asked_work(recipe: Recipe, name: str, data: Data, answers: int, passes: int)
     read = fmean(len(e.prompt_ids) for e in found) + answer_length(recipe, name)
     prompts = min(asked.prompts, len(found))
     each = 2 + len(asked.judges) + passes
-    return Work(1, prompts * answers * read * each * FORWARD)
+    tokens = answers * -(-prompts // MOST) * answer_length(recipe, name)
+    return Work(1, prompts * answers * read * each * FORWARD, tokens=tokens)
 
 
 def sampling_memory(sim: Sim) -> Iterator[Held]:

@@ -77,6 +77,7 @@ class Work(NamedTuple):
     steps: int
     step: float
     beside: float = 0.0  # what is scored before, between and after
+    tokens: int = 0  # passes that sample a token each, one after another, on a card
 
     @property
     def total(self) -> float:

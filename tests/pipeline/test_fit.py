@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
@@ -25,6 +27,7 @@ from rlhf_recipes.pipeline.estimate import reckoning
 from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages.answers import sampling_memory
+from rlhf_recipes.stages.contract import Work
 from rlhf_recipes.stages.session import Session
 
 pytestmark = pytest.mark.train
@@ -140,3 +143,29 @@ def test_plan_says_what_it_takes_of_a_card_or_what_was_measured(tiny_recipe: Pat
     assert last == "measured, by a rehearsal"
     with pytest.raises(UsageError):
         reckoning(plan, plan.stages, session, "much", False)
+
+
+def test_sampling_on_a_card_takes_its_launches_and_bytes(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As measured: 48 to 71 ms a step of a 1.5B model on an H200, for 16 to 256 rows."""
+    plan, session = planned(tiny_recipe)
+    config = fit.architecture(session.model_folder)
+    room = fit.Room(plan.recipe, config, session)
+    work = Work(1, 0.0, tokens=1)
+    assert room.seconds(work, 1.5e9) == 0  # on a CPU operations are all
+    card = {"multi_processor_count": 132, "clock_rate": 1_980_000, "major": 9}
+    card |= {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**card))
+    room.card, config.num_hidden_layers = True, 28
+    assert 0.048 < room.seconds(work, 1.5e9) < 0.071
+    assert room.seconds(Work(1, 0.0, tokens=64), 1.5e9) == pytest.approx(3.6, abs=0.5)
+    by_operations = fit.Work(1, 2.0 * 64).total * 1.5e9 / room.speed()
+    assert room.seconds(work, 1.5e9) > 20 * by_operations
+    found = {stage.name: rehearsal.work_of(plan.recipe, stage, session.data(plan.recipe.dataset))
+             for stage in plan.stages}  # fmt: skip
+    assert found["sft"].tokens == found["reward"].tokens == 0
+    assert found["ppo"].tokens == 6 * (2 + 3)  # two updates, and three looks at validation prompts
+    assert found["evaluation"].tokens == 3 * 6  # the base, SFT and PPO
+    room.here = False
+    assert room.seconds(work, 1.5e9) is None

@@ -179,6 +179,53 @@ def test_it_is_left_out_where_the_run_is_short_or_on_request_or_goes_on(
     assert begin(*long, name="tiny") == []
 
 
+def test_the_same_layout_is_rehearsed_once(
+    tiny_recipe: Path,
+    always: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Rates and names change no memory; rows, sizes, the model, libraries and the machine do."""
+    measured: list[str] = []
+
+    def step(ahead: Any, stage: Any, *_: Any) -> rehearsal.Rehearsed:
+        measured.append(stage.name)
+        return rehearsal.Rehearsed(stage.name, {"process_bytes": 10**9}, 1.5, 4, 6.0)
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rehearsal, "_stage", step)
+    monkeypatch.setattr(contract, "module_of", lambda kind: SimpleNamespace(run=stop))
+
+    def again(*changes: str) -> int:
+        measured.clear()
+        with pytest.raises(Interrupted):
+            go(tiny_recipe, *changes)
+        return len(measured) // 4
+
+    assert again() == 1
+    capfd.readouterr()
+    assert again() == 0
+    shown = capfd.readouterr().err
+    assert "Rehearsal · not repeated: the same layout was rehearsed on this machine" in shown
+    assert "sft         1 GB, 1.5 s a step, about 6 s" in shown and "in all about 24 s" in shown
+    assert again("ppo.kl_coef=0.3", "sft.learning_rate=1e-3") == 0
+    assert again("ppo.kl_coef=0.0") == 1  # 0 may leave a computation out
+    assert again("ppo.per_device_train_batch_size=4", "ppo.gradient_accumulation_steps=4") == 1
+    assert again("sft.max_steps=5") == 1
+    assert again("dataset.max_answer_tokens=7") == 1
+    assert again("lora.r=5") == 1
+    assert again() == 0
+    for file in (tiny_recipe.parent / "runs" / ".stages" / "rehearsed").iterdir():
+        file.write_text(file.read_text()[:-9])
+    assert again() == 1
+    monkeypatch.setattr(rehearsal.provenance, "versions", lambda: {"torch": "9"})
+    assert again() == 1 and again() == 0
+    monkeypatch.setattr(rehearsal.models, "machine", lambda: {"card": "another"})
+    assert again() == 1
+
+
 def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -> None:
     long = ["sft.max_steps=-1", "sft.gradient_accumulation_steps=4", "ppo.total_episodes=9000"]
     recipe = load_recipe(tiny_recipe, set=long)

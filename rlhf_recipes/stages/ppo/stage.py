@@ -32,7 +32,7 @@ from rlhf_recipes.models.reward_model import (
     zero_head,
 )
 from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
-from rlhf_recipes.models.sampling import SAMPLED, held_at_once
+from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
@@ -223,14 +223,16 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def work(recipe: Recipe, name: str, data: Data) -> Work:
-    options, prompts = recipe.table(name).options, data.learned("prompts")
+    options, asked = recipe.table(name).options, data.learned("prompts")
     size = training.batch(options)
     steps = math.ceil(options["total_episodes"] / size)
-    read = fmean(len(e.prompt_ids) for e in prompts) + options["response_length"]
+    read = fmean(len(e.prompt_ids) for e in asked) + options["response_length"]
     learns = options["num_ppo_epochs"] * 2 * (training.FORWARD + training.BACKWARD)
-    looks = _looks(options, steps) * min(VALIDATION_PROMPTS, len(data.validation))
+    times, prompts = _looks(options, steps), min(VALIDATION_PROMPTS, len(data.validation))
     seen = 5 * training.FORWARD * read  # the sampling, and the opinions of four roles
-    return Work(steps, size * (seen + learns * read), looks * seen)
+    batches = steps * math.ceil(size / MOST) + times * bool(prompts)
+    tokens = batches * options["response_length"]
+    return Work(steps, size * (seen + learns * read), times * prompts * seen, tokens)
 
 
 def _looks(options: Mapping[str, Any], updates: int) -> int:
