@@ -365,7 +365,7 @@ HINTS = {
     "chosen": r"chosen|good|better|best|win|prefer|accept|pos",
     "rejected": r"reject|bad|worse|worst|los|neg",
     "prompt": r"prompt|question|instruct|quer|input|user|ask|problem",
-    "completion": r"complet|answer|respon|output|reply|target|assistant|solution|summar",
+    "completion": r"completion|answer|respon|output|reply|target|assistant|solution|summary",
 }
 ASIDE = re.compile(
     r"(^|_)(u?u?ids?|source|date|time|created|updated|lang|model|status|split|url|text)"
