@@ -159,7 +159,7 @@ def test_every_kind_of_stage_ends_as_in_one_piece(whole: Go, go: Go, tmp_path: P
                 file.write_bytes(file.read_bytes()[:-100])
     found = go(CHAIN)
     assert found == whole(CHAIN)
-    assert sum(name.endswith(".safetensors") for name in found) == 7
+    assert sum(name.endswith(".safetensors") for name in found) == 8
     log = next(tmp_path.glob("*/log.txt")).read_text()
     assert log.count("is not used: optimizer.pt is not what was written") == 4
     steps = re.findall("goes on from its checkpoint after step (\\d)", log)

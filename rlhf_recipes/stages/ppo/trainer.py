@@ -405,10 +405,16 @@ class PPOTrainer(Resumable, StockPPOTrainer):
 
     # ---- what must hold -------------------------------------------------------------------------
 
+    @property
+    def _rounding(self) -> tuple[float, float]:
+        """Of ROUNDING. In 8 bit, what is rounded hangs on the rows that share a product."""
+        coarse = getattr(self.policy_model.lm, "is_loaded_in_8bit", False)
+        return ROUNDING[torch.bfloat16 if coarse else self.policy_model.dtype]
+
     def _check_reference(self, rollout: Rollout) -> None:
         """At the first update policy and reference are one: their KL is 0, but for rounding."""
         apart = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).abs().max().item()
-        if apart > ROUNDING[self.policy_model.dtype][1]:
+        if apart > self._rounding[1]:
             raise StageError(
                 f"the reference is not the policy that PPO starts from: log-probs differ by {apart}"
                 " at the first update",
@@ -417,7 +423,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
 
     def _check_unmoved(self, step: dict[str, Any], rows: Rows) -> None:
         """Before its first step the policy reads its answers as it did when it sampled them."""
-        most, _ = ROUNDING[self.policy_model.dtype]
+        most, _ = self._rounding
         kl, clipped = (float(step[f"policy/{name}_avg"]) for name in ("approxkl", "clipfrac"))
         if max(kl, clipped) > most:  # what is no number is the guard's to say
             what = "the policy reads its own answers otherwise as it learns than as it samples"
