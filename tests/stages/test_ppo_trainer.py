@@ -67,6 +67,14 @@ def test_a_policy_that_reads_otherwise_as_it_learns_stops_and_names_the_module(
     assert f"the first module that differs is {name}" in str(error.value)
 
 
+def test_the_bounds_allow_for_tf32_on_a_card(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    assert trainer._rounding == ROUNDING[torch.float32]
+    monkeypatch.setattr(PPOTrainer, "_device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert trainer._rounding == ROUNDING[torch.bfloat16]
+
+
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("mini_batches", [1, 2, 4])
 @pytest.mark.parametrize("prompts", [PROMPTS * 2, PROMPTS * 8], ids=["one batch", "many"])

@@ -407,8 +407,9 @@ class PPOTrainer(Resumable, StockPPOTrainer):
 
     @property
     def _rounding(self) -> tuple[float, float]:
-        """Of ROUNDING. In 8 bit, what is rounded hangs on the rows that share a product."""
-        coarse = getattr(self.policy_model.lm, "is_loaded_in_8bit", False)
+        """Of ROUNDING. Products of 8 bit hang on who shares them, and TF32 keeps ten bits."""
+        tf32 = self._device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        coarse = tf32 or getattr(self.policy_model.lm, "is_loaded_in_8bit", False)
         return ROUNDING[torch.bfloat16 if coarse else self.policy_model.dtype]
 
     def _check_reference(self, rollout: Rollout) -> None:
