@@ -17,7 +17,7 @@ from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.stages.ppo import trainer as trainer_module
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, explained_variance
-from rlhf_recipes.stages.ppo.trainer import LOSS_SCALE, PPOTrainer
+from rlhf_recipes.stages.ppo.trainer import LOSS_SCALE, ROUNDING, PPOTrainer
 from tests.helpers.roles import make_base
 from tests.helpers.trainers import PROMPTS, make_trainer
 
@@ -71,8 +71,12 @@ def test_the_bounds_allow_for_tf32_on_a_card(make, monkeypatch: pytest.MonkeyPat
     trainer = make()
     assert trainer._rounding == ROUNDING[torch.float32]
     monkeypatch.setattr(PPOTrainer, "_device", torch.device("cuda"))
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert trainer._rounding == ROUNDING[torch.bfloat16]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert trainer._rounding == ROUNDING[torch.bfloat16]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert trainer._rounding == ROUNDING[torch.float32]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])

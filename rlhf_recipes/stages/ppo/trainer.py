@@ -408,7 +408,7 @@ class PPOTrainer(Resumable, StockPPOTrainer):
     @property
     def _rounding(self) -> tuple[float, float]:
         """Of ROUNDING. Products of 8 bit hang on who shares them, and TF32 keeps ten bits."""
-        tf32 = self._device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+        tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         coarse = tf32 or getattr(self.policy_model.lm, "is_loaded_in_8bit", False)
         return ROUNDING[torch.bfloat16 if coarse else self.policy_model.dtype]
 
