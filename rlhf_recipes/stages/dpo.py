@@ -36,11 +36,8 @@ def run(context: StageContext) -> StageResult:
     validation = pairs(data.validation)
 
     # ---- policy and reference
-    base, start = session.base, context.inputs.get("policy")
-    seed = context.seed("lora")
-    policy = base.open("policy", start, seed=seed, trainable=True)
-    reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
-    weights = [parameter.data for parameter in policy.trainable()]
+    base = session.base
+    policy, reference = open_both(context)
 
     # ---- training
     shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
@@ -54,8 +51,6 @@ def run(context: StageContext) -> StageResult:
         ref_model=Reference(reference),
         args=trainer_config(DPOConfig, context, max_length=None),
     )
-    for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
-        parameter.data = unrounded
     with policy.active(autocast=False):
         trained = trainer.train()
         found = trainer.evaluate() if validation else {}
@@ -74,13 +69,31 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics, summary)
 
 
-class Trainer(Stock, DPOTrainer):
-    def row(self, example: Example) -> dict[str, list[int]]:
-        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return {part: getattr(example, part) for part in parts}
+def open_both(context: StageContext) -> tuple[Role, Role]:
+    """The policy, to be trained, and what it is held near: where it starts, or another stage."""
+    base, start = context.session.base, context.inputs.get("policy")
+    seed = context.seed("lora")
+    policy = base.open("policy", start, seed=seed, trainable=True)
+    return policy, base.open("reference", context.inputs.get("reference", start), seed=seed)
+
+
+class Compared(Stock):
+    """Mixed in before a stock trainer of a policy and a reference; rows reach it as ids."""
+
+    def __init__(self, context: StageContext, policy: Role, *args: Any, **words: Any):
+        weights = [parameter.data for parameter in policy.trainable()]
+        super().__init__(context, policy, *args, **words)
+        for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
+            parameter.data = unrounded  # stock rounds them on a 4-bit base
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
+
+
+class Trainer(Compared, DPOTrainer):
+    def row(self, example: Example) -> dict[str, list[int]]:
+        parts = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return {part: getattr(example, part) for part in parts}
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         out = super().prediction_step(model, inputs, *args, **kwargs)

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch.utils.data import RandomSampler
 from trl import KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
@@ -26,8 +25,8 @@ from trl.trainer.utils import entropy_from_logits
 from rlhf_recipes.data.rows import Example, labelled
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
 from rlhf_recipes.stages.contract import StageContext, StageResult
-from rlhf_recipes.stages.dpo import Reference
-from rlhf_recipes.stages.training import Stock, load_rows, trainer_config, trial, work
+from rlhf_recipes.stages.dpo import Compared, Reference, open_both
+from rlhf_recipes.stages.training import load_rows, trainer_config, trial, work
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -40,11 +39,8 @@ def run(context: StageContext) -> StageResult:
     bad = len(train) - good
 
     # ---- policy and reference
-    base, start = session.base, context.inputs.get("policy")
-    seed = context.seed("lora")
-    policy = base.open("policy", start, seed=seed, trainable=True)
-    reference = base.open("reference", context.inputs.get("reference", start), seed=seed)
-    weights = [parameter.data for parameter in policy.trainable()]
+    base = session.base
+    policy, reference = open_both(context)
 
     # ---- training
     args = trainer_config(KTOConfig, context, max_length=None)
@@ -63,8 +59,6 @@ def run(context: StageContext) -> StageResult:
         args=args,
         data_collator=Collator(pad_token_id=session.tokens.pad_id),
     )
-    for parameter, unrounded in zip(policy.trainable(), weights, strict=True):
-        parameter.data = unrounded
     with policy.active(autocast=False):
         trained = trainer.train()
         found = trainer.evaluate() if validation else {}
@@ -108,14 +102,11 @@ class Collator(DataCollatorForUnpairedPreference):
         )
 
 
-class Trainer(Stock, KTOTrainer):
+class Trainer(Compared, KTOTrainer):
     def row(self, example: Example) -> dict[str, Any]:
         good = example.chosen_ids is not None
         answer = example.chosen_ids if good else example.rejected_ids
         return {"prompt_ids": example.prompt_ids, "completion_ids": answer, "label": good}
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
 
     def _get_train_sampler(self, *_: Any) -> RandomSampler:
         return RandomSampler(self.train_dataset)
