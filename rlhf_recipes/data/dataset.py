@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.data.files import rows_of
+from rlhf_recipes.data.names import guess
 from rlhf_recipes.data.rows import (
     Example,
     Written,
@@ -28,7 +29,7 @@ from rlhf_recipes.data.rows import (
     unique_prompts,
     written,
 )
-from rlhf_recipes.data.shapes import ALONE, SHAPES, Row, guess, understand
+from rlhf_recipes.data.shapes import ALONE, SHAPES, Row, understand
 from rlhf_recipes.data.tokens import Tokens, ids
 from rlhf_recipes.data.turns import BAD, Unusable
 from rlhf_recipes.errors import DataError, ModelError, machine_error

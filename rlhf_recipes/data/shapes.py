@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_recipes.data.labels import NO_LABEL, is_good, parsed, preferred, word_of
+from rlhf_recipes.data.names import NAMES, guess, plain_name
 from rlhf_recipes.data.turns import (
     TRANSCRIPT,
     WHO,
@@ -19,7 +20,6 @@ from rlhf_recipes.data.turns import (
     Unusable,
     as_messages,
     readable,
-    text_of,
     unfolded,
 )
 
@@ -35,38 +35,6 @@ SHAPES = """\
   prompt                            for PPO and the evaluation
   Alpaca's instruction, input and output, and question, query, answer, response are known as well"""
 
-NOUNS = ("response", "answer", "output", "completion", "messages", "conversations")
-
-
-def _of(*words: str) -> tuple[str, ...]:
-    """chosen, chosen_response, response_chosen, …"""
-    both = [[f"{word}_{noun}", f"{noun}_{word}"] for word in words for noun in NOUNS]
-    return (*words, *(name for names in both for name in names))
-
-
-# What a file may call a column, best first.
-NAMES = {
-    "prompt": (
-        "prompt",
-        "instruction",
-        "question",
-        "query",
-        "input",
-        "context_messages",
-        "context",
-        "history",
-    ),
-    "conversations": ("conversations", "conversation"),
-    "chosen": _of("chosen", "preferred", "accepted"),
-    "rejected": _of("rejected", "non_preferred", "dispreferred"),
-    "completion": ("completion", "output", "response", "answer"),
-    "system": ("system", "system_prompt", "system_message"),
-    "label": ("label", "kto_tag", "thumb", "thumbs", "vote", "rating", "feedback"),
-    "winner": ("winner", "preference", "better_response_id", "choice"),
-    "responses": ("responses", "completions", "answers", "outputs", "output", "generations"),
-    "scores": ("scores", "ratings", "overall_scores"),
-    "ranks": ("ranks", "rankings", "ranking"),
-}
 STEMS = ("response", "conversation", "answer", "completion", "output", "human_ref")
 # Inside one of several answers: its text, and what says how good it is.
 TEXTS = ("response", "text", "content", "answer", "output", "completion", "value")
@@ -88,9 +56,11 @@ class Row:
         self.named = named or {}
         self.columns = columns
         self.used: dict[str, str] = {}
-        self.theirs = {_plain(name): name for name in columns} | dict(self.named)
+        self.theirs = {plain_name(name): name for name in columns} | dict(self.named)
         for ours, theirs in self.named.items():
-            self.theirs[ours] = theirs if theirs in columns else self.theirs.get(_plain(theirs), "")
+            self.theirs[ours] = (
+                theirs if theirs in columns else self.theirs.get(plain_name(theirs), "")
+            )
 
     def __contains__(self, name: str) -> bool:
         return self.columns.get(self.theirs.get(name, "")) is not None
@@ -110,11 +80,6 @@ class Row:
         return [name for name, value in held if isinstance(value, str | list | Mapping) and value]
 
 
-def _plain(name: str) -> str:
-    words = name.replace("\ufeff", "").lower().replace("-", " ").split()
-    return re.sub(r"(?<=[a-z])(?=\d$)", "_", "_".join(words))  # response1 is response_1
-
-
 def normalise(row: Row) -> Shaped:
     """Prompt, chosen and rejected answer of a row in any shape of SHAPES; None is what it lacks.
 
@@ -123,7 +88,7 @@ def normalise(row: Row) -> Shaped:
     An answer is a text, or the assistant's turn where it holds thoughts beside its text. Raises
     Unusable, what `understand` catches, and DataError for a label that says nothing.
     """
-    if media := next((name for name in row.columns if MEDIA.fullmatch(_plain(name))), None):
+    if media := next((name for name in row.columns if MEDIA.fullmatch(plain_name(name))), None):
         if row.columns[media]:
             raise Unusable(f"a picture or a sound beside the text (column {media})")
     given, chosen, rejected = _compared(row)
@@ -173,7 +138,7 @@ def _asked(row: Row) -> Any:
     given = row.take("prompt")
     if given is None and (given := row.take("messages", where=_asks)) is None:
         return []
-    called = _plain(row.used.get("prompt", ""))
+    called = plain_name(row.used.get("prompt", ""))
     if called == "instruction" and (more := row.take("input", where=_has_words)):
         given = f"{given}\n\n{more}"
         row.used["prompt"] += f" + {row.used.pop('input')}"
@@ -247,7 +212,7 @@ def _is_good(row: Row) -> bool:
     if label is not None:
         return is_good(label)
     names = () if "label" in row.named else NAMES["label"]
-    if any(_plain(name) in names for name in row.columns):
+    if any(plain_name(name) in names for name in row.columns):
         raise Unusable("an answer whose label is empty", NO_LABEL)
     return True
 
@@ -289,7 +254,7 @@ def _by_winner(row: Row) -> tuple[Any, Any] | None:
     if winner is None:
         winner = _said_otherwise(row, a, b)
     if winner is None:
-        if any(_plain(name) in NAMES["winner"] for name in row.columns):
+        if any(plain_name(name) in NAMES["winner"] for name in row.columns):
             return None  # not judged: a prompt
         told = (name for name, value in row.columns.items() if VERDICT.fullmatch(word_of(value)))
         named = f'{{winner = "{next(told, "…")}"}}'
@@ -335,7 +300,7 @@ def _by_rank(row: Row) -> tuple[Any, Any] | None:
         said = ("rank",) if ranks is not None else POINTS
         held = [[one[name] for name in said if one.get(name) is not None] for one in several]
         points = [float(of_one[0]) for of_one in held]
-    elif _plain(row.used["responses"]) == "output":  # Alpaca's, best first
+    elif plain_name(row.used["responses"]) == "output":  # Alpaca's, best first
         points = [float(-place) for place in range(len(several))]
     else:
         raise Unusable("several answers without scores or ranks")
@@ -356,49 +321,4 @@ def _several(value: Any) -> bool:
         isinstance(value, list)
         and len(value) > 1
         and not any(isinstance(one, Mapping) and any(who in one for who in WHO) for one in value)
-    )
-
-
-# ---- what a person could name
-
-HINTS = {
-    "chosen": r"chosen|good|better|best|win|prefer|accept|pos",
-    "rejected": r"reject|bad|worse|worst|los|neg",
-    "prompt": r"prompt|question|instruct|quer|input|user|ask|problem",
-    "completion": r"completion|answer|respon|output|reply|target|assistant|solution|summary",
-}
-ASIDE = re.compile(
-    r"(^|_)(u?u?ids?|source|date|time|created|updated|lang|model|status|split|url|text)"
-)
-
-
-def guess(columns: Mapping[str, Any]) -> str:
-    """The `--set` that names the columns, as far as their names tell; empty where they do not."""
-    if list(columns) == ["text"]:
-        return "give each turn by itself: messages, a list of {role, content}"
-    free = [n for n, value in columns.items() if _readable(value) and not ASIDE.search(_plain(n))]
-    found: dict[str, str] = {}
-    for ours, pattern in HINTS.items():
-        fits = [name for name in free if re.search(pattern, name.lower())]
-        if fits and (ours != "completion" or "chosen" not in found):
-            found[ours] = free.pop(free.index(fits[0]))
-    if "prompt" not in found and found and free:
-        found["prompt"] = free.pop(0)
-    if not found and len(free) in (2, 3):
-        found = dict(
-            zip(
-                ("prompt", "completion") if len(free) == 2 else ("prompt", "chosen", "rejected"),
-                free,
-                strict=True,
-            )
-        )
-    named = ", ".join(f'{ours} = "{theirs}"' for ours, theirs in sorted(found.items()))
-    return f"--set 'dataset.columns={{{named}}}', if that is what they are" if found else ""
-
-
-def _readable(value: Any) -> bool:
-    """Whether a column may hold what people say."""
-    said = text_of(value)
-    return isinstance(said, list | Mapping) or (
-        isinstance(said, str) and bool(re.search(r"[^\W\d]{2}", said))
     )

@@ -7,7 +7,8 @@ from datetime import date
 
 import pytest
 
-from rlhf_recipes.data.shapes import Row, guess, normalise, understand
+from rlhf_recipes.data.names import guess
+from rlhf_recipes.data.shapes import Row, normalise, understand
 from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import DataError
 
