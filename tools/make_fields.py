@@ -70,6 +70,16 @@ def choices(table: str, name: str, field: Field) -> tuple[Any, ...]:
     return tuple(choice for choice in kept if not matches(dropped, str(choice)))
 
 
+def ranges(table: str, name: str) -> str:
+    found = (
+        r
+        for r, names in TABLE["ranges"].items()
+        for n in (f"{table}.{name}", name)
+        if matches(names, n)
+    )
+    return next(found, "")
+
+
 def describe(table: str) -> dict[str, Field]:
     """Every field of a config, as `fields.toml` has it."""
     described = {}
@@ -87,7 +97,7 @@ def describe(table: str) -> dict[str, Field]:
             **said,
             default=default,
             choices=choices(table, name, field),
-            range=next((r for r, names in TABLE["ranges"].items() if matches(names, name)), ""),
+            range=ranges(table, name),
             ours=ours.get("value"),
             reason=ours.get("reason", ""),
             ours_needs_lora=ours.get("needs_lora", False),

@@ -138,19 +138,20 @@ def _lengths(place: str, data: Data, recipe: Any) -> Found:
     said = [f"{name} {_spread(lengths)}" for name, lengths in groups.items() if lengths]
     yield Finding("note", f"{place}tokens", f"{'; '.join(said)} (half · 95 % · most)")
     for stage in recipe.stages if not place else ():
-        room = recipe.table(stage).options.get("response_length")
+        table = recipe.table(stage)
+        room, named = table.said("response_length"), f"{stage}.{table.called('response_length')}"
         over = sum(length > room for length in groups["chosen"]) if room else 0
         longest = max(groups["chosen"], default=0)
         if room and not over and room < ROOM * longest:
-            text = f"the longest chosen answer has {longest} tokens, {stage}.response_length is "
+            text = f"the longest chosen answer has {longest} tokens, {named} is "
             text += f"{room}: an answer that is a little longer is cut off, and cannot learn to end"
-            change = f"--set {stage}.response_length={math.ceil(ROOM * longest)}"
+            change = f"--set {named}={math.ceil(ROOM * longest)}"
             yield Finding("note", "room", text, change)
         if over:
             share = over / len(groups["chosen"])
-            text = f"{share:.1%} of the chosen answers are longer than {stage}.response_length"
+            text = f"{share:.1%} of the chosen answers are longer than {named}"
             longest = sorted(groups["chosen"])[int(0.99 * (len(groups["chosen"]) - 1))]
-            change = f"--set {stage}.response_length={longest}, or a lower max_answer_tokens"
+            change = f"--set {named}={longest}, or a lower max_answer_tokens"
             level = "doubt" if share > MANY else "note"
             yield Finding(level, "too long", f"{text}, {room}", change)
 

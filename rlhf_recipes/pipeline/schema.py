@@ -34,6 +34,7 @@ RANGES = {
     },
     "at least 0": {"minimum": 0},
     "at least 1": {"minimum": 1},
+    "at least 2": {"minimum": 2},
     "at least 1, or -1": {"minimum": -1, "not": {"const": 0}},
     "above 0, at most 1": {"exclusiveMinimum": 0, "maximum": 1},
     "from 0 to 1": {"minimum": 0, "maximum": 1},
@@ -105,7 +106,7 @@ def schema_json() -> str:
     """The schema, as a file."""
     said = comments()
     for name, texts in helps().items():
-        said[name] |= texts
+        said.setdefault(name, {}).update(texts)
     top = table(top_keys(), said[""])
     places = top["properties"]
     for name in ("model", "dataset", "evaluation", "lora"):
@@ -116,7 +117,9 @@ def schema_json() -> str:
         "anyOf": [places["dataset"], {"type": "array", "items": places["dataset"]}]
     }
     stages = {kind: table(stage_keys(kind), said[kind]) for kind in listed()}
-    stages["ppo"]["properties"]["guard"] = table(stage_keys("ppo")["guard"], said["ppo.guard"])
+    for kind in stages:
+        if guard := stage_keys(kind).get("guard"):
+            stages[kind]["properties"]["guard"] = table(guard, said["ppo.guard"])
     for kind in listed():
         stages[kind]["properties"]["kind"] = {"const": kind, "type": "string"}
         places[kind] = {"$ref": f"#/$defs/{kind}"}

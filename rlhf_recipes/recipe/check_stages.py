@@ -16,7 +16,6 @@ from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
 from rlhf_recipes.recipe.kinds import JUDGE, KINDS, ROLES, extras_of, kind_of, listed, makes
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
-RESERVED = ("rloo", "grpo")  # names of kinds to come
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MIN_ROWS_TO_WHITEN = 8  # TRL asserts it
 NEEDED_BY_SCHEDULERS = {
@@ -49,8 +48,6 @@ class StageChecker(Checker):
             table = self.data.get(name)
             if name in valid:
                 self.problem(key, f'"{name}" stands twice: a second one needs a name and a kind')
-            elif name in RESERVED:
-                self.problem(key, f'"{name}" is reserved: this version knows {", ".join(listed())}')
             elif name in taken or not STAGE_NAME.fullmatch(name):
                 self.problem(key, f'"{name}" cannot be the name of a stage')
             elif name in self.kinds:
@@ -73,8 +70,6 @@ class StageChecker(Checker):
                 self.table(table, tables.stage_keys(self.kinds[name]), (name,))
             elif not isinstance(table, dict):
                 continue  # among the top keys, and noted there
-            elif name in RESERVED:
-                self.problem((name,), f"is reserved: this version knows {', '.join(listed())}")
             else:
                 near = self.near(name, (*listed(), *stages, *tables.top_keys()))
                 self.problem((name,), f"unknown table: stages does not name it{near}")
@@ -229,8 +224,17 @@ def _clashes(options: Values, extras: Values) -> Iterator[tuple[str, str]]:
         if options["f_divergence_type"] != "reverse_kl":
             for loss in sorted({*losses} - LOSSES_OF_DIVERGENCES):
                 yield "f_divergence_type", f'loss_type "{loss}" goes with "reverse_kl" alone'
+    step = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+    if group := options.get("num_generations"):  # RLOO, GRPO
+        batch = options["generation_batch_size"] or step
+        what = "per_device_train_batch_size × gradient_accumulation_steps"
+        named = "generation_batch_size" if options["generation_batch_size"] else what
+        if batch % step:
+            yield "generation_batch_size", f"{batch} is not a multiple of {what} = {step}"
+        elif batch % group:
+            yield "num_generations", f"{group} does not divide {named} = {batch}"
     if "num_mini_batches" in options:  # PPO
-        batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+        batch = step
         parts = options["num_mini_batches"]
         if batch % parts:
             what = f"per_device_train_batch_size × gradient_accumulation_steps = {batch}"
@@ -238,5 +242,5 @@ def _clashes(options: Values, extras: Values) -> Iterator[tuple[str, str]]:
         elif options["whiten_rewards"] and batch // parts < MIN_ROWS_TO_WHITEN:
             what = f"at least {MIN_ROWS_TO_WHITEN} rows in a mini-batch, not {batch // parts}"
             yield "whiten_rewards", f"needs {what}"
-        if options["eval_strategy"] == "no" and extras["keep"] == "best":
-            yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'
+    if options["eval_strategy"] == "no" and extras.get("keep") == "best":
+        yield "eval_strategy", 'leaves no score to choose by: say keep = "last"'

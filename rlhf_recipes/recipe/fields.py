@@ -40,6 +40,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "a whole number, or a share below 1": lambda value: value > 0 and (value < 1 or value % 1 == 0),
     "at least 0": lambda value: value >= 0,
     "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
     "at least 1, or -1": lambda value: value >= 1 or value == -1,
     "above 0, at most 1": lambda value: 0 < value <= 1,
     "from 0 to 1": lambda value: 0 <= value <= 1,
@@ -169,7 +170,6 @@ def fields_of(cls: type) -> dict[str, Field]:
     field whose metadata says `key=False` is not a key of the recipe.
     """
     hints = typing.get_type_hints(cls)
-    ours = cls.__module__.startswith("rlhf_recipes")
     fields = {}
     for f in dataclasses.fields(cls):
         if f.metadata.get("key", True):
@@ -180,8 +180,8 @@ def fields_of(cls: type) -> dict[str, Field]:
             if isinstance(default, enum.Enum):
                 default = default.value
             choices = tuple(f.metadata.get("choices", choices))
-            about = {"effect": f.metadata["effect"]} if ours else {}
-            about |= {key: f.metadata[key] for key in ("range", "learners") if key in f.metadata}
+            named = ("effect", "range", "learners")
+            about = {key: f.metadata[key] for key in named if key in f.metadata}
             fields[f.name] = Field(kinds, default, choices, **about)
     return fields
 

@@ -36,6 +36,8 @@ class Kind:
     extras: Keys = field(default_factory=dict)  # our own keys, each with its effect on the result
     listed: bool = True  # a recipe's `stages` may name it
     reads: tuple[str, ...] = ()  # the keys of [evaluation] that determine its result
+    # What its config calls a setting that PPO has under another name.
+    calls: Mapping[str, str] = field(default_factory=dict)
     borrows: tuple[str, ...] = ()  # keys of the last policy that samples, where `reads` has none
 
     @property
@@ -59,14 +61,18 @@ class Limits:
 MINIMUM_ACCURACY = 0.55  # on test pairs, for a policy to train against a reward model
 _RATE = Field(("float",), range="above 0")  # None: the stage's learning_rate
 _ACCURACY = Field(("float",), MINIMUM_ACCURACY, range="from 0 to 1", effect="neutral")
-_PPO: Keys = {
-    "value_learning_rate": _RATE,
-    "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
+_ON_POLICY: Keys = {
     "keep": Field(("str",), "best", choices=("best", "last")),
     # None: as the reward stage has it, MINIMUM_ACCURACY of a model from elsewhere.
     "minimum_accuracy": replace(_ACCURACY, default=None),
     "guard": fields_of(Limits),
 }
+_PPO: Keys = {
+    "value_learning_rate": _RATE,
+    "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
+    **_ON_POLICY,
+}
+_PENALTY = Field(("float",), 1.0, range="at least 0")  # else it learns to talk until cut off
 _REWARD = Kind(
     "reward",
     version=5,
@@ -88,6 +94,25 @@ _EVALUATION = Kind(
     reads=("prompts", "response_length", "temperature"),
 )
 
+_RLOO = Kind(
+    "rloo",
+    version=1,
+    module="rlhf_recipes.stages.rloo",
+    config="trl:RLOOConfig",
+    makes="policy",
+    learns_from="prompts",
+    roles=("policy", "reward_model", "reference"),
+    samples=True,
+    extras={**_ON_POLICY, "missing_eos_penalty": _PENALTY},
+    calls={
+        "response_length": "max_completion_length",
+        "kl_coef": "beta",
+        "cliprange": "epsilon",
+        "num_ppo_epochs": "num_iterations",
+        "local_rollout_forward_batch_size": "per_device_eval_batch_size",
+    },
+)
+
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -103,8 +128,8 @@ KINDS: dict[str, Kind] = {
         Kind(
             "ppo",
             version=5,
-            module="rlhf_recipes.stages.ppo.stage",
-            config="trl.experimental.ppo:PPOConfig",
+            module="rlhf_recipes.stages.ppo.trainer",
+            config="rlhf_recipes.stages.ppo.config:PPOConfig",
             makes="policy",
             learns_from="prompts",
             roles=("policy", "reward_model", "reference"),
@@ -128,6 +153,13 @@ KINDS: dict[str, Kind] = {
             makes="policy",
             learns_from="labels",
             roles=("policy", "reference"),
+        ),
+        _RLOO,
+        replace(
+            _RLOO,
+            name="grpo",
+            module="rlhf_recipes.stages.grpo",
+            config="trl:GRPOConfig",
         ),
         replace(_REWARD, name=JUDGE, version=6, learns_from="judge_pairs", roles=(), listed=False),
         _EVALUATION,

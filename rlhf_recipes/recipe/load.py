@@ -79,8 +79,8 @@ class Recipe:
 
     def asked_with(self, key: str) -> Any:
         """The evaluation's own word, else that of the last stage that samples, else None."""
-        trained = self.explorer.options if self.explorer else {}
-        return getattr(self.evaluation, key, None) or trained.get(key)
+        trained = self.explorer.said(key) if self.explorer else None
+        return getattr(self.evaluation, key, None) or trained
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]

@@ -189,6 +189,14 @@ class StageTable:
     def of(self) -> Kind:
         return kind_of(self.kind)
 
+    def called(self, key: str) -> str:
+        """What the kind's config calls a setting that PPO has as `key`."""
+        return self.of.calls.get(key, key)
+
+    def said(self, key: str) -> Any:
+        """A setting by PPO's name for it."""
+        return {**self.extras, **self.options}.get(self.called(key))
+
     def written(self) -> dict[str, Any]:
         roles = {role: getattr(self, role) for role in ROLES}
         own = self.dataset and written(self.dataset) | dict.fromkeys(SHARED_DATA_KEYS)

@@ -86,9 +86,15 @@ class Facts:
         return "—"
 
     def of(self, stage: str, key: str) -> Any:
-        """A setting of a stage, as resolved."""
+        """A setting of a stage, as resolved, by PPO's name for it."""
         table = self.recipe.get(stage)
-        return table.get(key) if isinstance(table, dict) else None
+        return table.get(self.called(stage, key)) if isinstance(table, dict) else None
+
+    def called(self, stage: str, key: str) -> str:
+        """What the stage's kind calls a setting that PPO has as `key`."""
+        table = self.recipe.get(stage)
+        kind = table.get("kind", stage) if isinstance(table, dict) else ""
+        return KINDS[kind].calls.get(key, key) if kind in KINDS else key
 
     def stage(self, name: str) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)
@@ -133,7 +139,8 @@ class Facts:
 
     def setting(self, stage: str, key: str) -> str:
         value = self.of(stage, key)
-        return f"`{stage}.{key}`" + (f" ({value:g} now)" if isinstance(value, int | float) else "")
+        now = f" ({value:g} now)" if isinstance(value, int | float) else ""
+        return f"`{stage}.{self.called(stage, key)}`{now}"
 
     def steps(self, stage: str) -> str:
         limited = (self.of(stage, "max_steps") or -1) > 0

@@ -63,7 +63,7 @@ def run(context: StageContext) -> StageResult:
     said = score(context, [drawn], tell)
     context.progress.update(total, total)
     ended = [ids[-1] == session.tokens.eos_id for _, ids in drawn]
-    scores, penalty = torch.tensor(said[""]).double(), ppo.options["missing_eos_penalty"]
+    scores, penalty = torch.tensor(said[""]).double(), ppo.said("missing_eos_penalty")
     rewards = fined(scores, torch.tensor(ended), penalty, _floor(context)).tolist()
     rows = [slice(first, first + count) for first in range(0, len(drawn), count)]  # one a prompt
 

@@ -47,8 +47,10 @@ WANTED = {  # by what a kind learns from
 }
 
 
-def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Config:
-    """TRL's config: what the recipe says, and the fields that the recipe's other keys own."""
+def trainer_config(
+    kind: type[Config], context: StageContext, said: Mapping[str, Any] | None = None, **ours: Any
+) -> Config:
+    """A config: what the recipe says, or `said`, and the fields that its other keys own."""
     recipe = context.recipe
     dtype = models.compute_dtype(recipe.model.dtype)
     owned = {
@@ -62,7 +64,7 @@ def trainer_config(kind: type[Config], context: StageContext, **ours: Any) -> Co
     if wandb := sys.modules.get("wandb"):
         wandb.finish()  # it would write on in the run of the stage before
     named = {"run_name": f"{recipe.path.stem}-{context.name}"}
-    config = kind(**{**named, **recipe.table(context.name).given, **owned, **ours})
+    config = kind(**{**named, **(said or recipe.table(context.name).given), **owned, **ours})
     if (
         config.n_gpu > 1
     ):  # one process uses one card: transformers would wrap a role for all of them
@@ -81,11 +83,11 @@ def float32(*parameters: torch.nn.Parameter) -> None:
 
 
 def two_rates(
-    args: TrainingArguments, first: Weights, second: Weights, rate: float
+    args: TrainingArguments, first: Weights, second: Weights | None = None, rate: float = 0.0
 ) -> torch.optim.Optimizer:
     """The optimizer that `optim` names, with a learning rate of its own for `second`."""
     kind, words = Trainer.get_optimizer_cls_and_kwargs(args)
-    groups = [{"params": first}, {"params": second, "lr": rate}]
+    groups = [{"params": first}, {"params": second, "lr": rate}][: 2 if second else 1]
     return kind(groups, weight_decay=args.weight_decay, **words)
 
 

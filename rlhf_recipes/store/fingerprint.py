@@ -122,8 +122,8 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
     if kind.reads:
         asked = {key: getattr(recipe.evaluation, key) for key in kind.reads}
         found |= changed(keys_of("evaluation"), asked)
-        lent = recipe.explorer.options if recipe.explorer else {}
-        found |= {key: lent[key] for key in kind.borrows if lent and asked.get(key) is None}
+        if lent := recipe.explorer:
+            found |= {key: lent.said(key) for key in kind.borrows if asked.get(key) is None}
         for role, (file, function) in written_rules(recipe).items():
             found[role] = {"function": function, "content": known.rules[file]}
     return found

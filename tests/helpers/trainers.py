@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes.data.tokens import settle
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_tokenizer, new_head
+from rlhf_recipes.stages.ppo.config import PPOConfig
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.chains import Silent
 from tests.helpers.roles import trained
@@ -55,7 +55,6 @@ def make_trainer(
         "report_to": "none",
         "disable_tqdm": True,
         "gradient_checkpointing": False,
-        "stop_token": "eos",
         "seed": 3,
     }
     return PPOTrainer(

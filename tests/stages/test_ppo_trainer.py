@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
-from rlhf_recipes.stages.ppo import trainer as trainer_module
+from rlhf_recipes.stages.ppo import checks, loop
 from rlhf_recipes.stages.ppo.guards import Guard
+from rlhf_recipes.stages.ppo.loop import LOSS_SCALE
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, explained_variance
-from rlhf_recipes.stages.ppo.trainer import LOSS_SCALE, ROUNDING, PPOTrainer
+from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.roles import make_base
 from tests.helpers.trainers import PROMPTS, make_trainer
 
@@ -67,16 +69,14 @@ def test_a_policy_that_reads_otherwise_as_it_learns_stops_and_names_the_module(
     assert f"the first module that differs is {name}" in str(error.value)
 
 
-def test_the_bounds_allow_for_tf32_on_a_card(make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make()
-    assert trainer._rounding == ROUNDING[torch.float32]
-    monkeypatch.setattr(PPOTrainer, "_device", torch.device("cuda"))
+def test_the_bounds_allow_for_tf32_on_a_card() -> None:
+    role = SimpleNamespace(lm=SimpleNamespace(device=torch.device("cuda")), dtype=torch.float32)
+    assert checks.rounding(role) == checks.ROUNDING[torch.float32]
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert trainer._rounding == ROUNDING[torch.bfloat16]
+        assert checks.rounding(role) == checks.ROUNDING[torch.bfloat16]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-    assert trainer._rounding == ROUNDING[torch.float32]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -96,11 +96,11 @@ def test_steps_are_epochs_times_mini_batches(
         response_length=2,
     )
     steps = []
-    inner = trainer.optimizer.optimizer
+    inner = trainer.optimizer
     inner.register_step_post_hook(lambda *_: steps.append(1))
     trainer.train()
     assert len(steps) == 3 * 3 * mini_batches
-    assert trainer.state.episode == 24
+    assert trainer.metrics["episode"] == 24
 
 
 def test_four_times_four_is_sixteen_times_one(make) -> None:
@@ -160,7 +160,7 @@ def test_kl_is_exactly_zero_at_the_first_update(tiny_model: Path, make, dtype) -
 
 
 def test_another_reference_stops_the_run(make) -> None:
-    with pytest.raises(StageError, match="the reference is not the policy that PPO starts from"):
+    with pytest.raises(StageError, match="the reference is not the policy that the stage starts from"):
         make(same_reference=False).train()
     make(same_reference=False, words={"other_reference": True}).train()
 
@@ -170,10 +170,8 @@ def test_what_is_scored_together_says_nothing_of_what_is_sampled_together(
 ) -> None:
     """Logits bound the former, the cache the latter; 64 answers by 16 took four times as long."""
     batches, scored = [], []
-    real, opinions = trainer_module.sample, PPOTrainer._opinions
-    monkeypatch.setattr(
-        trainer_module, "sample", lambda *a, **w: batches.append(w["batch"]) or real(*a, **w)
-    )
+    real, opinions = loop.sample, PPOTrainer._opinions
+    monkeypatch.setattr(loop, "sample", lambda *a, **w: batches.append(w["batch"]) or real(*a, **w))
     monkeypatch.setattr(
         PPOTrainer, "_opinions", lambda self, c: scored.append(len(c)) or opinions(self, c)
     )
@@ -262,7 +260,7 @@ def test_the_score_lands_one_place_after_an_early_eos(make) -> None:
     """As in TRL and the reference implementation: fact 17."""
     trainer = make(response_length=4)
     seen = rollout(trainer, [[7, 2], [7, 8, 9, 2]], scores=[1.0, 3.0])
-    _, returns, _ = advantages(seen, trainer.args)
+    returns = advantages(seen, trainer.args).returns
     assert returns.tolist() == [[1.0, 1.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0]]
 
 
@@ -338,10 +336,9 @@ def test_float16_loses_no_gradient_to_a_small_share(tiny_model: Path, make) -> N
         trainer = make(make_base(tiny_model, dtype))
         assert trainer.loss_scale == (LOSS_SCALE if dtype == torch.float16 else 1.0)
         seen = trainer.rollout(1)
-        advantage, returns, _ = advantages(seen, trainer.args)
         rows = torch.arange(8)
         trainer.loss_scale = scale / 32768 * seen.mask.sum().item()
-        trainer._learn(Rows(seen, advantage, returns, rows, rows))
+        trainer._learn(Rows(seen, trainer.learned(seen), rows, rows))
         grads = [p.grad for p in trainer.policy_model.trainable() if p.grad is not None]
         found[dtype, scale] = torch.cat([(grad / trainer.loss_scale).flatten() for grad in grads])
     whole, lossy, scaled = found.values()
@@ -392,11 +389,11 @@ def test_the_explained_variance_is_of_the_rollout_s_values(make) -> None:
         trainer = make(response_length=2, kl_coef=0.0)
         words = {"scores": [1.0, 3.0], "values": [[value] * 2 for value in values]}
         seen = rollout(trainer, [[7, 2], [8, 2]], **words)
-        _, returns, _ = advantages(seen, trainer.args)
+        returns = advantages(seen, trainer.args).returns
         assert explained_variance(seen, returns) == pytest.approx(expected, abs=1e-6)
     trainer = make()
     seen = trainer.rollout(1)
-    _, returns, _ = advantages(seen, trainer.args)
+    returns = advantages(seen, trainer.args).returns
     said = trainer.optimize(seen, 1)["val/explained_variance"]
     assert said == explained_variance(seen, returns) and said < 1  # before the update
 
@@ -549,7 +546,7 @@ def test_value_warmup_trains_the_value_alone_once(make) -> None:
         words = {"value_warmup_epochs": epochs}
         trainer = make(total_episodes=16, optim="sgd", words=words)
         count: list[int] = []
-        trainer.optimizer.optimizer.register_step_post_hook(lambda *_, seen=count: seen.append(1))
+        trainer.optimizer.register_step_post_hook(lambda *_, seen=count: seen.append(1))
         trainer.optimize(trainer.rollout(1), 1)
         policies.append([p.detach().clone() for p in trainer.policy_model.trainable()])
         trainer.optimize(trainer.rollout(2), 2)

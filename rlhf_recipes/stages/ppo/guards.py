@@ -27,7 +27,7 @@ class Guard:
         kl, entropy = metrics["objective/kl"], metrics["val/entropy_per_token"]
         length, limits = metrics["val/length"], self.limits
         for name in ("objective/scores", "loss/policy_avg", "loss/value_avg"):
-            if not math.isfinite(metrics[name]):
+            if not math.isfinite(metrics.get(name, 0.0)):
                 self.broken = True
                 return f"{name} is {metrics[name]}"
         if kl > limits.max_kl:

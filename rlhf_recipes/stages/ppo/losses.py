@@ -1,19 +1,18 @@
 """PPO's arithmetic on one rollout: advantages and returns, and the two clipped losses.
 
-As in TRL (arXiv 1707.06347, 2403.17031), but that a loss is a sum over tokens divided by those of
-the whole mini-batch, so that how it is cut into micro-batches changes nothing.
+As in TRL 1.12 (arXiv 1707.06347, 2403.17031), but that a loss is a sum over tokens divided by those
+of the whole mini-batch, so that how it is cut into micro-batches changes nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from trl.experimental.ppo import PPOConfig
-from trl.experimental.ppo.ppo_trainer import masked_whiten
 
 from rlhf_recipes.models.sampling import Sequences
+from rlhf_recipes.stages.ppo.config import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,37 @@ class Rollout:
     value_mask: torch.Tensor  # and the state after an early EOS, where the score lands
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
-    values: torch.Tensor
     scores: torch.Tensor  # [batch], in units of the reward, `fined` where cut off
     ended: torch.Tensor  # [batch], whether the answer ends in EOS
     entropy: torch.Tensor
+    values: torch.Tensor | None = None  # where there is a critic
 
 
-def advantages(
-    rollout: Rollout, args: PPOConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whitened advantages, returns and KL, each [batch, R] (GAE, arXiv 1506.02438)."""
+@dataclass(frozen=True)
+class Learned:
+    """What a rollout teaches, each [batch, R]."""
+
+    advantage: torch.Tensor
+    kl: torch.Tensor  # to the reference, a token
+    returns: torch.Tensor | None = None  # where there is a critic
+    told: dict[str, float] = field(default_factory=dict)  # metrics
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return (values * mask).sum() / mask.sum()
+
+
+def whitened(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """`values` with the mean 0, or their own, and the variance 1 where `mask` is set."""
+    mean, count = masked_mean(values, mask), mask.sum()
+    variance = masked_mean((values - mean) ** 2, mask) * (count / (count - 1))
+    scaled = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return scaled if shift_mean else scaled + mean
+
+
+def advantages(rollout: Rollout, args: PPOConfig) -> Learned:
+    """Whitened advantages and returns (GAE, arXiv 1506.02438)."""
+    assert rollout.values is not None
     log_ratio = (rollout.ref_logprobs - rollout.logprobs) * rollout.mask
     kl = -log_ratio if args.kl_estimator == "k1" else log_ratio.exp() - 1 - log_ratio
     rewards = -args.kl_coef * kl
@@ -43,7 +63,7 @@ def advantages(
     end = rollout.sequences.lengths.clamp(max=rewards.shape[1] - 1)
     rewards[rows, end] += rollout.scores
     if args.whiten_rewards:
-        rewards = masked_whiten(rewards, rollout.value_mask, shift_mean=False)
+        rewards = whitened(rewards, rollout.value_mask, shift_mean=False)
         rewards = rewards * rollout.value_mask
     advantage = torch.zeros_like(rewards)
     last = torch.zeros_like(rollout.scores)
@@ -53,8 +73,9 @@ def advantages(
         last = delta + args.gamma * args.lam * last
         advantage[:, t] = last
     returns = advantage + value
-    whitened = masked_whiten(advantage, rollout.mask) * rollout.mask
-    return whitened, returns, kl
+    advantage = whitened(advantage, rollout.mask) * rollout.mask
+    told = {"val/explained_variance": explained_variance(rollout, returns)}
+    return Learned(advantage, kl, returns, told)
 
 
 @dataclass(frozen=True)
@@ -62,8 +83,7 @@ class Rows:
     """One micro-batch of a mini-batch, both as row numbers, and what it learns from."""
 
     rollout: Rollout
-    advantage: torch.Tensor  # [batch, R]
-    returns: torch.Tensor  # [batch, R]
+    learned: Learned
     mini: torch.Tensor
     micro: torch.Tensor
 
@@ -87,7 +107,7 @@ def policy_loss(new: torch.Tensor, entropy: torch.Tensor, rows: Rows, args: PPOC
     `new` and `entropy` are the policy's log-probabilities and entropies now.
     """
     rollout = rows.rollout
-    mask, gain, old = rows.columns(rollout.mask, rows.advantage, rollout.logprobs)
+    mask, gain, old = rows.columns(rollout.mask, rows.learned.advantage, rollout.logprobs)
     share = 1.0 / rollout.mask[rows.mini].sum()
     difference = (new - old) * mask
     ratio = difference.exp()
@@ -119,7 +139,7 @@ def value_loss(new: torch.Tensor, rows: Rows, args: PPOConfig, clip: bool = True
     `new` are the values now.
     """
     rollout = rows.rollout
-    mask, goal, old = rows.columns(rollout.value_mask, rows.returns, rollout.values)
+    mask, goal, old = rows.columns(rollout.value_mask, rows.learned.returns, rollout.values)
     share, old, new = 1.0 / rollout.value_mask[rows.mini].sum(), old * mask, new * mask
     near = new.clamp(old - args.cliprange_value, old + args.cliprange_value) if clip else new
     plain, clipped = (new - goal).square(), (near - goal).square()

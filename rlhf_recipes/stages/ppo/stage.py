@@ -1,23 +1,22 @@
-"""PPO: the policy and its value model learn against the reward model, held near the reference.
+"""A policy learns on its own answers, held near the reference: PPO's stage, RLOO's and GRPO's.
 
-Four roles on one base. The reference is the policy that the stage starts from (the bare base only
-where nothing was trained before), the value starts from the reward model, and the reward is read in
-units of its own spread over the training chosen answers. An answer that is cut off scores less than
-a bad one that ends: see `reward_model.fined`. Default λ is 1: over answers of tens of
-tokens with one score at the end, bootstrapping from a young value model costs more in bias than it
-saves in variance.
+Three roles on one base, and in PPO a fourth, the value model, which starts from the reward model.
+The reference is the policy that the stage starts from (the bare base only where nothing was trained
+before). The reward is read in units of its own spread over the training chosen answers. An answer
+that is cut off scores less than a bad one that ends: see `reward_model.fined`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
-from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes import signals, stats
 from rlhf_recipes.data.dataset import Data
@@ -39,20 +38,36 @@ from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
+from rlhf_recipes.stages.ppo.loop import OnPolicyTrainer
 from rlhf_recipes.stages.ppo.losses import Rollout
-from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.reward import measure
 
-__all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
-
 ROLLOUT = "local_rollout_forward_batch_size"
+Options = Mapping[str, Any]
 SHOWN = {"score": "objective/scores", "KL": "objective/kl", "length": "val/length"}
 VALIDATION_PROMPTS = 64  # a mean over fewer would pick the best by luck
 
 
-def run(context: StageContext) -> StageResult:
+@dataclass(frozen=True)
+class Method:
+    """What tells the kinds of this stage apart."""
+
+    trainer: type[OnPolicyTrainer]
+    options: Callable[[StageTable], Options]  # the fields of PPOConfig
+    words: Callable[[StageTable], Options]  # what its trainer is told beside them
+    one_update: Callable[[StageTable], Options]  # by its own names: what a rehearsal runs
+    critic: bool = False
+
+    def exports(self) -> tuple[Callable[..., Any], ...]:
+        """`run`, `trial`, `work`, `memory` and `answer_length` of its module."""
+        return *(partial(one, method=self) for one in (run, trial, work, memory)), answer_length
+
+
+def run(context: StageContext, method: Method) -> StageResult:
     recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
+    options = method.options(table)
     data, prompts = training.load_rows(context)
     validation = [example.prompt_ids for example in unique_prompts(data.validation)]
 
@@ -64,27 +79,30 @@ def run(context: StageContext) -> StageResult:
     else:
         folder = sources.model_folder(table.reward_model, recipe)
         reward = open_foreign(folder, base, session.tokens)
-        floor = floor_of(reward, pairs(data.train), session.tokens.pad_id, table.options[ROLLOUT])
-        found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
+        floor = floor_of(reward, pairs(data.train), session.tokens.pad_id, options[ROLLOUT])
+        found = measure(context, reward, data, 1.0, options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
         told = {f"{name}.{metric}": number for metric, number in found.items()}
     if doubt := stats.gate(found, minimum, key):
         context.progress.note(doubt)
 
-    # ---- four roles on one base
+    # ---- the roles on one base
     start = context.inputs.get("policy")
     seed = context.seed("lora")
     policy = base.open("policy", start, seed=seed, trainable=True)
     # An adapter even where nothing was trained before: that of DoRA rounds the bare base.
     start_of_reference = context.inputs.get("reference", start)
     reference = base.open("reference", start_of_reference, seed=seed, adapter=True)
-    value = base.open("value", scorer or start, seed=seed, trainable=True)
     if scorer is not None:
         reward, floor = open_reward(base, scorer), read_floor(scorer)
-        value.add_head(load_head(value.lm, scorer))
-    else:
-        value.add_head(zero_head(value.lm))
-    training.float32(*policy.trainable(), *value.trainable())
+    learners, words = [policy], dict(method.words(table))
+    if method.critic:
+        words["value_model"] = value = base.open(
+            "value", scorer or start, seed=seed, trainable=True
+        )
+        value.add_head(load_head(value.lm, scorer) if scorer else zero_head(value.lm))
+        learners.append(value)
+    training.float32(*(weights for role in learners for weights in role.trainable()))
 
     # ---- training
     report = Report(context, prompts)
@@ -92,17 +110,14 @@ def run(context: StageContext) -> StageResult:
         context.progress.note("no pairs: a cut-off answer keeps its score, less the penalty")
     if table.extras["keep"] == "best" and not validation:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
-    trainer = PPOTrainer(
-        args=training.trainer_config(PPOConfig, context, stop_token="eos"),
+    trainer = method.trainer(
+        args=training.trainer_config(PPOConfig, context, options),
         processing_class=session.tokens.tokenizer,
         model=policy,
         ref_model=reference,
         reward_model=reward,
-        value_model=value,
         train_dataset=[{"input_ids": example.prompt_ids} for example in prompts],
-        value_learning_rate=table.extras["value_learning_rate"],
         other_reference="reference" in context.inputs,
-        value_warmup_epochs=table.extras["value_warmup_epochs"],
         floor=floor,
         limits=Limits(**table.extras["guard"]),
         keep=table.extras["keep"],
@@ -110,8 +125,9 @@ def run(context: StageContext) -> StageResult:
         on_update=report,
         key=context.key,
         progress=context.progress,
+        **words,
     )
-    scored = table.options[ROLLOUT]
+    scored = options[ROLLOUT]
     context.progress.note(f"answers: {trainer.sampled} sampled together, {scored} scored together")
     with signals.deferred():
         trainer.train()
@@ -125,13 +141,14 @@ def run(context: StageContext) -> StageResult:
     # ---- output
     output = context.folder / "output"
     base.save(policy, output)
-    (output / "value").mkdir()
-    base.save(value, output / "value")
-    base.close(policy, reference, reward, value)
+    if method.critic:
+        (output / "value").mkdir()
+        base.save(value, output / "value")
+    base.close(reference, reward, *learners)
     first, last = trainer.guard.first, trainer.metrics
     metrics = {
         "updates": trainer.state.global_step,
-        "episodes": trainer.state.episode,
+        "episodes": trainer.state.global_step * trainer.batch_size,
         "train_score_first": first["objective/scores"],
         "train_score": last["objective/scores"],
         "train_kl": last["objective/kl"],
@@ -168,7 +185,9 @@ class Report:
         self.context = context
         self.shown = {tuple(example.prompt_ids): example.prompt for example in prompts}
 
-    def __call__(self, trainer: PPOTrainer, rollout: Rollout, metrics: dict[str, float]) -> None:
+    def __call__(
+        self, trainer: OnPolicyTrainer, rollout: Rollout, metrics: dict[str, float]
+    ) -> None:
         state, shown = trainer.state, {name: metrics[key] for name, key in SHOWN.items()}
         self.context.progress.update(state.global_step, state.max_steps, **shown, **metrics)
         count = trainer.args.num_sample_generations
@@ -177,7 +196,7 @@ class Report:
             for row in range(min(2, len(rollout.scores))):
                 self._sample(trainer, rollout, row)
 
-    def _sample(self, trainer: PPOTrainer, rollout: Rollout, row: int) -> None:
+    def _sample(self, trainer: OnPolicyTrainer, rollout: Rollout, row: int) -> None:
         tokens, sequences = self.context.session.tokens, rollout.sequences
         prompt = trainer.prompts(trainer.state.global_step)[row]
         answer = sequences.ids[row, -sequences.answer :][: int(sequences.lengths[row])]
@@ -193,17 +212,19 @@ class Report:
 
 
 def answer_length(recipe: Recipe, name: str) -> int:
-    return recipe.table(name).options["response_length"]
+    return recipe.table(name).said("response_length")
 
 
-def trial(recipe: Recipe, name: str) -> Trial:
-    given = recipe.table(name).options
-    options = one_update(given)
-    less = training.shortened(recipe, name, options, minimum_accuracy=0.0)
-    return Trial(less, options["total_episodes"], min(given[ROLLOUT], VALIDATION_PROMPTS))
+def trial(recipe: Recipe, name: str, method: Method) -> Trial:
+    table = recipe.table(name)
+    less = training.shortened(recipe, name, method.one_update(table), minimum_accuracy=0.0)
+    size = training.batch(method.options(less.table(name)))
+    return Trial(
+        less, training.STEPS * size, min(method.options(table)[ROLLOUT], VALIDATION_PROMPTS)
+    )
 
 
-def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
+def cut(given: Options) -> dict[str, int]:
     """An update on no more answers than are sampled or scored together, in two steps or more."""
     rows, micros = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     minis = given["num_mini_batches"]
@@ -212,24 +233,19 @@ def one_update(given: Mapping[str, Any]) -> dict[str, Any]:
         each, minis = micros // minis, min(minis, training.STEPS)
         each = min(each, max(min(each, training.STEPS), -(-sampled // (rows * minis))))
         micros = each * minis
-    updates = 1 if minis * given["num_ppo_epochs"] > 1 else training.STEPS
-    return {
-        "gradient_accumulation_steps": micros,
-        "num_mini_batches": minis,
-        "total_episodes": rows * micros * updates,
-        "eval_steps": updates,
-        "save_steps": updates,
-    }
+    return {"gradient_accumulation_steps": micros, "num_mini_batches": minis}
 
 
-def work(recipe: Recipe, name: str, data: Data) -> Work:
-    options, asked = recipe.table(name).options, data.learned("prompts")
+def work(recipe: Recipe, name: str, data: Data, method: Method) -> Work:
+    options, asked = method.options(recipe.table(name)), data.learned("prompts")
     size = training.batch(options)
-    steps = math.ceil(options["total_episodes"] / size)
+    copies = recipe.table(name).options.get("num_generations", 1)
+    steps = math.ceil(episodes(options, len(asked) * copies) / size)
     read = fmean(len(e.prompt_ids) for e in asked) + options["response_length"]
-    learns = options["num_ppo_epochs"] * 2 * (training.FORWARD + training.BACKWARD)
+    roles = 1 + method.critic
+    learns = options["num_ppo_epochs"] * roles * (training.FORWARD + training.BACKWARD)
     times, prompts = _looks(options, steps), min(VALIDATION_PROMPTS, len(data.validation))
-    seen = 5 * training.FORWARD * read  # the sampling, and the opinions of four roles
+    seen = (3 + roles) * training.FORWARD * read  # the sampling, and each role's opinion
     batches = steps * math.ceil(size / MOST) + times * bool(prompts)
     tokens = batches * options["response_length"]
     return Work(steps, size * (seen + learns * read), times * prompts * seen, tokens)
@@ -243,9 +259,9 @@ def _looks(options: Mapping[str, Any], updates: int) -> int:
     return 1 + math.ceil(updates / math.ceil(every if every >= 1 else every * updates))
 
 
-def memory(sim: Sim) -> Iterator[Held]:
-    """The sampling, the opinions of the roles, and the learning of policy and value."""
-    lengths, options = sim.lengths, sim.options
+def memory(sim: Sim, method: Method) -> Iterator[Held]:
+    """The sampling, the opinions of the roles, and the learning of those that learn."""
+    lengths, options = sim.lengths, method.options(sim.recipe.table(sim.name))
     temperature, size = options["temperature"], training.batch(options)
     rows = min(options["per_device_train_batch_size"], size // options["num_mini_batches"])
     looked_at = lengths.validation if options["eval_strategy"] != "no" else 0
@@ -253,9 +269,12 @@ def memory(sim: Sim) -> Iterator[Held]:
     sampled = held_at_once(max(size, looked_at), lengths.row)
     if sim.card:  # there it is as many as the rest of the memory holds
         sampled = min(sampled, scored)
-    names, trained = ["policy", "reference", "value", "reward"], ["policy", "value"]
-    with sim.model(*names, trained=trained) as (tracker, [policy, _, value, *_]):
-        policy.lm.eval(), value.lm.eval()
+    trained = ["policy", "value"] if method.critic else ["policy"]
+    with sim.model(*trained, "reference", "reward", trained=trained) as (tracker, roles):
+        policy, value = roles[0], roles[1] if method.critic else None
+        learners = roles[: len(trained)]
+        for role in learners:
+            role.lm.eval()
         yield from sampling(tracker, policy, sampled, lengths)
         tracker.begin()
         given = (*ids_of(scored, lengths.row), lengths.answer)
@@ -264,8 +283,9 @@ def memory(sim: Sim) -> Iterator[Held]:
         yield tracker.most
         given = (*ids_of(rows, lengths.row), lengths.answer)
         if options["gradient_checkpointing"]:
-            policy.lm.train(), value.lm.train()
-        if not sim.card and policy.pairs_with(value):
+            for role in learners:
+                role.lm.train()
+        if value and not sim.card and policy.pairs_with(value):
             with policy.active(beside=value):
 
                 def both() -> torch.Tensor:
@@ -277,5 +297,6 @@ def memory(sim: Sim) -> Iterator[Held]:
         with policy.active():
             words = (policy, *given, temperature)
             yield from learning(tracker, lambda: logprobs(*words)[0].sum())
-        with value.active():
-            yield from learning(tracker, lambda: values(value, *given).sum())
+        if value:
+            with value.active():
+                yield from learning(tracker, lambda: values(value, *given).sum())
