@@ -46,17 +46,15 @@ def _options(table: StageTable) -> dict[str, Any]:
 
 
 def _one_update(table: StageTable) -> dict[str, Any]:
-    own, given = table.options, _options(table)
-    less = stage.cut(given)
-    rows, group = own["per_device_train_batch_size"], own["num_generations"]
-    step = less["gradient_accumulation_steps"] // less["num_mini_batches"]
-    update = rows * step * less["num_mini_batches"]
-    if update % group:  # a group is never cut
-        step, update = own["gradient_accumulation_steps"], own["generation_batch_size"]
-    steps = training.STEPS if not update or update == rows * step else update // (rows * step)
-    every = {"eval_steps": 1, "save_steps": 1}
-    sizes = {"gradient_accumulation_steps": step, "generation_batch_size": update}
-    return sizes | every | {"max_steps": steps * own["num_iterations"]}
+    """What a rehearsal runs. A group is never cut."""
+    rows, less = table.options["per_device_train_batch_size"], stage.cut(_options(table))
+    if rows * less["gradient_accumulation_steps"] % table.options["num_generations"]:
+        less = _options(table)
+    micros, minis = less["gradient_accumulation_steps"], less["num_mini_batches"]
+    steps = minis * table.options["num_iterations"]
+    updates = 1 if steps > 1 else training.STEPS
+    sizes = {"gradient_accumulation_steps": micros // minis, "generation_batch_size": rows * micros}
+    return sizes | {"max_steps": steps * updates, "eval_steps": updates, "save_steps": updates}
 
 
 class GroupTrainer(OnPolicyTrainer):

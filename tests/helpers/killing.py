@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TRAINED = ("sft", "reward", "ppo")
 CLOCKS = {"seconds", "eps"}  # what a clock says may differ
 KINDS = {"step": 13, "checkpoint": 5, "record": 2}  # of twenty points in a stage
 
@@ -145,15 +144,16 @@ def spread(count: int, points: int) -> list[int]:
 
 
 def main(recipe: Path, folder: Path, points: int) -> None:
-    import rlhf_recipes.stages.ppo.stage
+    import rlhf_recipes.stages.ppo.trainer
     import rlhf_recipes.stages.reward
     import rlhf_recipes.stages.session
     import rlhf_recipes.stages.sft  # noqa: F401 - once, for all children
+    from rlhf_recipes.recipe.load import load_recipe
 
     folder.mkdir(parents=True)
     log, before = folder / "log.txt", folder / "before"  # `before` holds the stages above
     before.mkdir()
-    for stage in TRAINED:
+    for stage in load_recipe(recipe).stages:
         whole, counts = folder / f"{stage}-whole", folder / f"{stage}.json"
         shutil.copytree(before, whole)
         if forked(recipe, whole, stage, Places(None, counts), log):

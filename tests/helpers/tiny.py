@@ -33,6 +33,36 @@ def word_tokenizer() -> Any:
     )
 
 
+# Tables of kinds that RECIPE has no stage of.
+OTHERS = """
+[kto]
+max_steps = 20
+per_device_train_batch_size = 8
+learning_rate = 1e-2
+
+[rloo]
+num_generations = 4
+max_steps = 40
+num_iterations = 2
+per_device_train_batch_size = 8
+generation_batch_size = 16
+max_completion_length = 6
+keep = "last"
+learning_rate = 1e-2
+gradient_checkpointing = false
+
+[grpo]
+num_generations = 4
+max_steps = 40
+num_iterations = 2
+per_device_train_batch_size = 8
+generation_batch_size = 16
+max_completion_length = 6
+keep = "best"
+learning_rate = 1e-2
+gradient_checkpointing = false
+"""
+
 RECIPE = """\
 title = "Tiny"
 stages = ["sft", "reward", "ppo"]

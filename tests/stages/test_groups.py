@@ -1,11 +1,12 @@
-"""RLOO and GRPO: the same step as TRL's, what moves, groups that stay whole, and a run that goes on."""
+"""RLOO and GRPO: the same step as TRL's, what moves, and groups that stay whole."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,19 +14,19 @@ import torch
 import trl
 from datasets import Dataset
 from torch import nn
-from trl.trainer.utils import RepeatSampler
 
 from rlhf_recipes.data.tokens import settle
 from rlhf_recipes.models.load import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.recipe.load import load_recipe
-from rlhf_recipes.stages import contract, groups
+from rlhf_recipes.stages import groups
 from rlhf_recipes.stages.grpo import GRPOTrainer
 from rlhf_recipes.stages.ppo import loop
 from rlhf_recipes.stages.ppo.config import PPOConfig
 from rlhf_recipes.stages.rloo import RLOOTrainer
 from tests.helpers.chains import Chain, Silent, adapter, base_weights, differs
+from tests.helpers.tiny import OTHERS, RECIPE
 from tests.helpers.trainers import PROMPTS
 
 pytestmark = pytest.mark.train
@@ -184,3 +185,83 @@ def test_two_updates_on_the_same_answers_end_with_the_weights_of_stock(
         moved = max(moved, (one - start[name]).abs().max().item())
         assert (one - other).abs().max() < 1e-5, name
     assert moved > 1e-3
+
+
+# ---- the stage on a tiny chain
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """SFT and a reward model, for all kinds to start from."""
+    folder = tmp_path_factory.mktemp("start")
+    file = folder / "tiny.toml"
+    file.write_text(RECIPE.format(model=tiny_model, data=tiny_pairs) + OTHERS)
+    words = ['stages=["sft","reward","rloo","grpo"]', "sft.max_steps=8", "reward.max_steps=20"]
+    chain = Chain(load_recipe(file, set=words), folder / "stages")
+    chain.run("sft", {})
+    chain.run("reward", {"policy": "sft"})
+    return chain
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_it_learns_from_a_reward_model_and_moves_its_own_adapter_alone(
+    start: Chain, tmp_path: Path, kind: str
+) -> None:
+    chain = Chain(start.recipe, tmp_path, outputs=dict(start.outputs))
+    base = base_weights(chain.session.base)
+    metrics = chain.run(kind, {"policy": "sft", "reward_model": "reward"}).metrics
+    assert not differs(base, base_weights(chain.session.base))
+    output = chain.outputs[kind]
+    assert len(differs(adapter(chain.outputs["sft"]), adapter(output))) == 28
+    assert not (output / "value").exists()
+    first, *_, last = chain.progress.updates
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5) and last["objective/kl"] > 0.05
+    assert metrics["updates"] == 10 and metrics["episodes"] == 160
+    assert metrics["train_score"] > metrics["train_score_first"] + 0.2
+    assert [n for n, _ in chain.session.base.lm.named_parameters() if "lora_" in n] == []
+
+
+@pytest.mark.parametrize("update", [1, 3])
+def test_a_group_is_whole_and_every_prompt_has_its_turn(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int
+) -> None:
+    seen = RLOOTrainer.prompts(
+        SimpleNamespace(
+            train_dataset=PROMPTS,
+            batch_size=12,
+            copies=4,
+            _permutation=lambda size, *_: torch.arange(size),
+        ),
+        update,
+    )
+    order = [PROMPTS[i % 5]["input_ids"] for i in range(3 * (update - 1), 3 * update)]
+    assert seen == [prompt for prompt in order for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("words", "answers", "minis", "episodes"),
+    [
+        ({}, 32, 1, None),
+        ({"generation_batch_size": 128}, 128, 4, None),
+        ({"generation_batch_size": 128, "max_steps": 10}, 128, 4, 384),
+        ({"num_iterations": 2, "max_steps": 10}, 32, 1, 160),
+    ],
+)
+def test_stock_s_sizes_in_the_loop_s_words(
+    tmp_path: Path, words: dict[str, int], answers: int, minis: int, episodes: int | None
+) -> None:
+    file = tmp_path / "sizes.toml"
+    file.write_text(
+        'stages = ["rloo"]\nmodel.name = "a/b"\ndataset.path = "a/b"\nrloo.reward_model = "a/b"'
+    )
+    words = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4} | words
+    table = load_recipe(file, set=[f"rloo.{key}={value}" for key, value in words.items()]).table(
+        "rloo"
+    )
+    found = groups._options(table)
+    assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == answers
+    assert (found["num_mini_batches"], found["total_episodes"]) == (minis, episodes)
+    assert found["response_length"] == 512 and found["kl_coef"] == 0.05
+    less = groups._one_update(table)
+    assert less["generation_batch_size"] % table.options["num_generations"] == 0
+    assert less["generation_batch_size"] <= answers

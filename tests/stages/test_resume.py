@@ -28,7 +28,7 @@ from tests.helpers.tiny import RECIPE
 
 pytestmark = pytest.mark.train
 
-KINDS = ("sft", "reward", "ppo", "dpo", "kto")
+KINDS = ("sft", "reward", "ppo", "dpo", "kto", "rloo", "grpo")
 STOCK = ("sft", "reward", "dpo", "kto")
 # 68 rows are five steps an epoch, and the checkpoints of even steps fall between lines of numbers.
 CHAIN = {
@@ -41,12 +41,17 @@ CHAIN = {
     **{f"{kind}.save_steps": 2 for kind in KINDS},
     "dpo.learning_rate": 1e-2,
     "kto.learning_rate": 1e-2,
+    **{f"{kind}.max_completion_length": 6 for kind in ("rloo", "grpo")},
+    **{f"{kind}.num_iterations": 2 for kind in ("rloo", "grpo")},
+    **{f"{kind}.max_steps": 10 for kind in ("rloo", "grpo")},
+    "rloo.policy": "sft",
+    "grpo.eval_steps": 2,
     "ppo.total_episodes": 80,
     "ppo.keep": "best",
     "ppo.eval_steps": 1,
     "ppo.lr_scheduler_type": "cosine",
 }
-SFT = {key: value for key, value in CHAIN.items() if not key.startswith(("dpo", "kto"))} | {
+SFT = {key: value for key, value in CHAIN.items() if key.split(".")[0] not in KINDS[3:]} | {
     "stages": ["sft"]
 }
 WALL_CLOCK = ("seconds", "eps")
@@ -149,6 +154,8 @@ def test_every_kind_of_stage_ends_as_in_one_piece(whole: Go, go: Go, tmp_path: P
         (asked_to_stop, "ppo", 3, [2, 3], []),
         (cut, "ppo", 5, [3, 4], [4]),
         (cut, "dpo", 5, [2, 4], [2, 4]),
+        (asked_to_stop, "rloo", 3, [2, 3], []),
+        (cut, "grpo", 5, [2, 4], [4]),
     ]:
         with interrupted(kind, step):
             go(CHAIN)
@@ -159,11 +166,11 @@ def test_every_kind_of_stage_ends_as_in_one_piece(whole: Go, go: Go, tmp_path: P
                 file.write_bytes(file.read_bytes()[:-100])
     found = go(CHAIN)
     assert found == whole(CHAIN)
-    assert sum(name.endswith(".safetensors") for name in found) == 8
+    assert sum(name.endswith(".safetensors") for name in found) == 10
     log = next(tmp_path.glob("*/log.txt")).read_text()
-    assert log.count("is not used: optimizer.pt is not what was written") == 4
+    assert log.count("is not used: optimizer.pt is not what was written") == 5
     steps = re.findall("goes on from its checkpoint after step (\\d)", log)
-    assert steps == ["2", "4", "4", "3", "3"]
+    assert steps == ["2", "4", "4", "3", "3", "3", "2"]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
@@ -118,6 +119,8 @@ class OnPolicyTrainer(Resumable, Trainer):
             eval_dataset=list(validation_prompts),
             processing_class=processing_class,
         )
+        for role in {model, ref_model, reward_model, *self.learners}:
+            disable_dropout_in_model(role)  # LoRA's
         self.create_optimizer_and_scheduler(self.updates)
         self.scaled = model.dtype == torch.float16
         self.loss_scale = LOSS_SCALE if self.scaled else 1.0

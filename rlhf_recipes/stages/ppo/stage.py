@@ -218,10 +218,8 @@ def answer_length(recipe: Recipe, name: str) -> int:
 def trial(recipe: Recipe, name: str, method: Method) -> Trial:
     table = recipe.table(name)
     less = training.shortened(recipe, name, method.one_update(table), minimum_accuracy=0.0)
-    size = training.batch(method.options(less.table(name)))
-    return Trial(
-        less, training.STEPS * size, min(method.options(table)[ROLLOUT], VALIDATION_PROMPTS)
-    )
+    answers = method.options(less.table(name))["total_episodes"]
+    return Trial(less, answers, min(method.options(table)[ROLLOUT], VALIDATION_PROMPTS))
 
 
 def cut(given: Options) -> dict[str, int]:
