@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, is_closed, resolve, show, suggest
-from rlhf_recipes.recipe.kinds import LORA
+from rlhf_recipes.recipe.kinds import LORA, listed
 
 Key = tuple[str | int, ...]
 OUTSIDE = re.compile(r'"[/~]|(?<=["/])\.\.(?=["/])|://|::')
@@ -84,11 +84,14 @@ class Checker:
             return closed[0].closed()
         if hint := elsewhere(name):
             return f"unknown key: {hint}"
+        stages = {kind: tables.stage_keys(kind) for kind in listed()}
+        if able := [k for k, own in stages.items() if name in own and not is_closed(own[name])]:
+            return f"unknown key here: a stage of kind {' or '.join(able)} has it"
         if len(self.problems) > ENOUGH:
             return "unknown key"
         here = [key for key, field in keys.items() if not is_closed(field)]
-        listed = f" (there are {', '.join(here)})" if len(here) < 20 else ""
-        return "unknown key" + (suggest(name, here) or listed)
+        few = f" (there are {', '.join(here)})" if len(here) < 20 else ""
+        return "unknown key" + (suggest(name, here) or few)
 
     # ---- the recipe's own keys and tables
 

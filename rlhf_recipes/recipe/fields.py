@@ -170,6 +170,7 @@ def fields_of(cls: type) -> dict[str, Field]:
     field whose metadata says `key=False` is not a key of the recipe.
     """
     hints = typing.get_type_hints(cls)
+    ours = all(part.__module__.startswith("rlhf_recipes") for part in cls.__mro__[:-1])
     fields = {}
     for f in dataclasses.fields(cls):
         if f.metadata.get("key", True):
@@ -180,8 +181,8 @@ def fields_of(cls: type) -> dict[str, Field]:
             if isinstance(default, enum.Enum):
                 default = default.value
             choices = tuple(f.metadata.get("choices", choices))
-            named = ("effect", "range", "learners")
-            about = {key: f.metadata[key] for key in named if key in f.metadata}
+            about = {"effect": f.metadata["effect"]} if ours else {}
+            about |= {key: f.metadata[key] for key in ("range", "learners") if key in f.metadata}
             fields[f.name] = Field(kinds, default, choices, **about)
     return fields
 

@@ -17,7 +17,7 @@ START = {STAGES: 1, MODEL: 4, DATA: 7}  # their lines in MINIMAL
 # The problem is on the last line and about its key, unless the row says `line key:` before a word.
 ROWS = {
     STAGES: """
-    stages = ["sft", "grpo"] | reserved
+    stages = ["sft", "grpo"] | nothing to score with
     stages = ["../x"] | cannot be the name of a stage
     stages = ["b"]; b = { kind = "dqo" } | 2 b.kind: one of sft, reward, ppo, dpo, kto
     stages = ["sft"]; sft = { kind = "ppo" } | 2 sft.kind: "sft", or left out
@@ -31,6 +31,10 @@ ROWS = {
     + sft.reward_model = "reward" | one of [ppo]
     + sft.dataset.max_rows = 1 | 2 sft.dataset: needs path
     + ppo.num_mini_batches = 2; ppo.whiten_rewards = true | at least 8 rows
+    stages = ["rloo"]; rloo = { reward_model = "a/b", num_generations = 3 } | 2 rloo.num_generations: does not divide
+    stages = ["grpo"]; grpo = { reward_model = "a/b", generation_batch_size = 12 } | 2 grpo.generation_batch_size: not a multiple
+    stages = ["grpo"]; grpo = { reward_model = "a/b", top_p = 0.9 } | 2 grpo.top_p: another distribution
+    + ppo.num_generations = 4 | a stage of kind rloo or grpo has it
     + lora.target_modules = ["q_proj", "model.embed_tokens"] | embed_tokens holds the vocabulary
     + lora.target_modules = "(" | no regular expression
     + lora.exclude_modules = "(a+)+" | in a list

@@ -105,5 +105,5 @@ def test_a_stage_s_keys_are_offered_with_what_they_mean(server: Server) -> None:
     found = server.completions("#:schema ./recipe.schema.json\n[ppo]\n|\n")
     passed = {key for key, one in field_tables()["ppo"].items() if one.standing == "passed"}
     assert passed <= found.keys() and len(passed) > 30
-    assert "KL coefficient" in found["kl_coef"] and "0.05" in found["kl_coef"]
+    assert "nat of KL" in found["kl_coef"] and "0.05" in found["kl_coef"]
     assert not {"bf16", "output_dir", "push_to_hub", "trust_remote_code"} & found.keys()

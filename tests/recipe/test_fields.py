@@ -51,9 +51,11 @@ def test_every_field_is_classified(generator: ModuleType) -> None:
     assert {table: len(fields) for table, fields in field_tables().items()} == {
         "sft": 135,
         "reward": 125,
-        "ppo": 145,
+        "ppo": 130,
         "dpo": 139,
         "kto": 131,
+        "rloo": 165,
+        "grpo": 191,
         "lora": 42,
         "bitsandbytes": 10,
     }
@@ -85,7 +87,9 @@ def test_what_fields_toml_says_of_a_field_is_of_a_field_that_is_passed() -> None
         for entry in said[part]:
             for table in entry["in"].split():
                 assert field_tables()[table][entry["field"]].standing == "passed", entry
-    passed = {n for t in field_tables().values() for n, f in t.items() if f.standing == "passed"}
+    tables = field_tables().items()
+    passed = {n for _, t in tables for n, f in t.items() if f.standing == "passed"}
+    passed |= {f"{table}.{n}" for table, t in tables for n in t if n in passed}
     assert {name for names in said["ranges"].values() for name in names.split()} <= passed
 
 
@@ -97,8 +101,8 @@ def sets(table: str, name: str, value: Any) -> dict[str, Any]:
     place = "model" if table == "bitsandbytes" else table
     stages = [place] if place in listed() else ["sft"]
     data = {"stages": stages, "model": {"name": "a/b"}, "dataset": {"path": "a/b"}}
-    if table == "ppo":
-        data["ppo"] = {"reward_model": "a/b"}
+    if table in ("ppo", "rloo", "grpo"):
+        data[table] = {"reward_model": "a/b"}
     data.setdefault(place, {})[name] = value
     return data
 
@@ -195,7 +199,7 @@ def test_the_documentation_has_every_field() -> None:
         ("ppo", "kl_coef lam gamma missing_eos_penalty num_mini_batches", "result"),
         ("ppo", "local_rollout_forward_batch_size", "layout"),
         ("ppo", "num_sample_generations", "neutral"),
-        ("ppo", "stop_token batch_size sft_model_path ref_adapter_name max_steps", "closed"),
+        ("ppo", "max_steps per_device_eval_batch_size", "closed"),
         ("ppo", "dataloader_num_workers torch_compile eval_delay fsdp deepspeed", "closed"),
         ("dpo", "beta loss_type loss_weights label_smoothing eval_steps max_steps", "result"),
         ("dpo", "per_device_eval_batch_size gradient_checkpointing", "layout"),
@@ -203,6 +207,10 @@ def test_the_documentation_has_every_field() -> None:
         ("kto", "beta desirable_weight per_device_train_batch_size", "result"),
         ("kto", "gradient_accumulation_steps gradient_checkpointing", "layout"),
         ("kto", "train_sampling_strategy sync_ref_model max_length", "closed"),
+        ("rloo grpo", "num_generations generation_batch_size beta max_steps", "result"),
+        ("rloo grpo", "per_device_eval_batch_size", "layout"),
+        ("rloo grpo", "top_p use_vllm steps_per_generation reward_weights", "closed"),
+        ("grpo", "loss_type scale_rewards importance_sampling_level", "result"),
         ("lora", "r target_modules use_dora use_rslora rank_pattern", "result"),
         ("lora", "modules_to_save trainable_token_indices layer_replication bias", "closed"),
         ("lora", "task_type inference_mode revision", "closed"),
@@ -231,6 +239,12 @@ def test_our_defaults() -> None:
         "reward.center_rewards_coefficient": (None, 0.01, 0.01),
         "dpo.learning_rate": (1e-6, 1e-5, None),
         "kto.learning_rate": (1e-6, 1e-5, None),
+        "rloo.learning_rate": (1e-6, 1e-4, None),
+        "grpo.learning_rate": (1e-6, 1e-4, None),
+        "grpo.beta": (0.0, 0.04, 0.04),
+        **{f"{kind}.per_device_eval_batch_size": (8, 64, 64) for kind in ("rloo", "grpo")},
+        **{f"{kind}.eval_strategy": ("no", "steps", "steps") for kind in ("rloo", "grpo")},
+        **{f"{kind}.eval_steps": (None, 0.2, 0.2) for kind in ("rloo", "grpo")},
         "ppo.lam": (0.95, 1.0, 1.0),
         "ppo.missing_eos_penalty": (None, 1.0, 1.0),
         "ppo.eval_strategy": ("no", "steps", "steps"),
@@ -274,7 +288,7 @@ def test_the_schema_knows_the_keys_that_may_be_set() -> None:
         "minimum": 0,
         "maximum": 1,
         "default": 1.0,
-        "description": "Lambda value for GAE.",
+        "description": "λ of generalised advantage estimation.",
     }
     assert schema["properties"]["model"]["properties"]["dtype"]["enum"][1] == "bfloat16"
 

@@ -121,8 +121,8 @@ def test_an_unknown_kind_is_an_error_everywhere() -> None:
     from rlhf_recipes.stages.contract import module_of
 
     for ask in (kind_of, module_of, tables.stage_keys):
-        with pytest.raises(UsageError, match="'grpo' is not a kind of stage"):
-            ask("grpo")
+        with pytest.raises(UsageError, match="'orpo' is not a kind of stage"):
+            ask("orpo")
 
 
 def test_every_module_exports_the_contract() -> None:

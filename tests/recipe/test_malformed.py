@@ -111,7 +111,6 @@ beta = 0
         "my.toml:27: ppo.num_mini_batches: 3 does not divide"
         " per_device_train_batch_size × gradient_accumulation_steps = 8",
         "my.toml:29: ppo.guard.max_kl: must be above 0, not -1",
-        "my.toml:30: rloo: is reserved: this version knows sft, reward, ppo, dpo, kto",
     ]
 
 

@@ -78,7 +78,7 @@ def test_an_answer_a_little_longer_than_the_longest_can_still_end(name: str) -> 
     recipe = load_recipe(RECIPES[name])
     for table in recipe.tables.values():
         if table.of.explores:
-            assert table.options["response_length"] >= 1.2 * recipe.dataset.max_answer_tokens
+            assert table.said("response_length") >= 1.2 * recipe.dataset.max_answer_tokens
 
 
 # ---- the annotated one
