@@ -31,9 +31,9 @@ ROWS = {
     + sft.reward_model = "reward" | one of [ppo]
     + sft.dataset.max_rows = 1 | 2 sft.dataset: needs path
     + ppo.num_mini_batches = 2; ppo.whiten_rewards = true | at least 8 rows
-    stages = ["rloo"]; rloo = { reward_model = "a/b", num_generations = 3 } | 2 rloo.num_generations: does not divide
-    stages = ["grpo"]; grpo = { reward_model = "a/b", generation_batch_size = 12 } | 2 grpo.generation_batch_size: not a multiple
-    stages = ["grpo"]; grpo = { reward_model = "a/b", top_p = 0.9 } | 2 grpo.top_p: another distribution
+    stages = ["rloo"]; rloo.reward_model = "a/b"; rloo.num_generations = 3 | does not divide
+    stages = ["grpo"]; grpo.reward_model = "a/b"; grpo.generation_batch_size = 12 | not a multiple
+    stages = ["grpo"]; grpo.reward_model = "a/b"; grpo.top_p = 0.9 | another distribution
     + ppo.num_generations = 4 | a stage of kind rloo or grpo has it
     + lora.target_modules = ["q_proj", "model.embed_tokens"] | embed_tokens holds the vocabulary
     + lora.target_modules = "(" | no regular expression
