@@ -178,6 +178,7 @@ def check(
     """Check recipes: every problem at once, with file and line."""
     from rlhf_recipes.data.dataset import check_rows
     from rlhf_recipes.screen import quietly
+    from rlhf_recipes.stages.session import check_models
 
     found = []
     for word in recipes:
@@ -198,19 +199,22 @@ def check(
 
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
-            try:
-                with quietly():
-                    check_rows(loaded.dataset)
-            except errors.RlhfRecipesError as error:
-                entry["rows"] = str(error)
-                said[-1] = f"{file}: dataset: {error}"
+            wrong = []
+            for about, look in (("rows", check_rows), ("model", check_models)):
+                try:
+                    with quietly():
+                        look(loaded)
+                except errors.RlhfRecipesError as error:
+                    entry[about] = str(error)
+                    wrong.append(f"{file}: {about}: {error}")
+            said[-1:] = wrong or [verdict]
         if not json:
             _print("\n".join(said))
     if json:
         _print_json({"recipes": found})
     if any(entry["problems"] for entry in found):
         raise Exit(2)
-    if any("rows" in entry for entry in found):
+    if any({"rows", "model"} & entry.keys() for entry in found):
         raise Exit(1)
 
 

@@ -219,9 +219,10 @@ def _encoded(
             yield number, row, one
 
 
-def check_rows(table: Any) -> None:
+def check_rows(recipe: Any) -> None:
     """Raise DataError where `load_data` would, as far as the first rows of its files can tell."""
-    for one in (table, *table.more):
+    tables = [recipe.dataset, *(t.dataset for t in recipe.tables.values() if t.dataset)]
+    for one in (one for table in tables for one in (table, *table.more)):
         if one.is_local:
             data = Data()
             rows = _load_split(one, one.split or "train", data.read_as)

@@ -23,6 +23,7 @@ from transformers import (
 
 from rlhf_recipes.errors import ModelError, briefly
 from rlhf_recipes.models import attention
+from rlhf_recipes.sources.trust import TOKENIZER_HINT
 from rlhf_recipes.store import provenance
 
 # Of every load. What is here has been brought whole: nothing is fetched as a model is opened.
@@ -67,9 +68,8 @@ def load_tokenizer(source: str | Path, trusted: bool = False) -> PreTrainedToken
     try:
         return AutoTokenizer.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
     except (OSError, ValueError) as error:
-        hint = "copy tokenizer.json and tokenizer_config.json there, from the model it is made of"
         what = f"{source} has no tokenizer that can be read: {briefly(error)}"
-        raise ModelError(what, hint) from error
+        raise ModelError(what, TOKENIZER_HINT) from error
 
 
 def load_config(source: str | Path, trusted: bool = False) -> Any:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rlhf_recipes.pipeline.plan import Plan
     from rlhf_recipes.recipe.load import Recipe
 
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
 BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
@@ -49,8 +48,6 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
         change = f"rlhf-recipes fetch {recipe.path}"
         return [Finding("note", "rows", f"not looked at: {gone} is not on this machine", change)]
     try:
-        if not any((session.model_folder / name).is_file() for name in TOKENIZER):
-            return [Finding("note", "rows", "not looked at: the model's folder has no tokenizer")]
         session.check_foreign()
         tables = {"": recipe.dataset}
         tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}

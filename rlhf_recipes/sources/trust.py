@@ -27,6 +27,8 @@ CONFIG_BYTES = 16 * 2**20
 DESCRIBED = 100_000  # words of a dataset's description; a few lines of YAML can hold billions
 LOOK = "look at it and at where it comes from before you use it"
 AGAIN = "bring it again"
+TOKENIZER = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+TOKENIZER_HINT = "copy tokenizer.json and tokenizer_config.json there, from the model it is made of"
 UNREADABLE = (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
 
@@ -57,6 +59,21 @@ def check_model(folder: Path, *, trusted: bool = False) -> None:
     if (folder / "adapter_config.json").exists():
         hint = "name one of the two: a folder of its own"
         raise _refused(folder, "holds an adapter as well", hint)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelError where a model's folder has no file that a tokenizer is made of."""
+    if not any(file.is_file() for name in TOKENIZER for file in folder.glob(name)):
+        raise ModelError(f"{folder} has no tokenizer", TOKENIZER_HINT)
+
+
+def last_added_token(folder: Path) -> int:
+    """The largest id of a token that was added to a model's vocabulary; -1 where none was."""
+    try:
+        written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return max((token["id"] for token in written["added_tokens"]), default=-1)
+    except UNREADABLE:  # another kind of tokenizer, or one that cannot be read
+        return -1
 
 
 def check_config(folder: Path, *, trusted: bool = False) -> dict[str, Any]:

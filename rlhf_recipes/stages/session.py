@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ class Session:
 
     @cached_property
     def tokens(self) -> Tokens:
+        trust.check_tokenizer(self.model_folder)
         from rlhf_recipes.data.tokens import settle
         from rlhf_recipes.models.load import check_base, load_config, load_tokenizer
 
@@ -51,10 +53,10 @@ class Session:
 
         Else that would be found as it scores, some hours in.
         """
-        from rlhf_recipes.models.reward_model import check_foreign
-
         for name in dict.fromkeys(foreign_models(self.recipe)):
             if is_path(name) or sources.model_repo(name).cached():
+                from rlhf_recipes.models.reward_model import check_foreign
+
                 check_foreign(sources.model_folder(name, self.recipe), self.tokens)
 
     def data(self, table: DatasetTable) -> Data:
@@ -133,3 +135,27 @@ class Session:
             return lm
 
         return Base(load, self.recipe.lora, dtype)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raise ModelError where a model of the recipe is here, and a run of it would stop.
+
+    The base model's small files alone are read, unless they leave a doubt: another architecture
+    than a causal model's, packed weights, or tokens beyond the embedding.
+    """
+    for name in dict.fromkeys(foreign_models(recipe)):
+        if is_path(name):
+            trust.check_tokenizer(sources.model_folder(name, recipe))
+    if not (recipe.model.is_local or sources.base_repo(recipe).cached()):
+        return
+    session = Session(recipe, {})
+    config = trust.check_config(session.model_folder, trusted=recipe.model.trust_remote_code)
+    trust.check_tokenizer(session.model_folder)
+    made = config.get("architectures") or ["LMHeadModel"]
+    plain = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in made)
+    if not plain or {"vision_config", "quantization_config"} & config.keys():
+        _ = session.tokens
+    rows = (config.get("text_config") or config).get("vocab_size", math.inf)
+    beyond = trust.last_added_token(session.model_folder) >= rows
+    if beyond and all(table.is_local for table in (recipe.dataset, *recipe.dataset.more)):
+        session.data(recipe.dataset)

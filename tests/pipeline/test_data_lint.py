@@ -178,7 +178,8 @@ def test_stages_that_find_no_rows(look: Lint) -> None:
 
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
     (line,) = linted(plan_run(load_recipe(toy(tmp_path)), tmp_path / "runs"))
-    assert line.text == "not looked at: the model's folder has no tokenizer"
+    assert (line.level, line.text) == ("fault", f"{tmp_path / 'model'} has no tokenizer")
+    assert line.change.startswith("copy tokenizer.json and tokenizer_config.json there")
 
 
 def test_how_rows_were_read_is_said(look: Lint) -> None:

@@ -191,8 +191,8 @@ def test_plan_says_all_reasons_and_where_a_stage_goes_on(
         "evaluation  runs    input ppo changed",
     ]
     lines[0] += " " * 15 + "why"
-    lines += ["", "· rows       not looked at: the model's folder has no tokenizer"]
-    found, noise = call(monkeypatch, capfd, *words)
+    lines += ["", f"✗ model      {runs.parent / 'model'} has no tokenizer"]
+    found, noise = call(monkeypatch, capfd, *words, code=1)
     assert (found[: len(lines)], noise) == (lines, [])
     said = json.loads("\n".join(call(monkeypatch, capfd, *words, "--json")[0]))
     assert said["run"] == str(runs / "toy")
@@ -200,7 +200,7 @@ def test_plan_says_all_reasons_and_where_a_stage_goes_on(
     assert (ppo["done"], len(ppo["reasons"])) == (False, 4)
     for name in ("checkpoint-000012", "checkpoint-000009", "damaged-000015", "partial"):
         (Path(ppo["folder"]) / "work" / name).mkdir(parents=True)
-    out, _ = call(monkeypatch, capfd, *words)
+    out, _ = call(monkeypatch, capfd, *words, code=1)
     assert out[3] == ("ppo         runs    was not finished, has a checkpoint of step 12")
 
 
