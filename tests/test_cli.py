@@ -210,6 +210,23 @@ def test_check_prints_findings_and_is_done(
     assert second == {"file": "toy.toml", "problems": [], "notes": []}
 
 
+def test_check_says_which_stages_find_no_rows(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns, said in (
+        ({"prompt": "a", "completion": "b"}, "no rows for reward (sft needs answers; "),
+        ({"prompt": "a", "good_one": "it is"}, "no rows for sft, reward (--set 'dataset.columns="),
+    ):
+        (here / "pairs.jsonl").write_text(json.dumps(columns))
+        assert call(monkeypatch, "check", "toy.toml") == 1
+        out = capsys.readouterr().out
+        assert out.startswith(f"toy.toml: rows: ./pairs.jsonl has {said}"), out
+    (here / "model" / "tokenizer.json").unlink()
+    assert call(monkeypatch, "check", "toy.toml", "--json") == 1
+    [found] = json.loads(capsys.readouterr().out)["recipes"]
+    assert found["rows"] and found["model"].startswith(f"{here}/model has no tokenizer (copy ")
+
+
 def test_check_resolved_is_a_recipe_of_its_own(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.data.exports import plain_rows
 from rlhf_recipes.data.files import rows_of
 from rlhf_recipes.data.names import guess
 from rlhf_recipes.data.rows import (
@@ -39,6 +40,10 @@ from rlhf_recipes.sources.resolve import dataset_place
 from rlhf_recipes.store.digests import digest
 
 BATCH = 1000  # rows that are tokenized together
+NEEDS = (
+    "sft needs answers; reward, dpo, judge pairs; kto labels; the evaluation test prompts: "
+    "see `columns` and `test_fraction`"
+)
 LOOKED = 200  # rows, where only their shape is asked for
 
 
@@ -220,16 +225,32 @@ def _encoded(
 
 
 def check_rows(recipe: Any) -> None:
-    """Raise DataError where `load_data` would, as far as the first rows of its files can tell."""
-    tables = [recipe.dataset, *(t.dataset for t in recipe.tables.values() if t.dataset)]
-    for one in (one for table in tables for one in (table, *table.more)):
-        if one.is_local:
+    """Raise DataError where a run would, as far as the first rows of its files can tell."""
+    tables = {repr(table): table for table in map(recipe.dataset_of, recipe.stages)}
+    for key, table in tables.items():
+        found: list[Any] = []
+        whole, hint = True, ""
+        for one in (table, *table.more):
             data = Data()
-            rows = _load_split(one, one.split or "train", data.read_as)
+            rows = _load_split(one, one.split or "train", data.read_as) if one.is_local else ()
             for number, columns in enumerate(itertools.islice(rows, LOOKED), 1):
+                hint = hint or guess(columns)
                 with data.counted(one, number, columns):
-                    understand(Row(columns, one.columns))
-            _check_share(data, one)
+                    found.append(understand(Row(columns, one.columns)))
+            whole = whole and 0 < data.rows < LOOKED
+            if data.rows or one.is_local:
+                _check_share(data, one)
+        held = {
+            "answers": any(chosen is not None for _, chosen, _ in found),
+            "pairs": any(None not in answers for _, *answers in found),
+        }
+        stages = [name for name in recipe.stages if repr(recipe.dataset_of(name)) == key]
+        none = [name for name in stages if not held.get(recipe.kind(name).learns_from, True)]
+        if whole and none:
+            raise DataError(
+                f"{table.path} has no rows for {', '.join(none)}",
+                NEEDS if held["answers"] else hint,
+            )
 
 
 def _side(prompt: str, test: float, table: Any) -> str:
@@ -248,7 +269,8 @@ def _fraction(purpose: str, prompt: str) -> float:
 def _load_split(table: Any, split: str, read_as: dict[str, None]) -> Iterator[dict[str, Any]]:
     """The rows of a split. Raises DataError where a file holds none, or asks for more."""
     try:
-        yield from _read_split(table, split, read_as)
+        for row in _read_split(table, split, read_as):
+            yield from plain_rows(row)
     except Exception as error:
         if isinstance(error, (DataError, ModelError)) or machine_error(error):
             raise

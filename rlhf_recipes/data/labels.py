@@ -10,28 +10,37 @@ from typing import Any
 from rlhf_recipes.errors import DataError
 
 GOOD = set(
-    "true 1 1.0 +1 yes y good up thumbs_up thumb_up thumbsup upvote like liked positive pos "
-    "chosen accepted accept desirable preferred correct helpful 👍".split()
+    "true t 1 1.0 +1 yes y good up thumbs_up thumb_up thumbsup upvote like liked positive pos "
+    "chosen accepted accept approved desirable preferred correct right helpful pass passed "
+    "👍 ✓ ✔ ✅".split()
 )
 BAD = set(
-    "false 0 0.0 -1 -1.0 no n bad down thumbs_down thumb_down thumbsdown downvote dislike disliked "
-    "negative neg rejected reject undesirable dispreferred incorrect wrong unhelpful 👎".split()
+    "false f 0 0.0 -1 -1.0 no n bad down thumbs_down thumb_down thumbsdown downvote dislike "
+    "disliked negative neg rejected reject declined decline undesirable dispreferred incorrect "
+    "wrong unhelpful fail failed 👎 ✗ ✘ ❌".split()
 )
 NO_LABEL = "--set 'dataset.columns={label = \"\"}' passes over the labels"
 TIES = ("tie", "both", "neither", "same", "equal", "draw", "none")
+VERDICT = re.compile(r"left|right|(model|response|answer|output|completion)[-_ ]?[ab012]", re.I)
+TINTS = "[\U0001f3fb-\U0001f3ff\ufe0f]"  # colours of skin, and how a sign is drawn
 WORDS = "true or false, 1 or 0, 1 or -1, yes or no, good or bad, up or down"
 
 
 def is_good(label: Any) -> bool:
     """Whether a label calls its answer good. Raises DataError where it says neither."""
-    said = re.sub(r"[\s-]+(?=[a-z])", "_", str(label).strip().lower())
-    if said in GOOD or said in BAD:
+    if said := says(label):
         return said in GOOD
-    rating = " is a rating" if re.fullmatch(r"[\d.+-]+", said) else ""
+    rating = " is a rating" if re.fullmatch(r"[\d.+-]+", str(label).strip()) else ""
     raise DataError(
         f"its label {label!r}{rating or ' says neither good nor bad'}",
         f"write {WORDS}; {NO_LABEL}",
     )
+
+
+def says(label: Any) -> str:
+    """A label as the word of GOOD or BAD that it is; "" where it is neither."""
+    said = re.sub(r"[\s-]+(?=[a-z])", "_", re.sub(TINTS, "", str(label)).strip().lower())
+    return said if said in GOOD or said in BAD else ""
 
 
 def preferred(winner: Any, first: str, second: str) -> int:
@@ -45,7 +54,9 @@ def preferred(winner: Any, first: str, second: str) -> int:
     said = re.sub(r"_(is_)?(better|preferred|wins?)$", "", said)
     if said.startswith(TIES):
         return 0
-    said = re.sub(r"^(model|response|answer|assistant|conversation|completion|output)_?", "", said)
+    said = re.sub(
+        r"^(model|response|answer|assistant|conversation|completion|output)[-_]?", "", said
+    )
     names = {first: 1, second: -1, "left": 1, "right": -1, "first": 1, "second": -1}
     if first == "a":
         names |= {"1": 1, "2": -1}

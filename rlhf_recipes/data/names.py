@@ -30,15 +30,18 @@ NAMES = {
         "history",
     ),
     "conversations": ("conversations", "conversation"),
-    "chosen": _of("chosen", "preferred", "accepted"),
-    "rejected": _of("rejected", "non_preferred", "dispreferred"),
+    "chosen": (*_of("chosen", "preferred", "accepted"), "response_j"),  # and _k: StackExchange's
+    "rejected": (*_of("rejected", "non_preferred", "dispreferred"), "response_k"),
     "completion": ("completion", "output", "response", "answer"),
     "system": ("system", "system_prompt", "system_message"),
-    "label": ("label", "kto_tag", "thumb", "thumbs", "vote", "rating", "feedback"),
+    "label": (
+        *("label", "kto_tag", "thumb", "thumbs", "vote", "rating", "feedback"),
+        *("is_good", "thumbs_up", "liked", "is_correct", "is_chosen", "is_preferred"),
+    ),
     "winner": ("winner", "preference", "better_response_id", "choice"),
     "responses": ("responses", "completions", "answers", "outputs", "output", "generations"),
-    "scores": ("scores", "ratings", "overall_scores"),
-    "ranks": ("ranks", "rankings", "ranking"),
+    "scores": ("scores", "ratings", "overall_scores", "score", "rating"),
+    "ranks": ("ranks", "rankings", "ranking", "rank"),
 }
 
 
@@ -63,9 +66,7 @@ def guess(columns: Mapping[str, Any]) -> str:
     """The `--set` that names the columns, as far as their names tell; empty where they do not."""
     if list(columns) == ["text"]:
         return "give each turn by itself: messages, a list of {role, content}"
-    free = [
-        n for n, value in columns.items() if _readable(value) and not ASIDE.search(plain_name(n))
-    ]
+    free = [n for n, value in columns.items() if wordy(value) and not ASIDE.search(plain_name(n))]
     found: dict[str, str] = {}
     for ours, pattern in HINTS.items():
         fits = [name for name in free if re.search(pattern, name.lower())]
@@ -85,7 +86,7 @@ def guess(columns: Mapping[str, Any]) -> str:
     return f"--set 'dataset.columns={{{named}}}', if that is what they are" if found else ""
 
 
-def _readable(value: Any) -> bool:
+def wordy(value: Any) -> bool:
     """Whether a column may hold what people say."""
     said = text_of(value)
     return isinstance(said, list | Mapping) or (

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_recipes.data.labels import NO_LABEL, is_good, parsed, preferred, word_of
-from rlhf_recipes.data.names import NAMES, guess, plain_name
+from rlhf_recipes.data.labels import NO_LABEL, VERDICT, is_good, parsed, preferred, word_of
+from rlhf_recipes.data.names import NAMES, guess, plain_name, wordy
 from rlhf_recipes.data.turns import (
     TRANSCRIPT,
     WHO,
@@ -30,6 +30,7 @@ SHAPES = """\
   conversations + chosen + rejected ShareGPT: lists of {from, value}
   prompt + response_a + response_b + winner   a, b or tie
   prompt + responses + scores       of several answers, the best and the worst; or ranks
+  Argilla's and Label Studio's JSON, and OASST's message trees
   prompt + completion, or messages  demonstrations: answers for SFT, prompts for PPO; with a label,
                                     those that it calls good
   prompt                            for PPO and the evaluation
@@ -40,7 +41,6 @@ STEMS = ("response", "conversation", "answer", "completion", "output", "human_re
 TEXTS = ("response", "text", "content", "answer", "output", "completion", "value")
 POINTS = ("overall_score", "score", "rating")
 ALONE = "a prompt alone, though other columns hold texts"
-VERDICT = re.compile(r"left|right|(model|response|answer|output|completion)[-_ ]?[ab012]", re.I)
 MEDIA = re.compile(r"(image|video|audio)s?")
 
 Shaped = tuple[Messages, Any, Any]
@@ -65,19 +65,19 @@ class Row:
     def __contains__(self, name: str) -> bool:
         return self.columns.get(self.theirs.get(name, "")) is not None
 
-    def take(self, ours: str, where: Callable[[Any], bool] = lambda _: True) -> Any:
+    def take(self, ours: str, where: Callable[[Any], bool] | None = None) -> Any:
         """The first value that there is under our name, or under what files call it."""
         for name in (ours,) if ours in self.named else NAMES.get(ours, (ours,)):
-            if name in self and where(value := self.columns[self.theirs[name]]):
+            if name in self and (not where or where(self.columns[self.theirs[name]])):
                 self.used[ours] = self.theirs[name]
-                return value
+                return self.columns[self.theirs[name]]
         return None
 
     def unused(self) -> list[str]:
-        """The columns with something to read that are no part of the row."""
+        """The columns that hold something, and are not part of the row."""
         used = {name for names in self.used.values() for name in names.split(" + ")}
         held = ((name, value) for name, value in self.columns.items() if name not in used)
-        return [name for name, value in held if isinstance(value, str | list | Mapping) and value]
+        return [name for name, value in held if value is not None and value not in ("", [], {})]
 
 
 def normalise(row: Row) -> Shaped:
@@ -91,13 +91,12 @@ def normalise(row: Row) -> Shaped:
     if media := next((name for name in row.columns if MEDIA.fullmatch(plain_name(name))), None):
         if row.columns[media]:
             raise Unusable(f"a picture or a sound beside the text (column {media})")
-    given, chosen, rejected = _compared(row)
+    chosen, rejected = _compared(row)
     if chosen is None:
         rejected = row.take("rejected")
-        chosen = row.take("chosen")
+        chosen = row.take("chosen", where=_no_truth if rejected is None else None)
         chosen = row.take("completion") if chosen is None else chosen
-    if given is None:
-        given = _asked(row)
+    given, chosen, rejected = _rounds(_asked(row), chosen, rejected)
     if chosen is None:
         turns = row.take("messages") or row.take("conversations")
         *given, last = as_messages(turns or given)
@@ -168,6 +167,11 @@ def _asks(value: Any) -> bool:
     return as_messages(value)[-1]["role"] == "user"
 
 
+def _no_truth(value: Any) -> bool:
+    """Whether this may be an answer that stands alone: accepted = true is a label."""
+    return not isinstance(value, bool)
+
+
 def _has_words(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -180,7 +184,7 @@ def _is_text(value: Any) -> bool:
 def _common_start(row: Row, *answers: Any) -> tuple[str, str, str]:
     """TRL's implicit prompt: the words that both texts begin with, if no other column may be it."""
     start = re.match(r"(.*\s)?", os.path.commonprefix(answers), re.DOTALL)[0]
-    if not start.strip() or row.unused():
+    if not start.strip() or any(map(wordy, map(row.columns.get, row.unused()))):
         raise Unusable("no prompt", guess(row.columns))
     return start.strip(), *(answer[len(start) :] for answer in answers)
 
@@ -209,6 +213,8 @@ def _said(turns: Messages) -> int:
 def _is_good(row: Row) -> bool:
     """Whether an answer may be learned, by its label where the file gives one."""
     label = row.take("label")
+    if label is None:
+        label = row.take("chosen", where=lambda value: not _no_truth(value))
     if label is not None:
         return is_good(label)
     names = () if "label" in row.named else NAMES["label"]
@@ -217,27 +223,41 @@ def _is_good(row: Row) -> bool:
     return True
 
 
-def _compared(row: Row) -> tuple[Any, Any, Any]:
-    """Chosen and rejected of a row that compares answers; and its prompt, where they hold it."""
+def _compared(row: Row) -> tuple[Any, Any]:
+    """Chosen and rejected of a row that compares answers."""
     if all(any(name in row for name in NAMES[ours]) for ours in ("chosen", "rejected")):
-        return None, None, None
-    pair = _by_winner(row) or _by_rank(row)
-    if pair is None:
-        return None, None, None
-    asked = next((row.columns[row.theirs[n]] for n in NAMES["prompt"] if n in row), None)
-    rounds = [parsed(one) if isinstance(one, str) else one for one in (asked, *pair)]
-    if not all(isinstance(one, list) and one and isinstance(one[0], str) for one in rounds):
-        return None, *pair
-    row.take("prompt")  # an arena's, of several rounds, each a text
-    if len({len(one) for one in rounds}) > 1 or not all(map(_is_text, sum(rounds, []))):
-        raise Unusable("rounds without a text")
+        return None, None
+    return _by_winner(row) or _by_rank(row) or (None, None)
+
+
+def _rounds(given: Any, *answers: Any) -> tuple[Any, ...]:
+    """Prompt and answers, also where a prompt is a list of texts, as an arena exports its rounds.
+
+    Each answer is then a list as long, or where the list holds one text, that text's answer.
+    """
+    asked, *said = [parsed(one) if isinstance(one, str) else one for one in (given, *answers)]
+    if not isinstance(asked, list) or not asked or not isinstance(asked[0], str):
+        return given, *answers
+    if len(asked) == 1:
+        held = [
+            one if isinstance(one, list) else [raw] for one, raw in zip(said, answers, strict=True)
+        ]
+        if all(len(one) == 1 and (one[0] is None or _is_text(one[0])) for one in held):
+            return asked[0], *(one[0] for one in held)
+    for one in said:
+        if (
+            not isinstance(one, list)
+            or len(one) != len(asked)
+            or not all(map(_is_text, asked + one))
+        ):
+            raise Unusable("rounds without a text")
     talks = [
         [
             {"role": role, "content": text}
-            for both in zip(rounds[0], said, strict=True)
+            for both in zip(asked, one, strict=True)
             for role, text in zip(("user", "assistant"), both, strict=True)
         ]
-        for said in rounds[1:]
+        for one in said
     ]
     return [], *talks
 
@@ -292,7 +312,7 @@ def _by_rank(row: Row) -> tuple[Any, Any] | None:
     several = row.take("responses", where=_several)
     if several is None:
         return None
-    scores, ranks = row.take("scores"), row.take("ranks")
+    scores, ranks = (row.take(name, where=_listed) for name in ("scores", "ranks"))
     if scores or ranks:
         points = [float(one) for one in scores or ranks]
     elif isinstance(several[0], Mapping):
@@ -303,7 +323,8 @@ def _by_rank(row: Row) -> tuple[Any, Any] | None:
     elif plain_name(row.used["responses"]) == "output":  # Alpaca's, best first
         points = [float(-place) for place in range(len(several))]
     else:
-        raise Unusable("several answers without scores or ranks")
+        way = "--set 'dataset.columns={scores = \"…\"}' names the column that rates them, or ranks"
+        raise Unusable("several answers without scores or ranks", way)
     if ranks and not scores:
         points = [-point for point in points]
     if max(points) == min(points):
@@ -313,6 +334,10 @@ def _by_rank(row: Row) -> tuple[Any, Any] | None:
         next(one[n] for n in TEXTS if one.get(n) is not None) if isinstance(one, Mapping) else one
         for one in pair
     )
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _several(value: Any) -> bool:

@@ -20,6 +20,7 @@ SPEAKERS = {
 }
 ROLES = {theirs: role for role, words in SPEAKERS.items() for theirs in words.split()}
 WHO, WHAT = ("role", "from", "speaker", "author"), ("content", "value", "text", "message", "answer")
+TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT = ("reasoning_content", "reasoning", "thinking")  # as templates call it
 CUT = re.compile(r"\[?\s*(array\()?[\[{]+\s*['\"](role|from|content|value)['\"]\s*:")
 PICTURE = re.compile(r"<(image|video|audio|img)>|\[IMG\]|<\|image\|>")
@@ -63,7 +64,8 @@ def unfolded(value: Any) -> Any:
         if turns(held) or _is_turn(held) or inside:
             return unfolded(held)
         if held is None and CUT.match(value):
-            raise Unusable("messages as a text that is neither JSON nor a Python list")
+            way = "write the rows as JSON lines: a cell of a table holds no lists"
+            raise Unusable("messages as a text that is neither JSON nor a Python list", way)
         return value
     if isinstance(value, Mapping) and not any(who in value for who in WHO):
         inside = _inside(value) or next((value[name] for name in WHAT if name in value), None)
@@ -97,6 +99,8 @@ def as_messages(value: Any) -> Messages:
         sides = (("user", "input"), ("assistant", "output"))
         value = [{"role": role, "content": one[side]} for one in value for role, side in sides]
     said = [_turn(turn) for turn in value]
+    if value and str(value[-1].get("weight")) in ("0", "0.0"):
+        raise Unusable("the last turn has the weight 0: it is not to be learned")
     return [turn for turn in said if turn["role"] != "system" or turn["content"].strip()]
 
 
@@ -117,7 +121,7 @@ def _text(content: Any) -> str:
     """A turn's text: a text, or parts that are all texts."""
     if isinstance(content, list):
         parts = [{"text": part} if isinstance(part, str) else part for part in content]
-        if any(part.get("type", "text") != "text" for part in parts):
+        if any(part.get("type", "text") not in TEXT_PARTS for part in parts):
             raise Unusable("a turn with a picture or a sound")
         content = "".join(part["text"] for part in parts)
     content = text_of(content)

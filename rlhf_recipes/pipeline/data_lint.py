@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.data.dataset import NEEDS
 from rlhf_recipes.data.rows import answered
 from rlhf_recipes.data.shapes import ALONE
 from rlhf_recipes.data.tokens import THINK, TODAY, render
@@ -105,10 +106,9 @@ def _lacks(plan: Plan, session: Session) -> Found:
         data = session.data(recipe.dataset_of(name))
         none += [] if data.learned(recipe.kind(name).learns_from) else [name]
     if none:
-        change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
         text = f"none for {', '.join(none)}"
         _, _, way = session.data(recipe.dataset).first.get(ALONE, (0, {}, ""))
-        yield Finding("fault", "rows", text, way or f"{change}: see `columns` and `test_fraction`")
+        yield Finding("fault", "rows", text, way or NEEDS)
 
 
 def _losses(recipe: Recipe, session: Session) -> Found:

@@ -63,6 +63,19 @@ SHAPES = {
         "response2": "blue",
         "winner": ["response2"],
     },
+    "a hyphen": {
+        "prompt": "red",
+        "winner": "response-2",
+        "response-1": "cat",
+        "response-2": "blue",
+    },
+    "StackExchange": {"question": "red", "response_j": "blue", "response_k": "cat"},
+    "OpenAI's parts": {
+        "prompt": [{"role": "user", "content": [{"type": "input_text", "text": "red"}]}],
+        "chosen": [{"role": "assistant", "content": [{"type": "output_text", "text": "blue"}]}],
+        "rejected": "cat",
+    },
+    "a rank for each": {"prompt": "red", "answers": ["cat", "owl", "blue"], "rank": [3, 2, 1]},
     "SHP's columns": {"prompt": "red", "human_ref_A": "cat", "human_ref_B": "blue", "winner": "b"},
     "HelpSteer3": {
         "prompt": "red",
@@ -235,14 +248,57 @@ def test_rounds_of_an_arena_are_turns() -> None:
     assert normalise(row) == (TALK, BLUE["content"], CAT["content"])
 
 
+@pytest.mark.parametrize("prompt", ['["red"]', ["red"]])
+def test_a_prompt_that_is_a_list_of_one_text_is_that_text(prompt: object) -> None:
+    assert normalise(Row({"prompt": prompt, "chosen": "blue", "rejected": "cat"})) == (
+        *(ASK, "blue", "cat"),
+    )
+    assert normalise(Row({"prompt": prompt, "response": '["blue"]'})) == (ASK, "blue", None)
+    assert normalise(Row({"prompt": prompt})) == (ASK, None, None)
+    with pytest.raises(Unusable, match="rounds without a text"):
+        normalise(Row({"prompt": '["red", "pig"]', "chosen": "blue", "rejected": "cat"}))
+
+
 def test_thoughts_stay_with_their_turn() -> None:
     thoughtful = BLUE | {"reasoning_content": "hm"}
     prompt, answer, _ = normalise(Row({"messages": [*ASK, thoughtful, *ASK, thoughtful]}))
     assert prompt == [*ASK, thoughtful, *ASK] and answer == thoughtful
 
 
-GOOD = [True, 1, "1", 1.0, "True", "yes", "Good", "up", "thumbs_up", "Thumbs up", "👍", "positive"]
-BAD = [False, 0, "0", -1, "-1", "FALSE", "no", "bad", "down", "thumbs_down", "thumbs-down", "👎"]
+GOOD = [
+    True,
+    1,
+    "1",
+    1.0,
+    "True",
+    "yes",
+    "Good",
+    "up",
+    "thumbs_up",
+    "Thumbs up",
+    "👍",
+    "👍🏽",
+    "✅",
+    "T",
+    "positive",
+]
+BAD = [
+    False,
+    0,
+    "0",
+    -1,
+    "-1",
+    "FALSE",
+    "no",
+    "bad",
+    "down",
+    "thumbs_down",
+    "thumbs-down",
+    "👎",
+    "👎🏿",
+    "✗",
+    "Decline",
+]
 ANSWERED = {
     "completion": {"prompt": "red", "completion": "blue"},
     "messages": {"messages": [*ASK, BLUE]},
@@ -252,7 +308,7 @@ ANSWERED = {
 
 
 @pytest.mark.parametrize("row", ANSWERED.values(), ids=ANSWERED)
-@pytest.mark.parametrize("name", ["label", "kto_tag", "Label"])
+@pytest.mark.parametrize("name", ["label", "kto_tag", "Label", "is_good", "Thumbs Up"])
 def test_an_answer_that_is_called_bad_is_a_rejected_one(row: dict, name: str) -> None:
     for label in GOOD:
         assert normalise(Row(row | {name: label})) == (ASK, "blue", None)
@@ -271,6 +327,26 @@ def test_a_label_that_says_neither_stops_with_the_words_to_use(label: object) ->
     assert normalise(Row(row, {"label": ""})) == (ASK, "blue", None)
     pair = {"prompt": "red", "chosen": "blue", "rejected": "cat", "label": label}
     assert normalise(Row(pair)) == (ASK, "blue", "cat")
+
+
+@pytest.mark.parametrize("name", ["accepted", "Preferred"])
+def test_a_truth_value_is_a_label_and_not_an_answer(name: str) -> None:
+    row = {"prompt": "red", "completion": "blue"}
+    assert normalise(Row(row | {name: True})) == (ASK, "blue", None)
+    assert normalise(Row(row | {name: False})) == (ASK, None, "blue")
+
+
+def test_a_turn_of_weight_0_is_not_learned() -> None:
+    row = {"messages": [*ASK, CAT | {"weight": 0}, *ASK, BLUE | {"weight": 1}]}
+    assert normalise(Row(row)) == ([*ASK, CAT, *ASK], "blue", None)
+    with pytest.raises(Unusable, match="has the weight 0"):
+        normalise(Row({"messages": [*ASK, CAT | {"weight": 0}]}))
+
+
+def test_columns_of_numbers_and_truth_values_are_named_too() -> None:
+    row = Row({"prompt": "red", "response": "blue", "helpfulness": 4, "edited": False, "n": None})
+    normalise(row)
+    assert row.unused() == ["helpfulness", "edited"]
 
 
 def test_a_winner_that_means_two_things_stops() -> None:
