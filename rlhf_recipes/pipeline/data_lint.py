@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from rlhf_recipes.data.rows import Example
     from rlhf_recipes.data.tokens import Tokens
     from rlhf_recipes.pipeline.plan import Plan
-    from rlhf_recipes.recipe.load import Recipe
 
 LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
@@ -63,7 +62,7 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
                     *_leaks(data, session.tokens),
                     *_shown(data, session.tokens),
                 ]
-        return [*found, *_lacks(plan, session), *_losses(recipe, session)]
+        return [*found, *_lacks(plan, session)]
     except RlhfRecipesError as error:
         about = "model" if isinstance(error, ModelError) else "rows"
         return [Finding("fault", about, error.message, error.hint.partition("; or the shapes")[0])]
@@ -109,22 +108,6 @@ def _lacks(plan: Plan, session: Session) -> Found:
         text = f"none for {', '.join(none)}"
         _, _, way = session.data(recipe.dataset).first.get(ALONE, (0, {}, ""))
         yield Finding("fault", "rows", text, way or NEEDS)
-
-
-def _losses(recipe: Recipe, session: Session) -> Found:
-    """Models whose logits are scaled by what TRL's chunked loss does not know: Granite, Falcon-H1.
-
-    On a Granite with logits_scaling = 8 it was 5.66, and the model's own loss 5.49 (TRL 1.12).
-    """
-    from rlhf_recipes.models.load import load_config
-
-    config = load_config(session.model_folder, recipe.model.trust_remote_code).get_text_config()
-    for key in ("logits_scaling", "lm_head_multiplier"):
-        scale = getattr(config, key, None) or 1.0
-        for stage in recipe.stages:
-            if scale != 1.0 and recipe.table(stage).options.get("loss_type") == "chunked_nll":
-                text = f"TRL's chunked loss leaves out the model's {key} = {scale:g}"
-                yield Finding("doubt", stage, text, f"--set {stage}.loss_type=nll")
 
 
 def _lengths(place: str, data: Data, recipe: Any) -> Found:
