@@ -176,6 +176,8 @@ def _cells(file: Path, text: TextIO, dialect: dict[str, Any]) -> Rows:
     head = next(reader, [])
     if "".join(head).startswith("sep="):
         head = next(reader, [])
+    if twice := next((name for name in head if name and head.count(name) > 1), None):
+        raise DataError(f"{file} has two columns {twice!r}", "rename one of them, or take it out")
     for cells in reader:
         while len(cells) > len(head) and not cells[-1]:
             cells.pop()  # columns that a spreadsheet has, and nobody filled

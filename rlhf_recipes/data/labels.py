@@ -21,7 +21,11 @@ BAD = set(
 )
 NO_LABEL = "--set 'dataset.columns={label = \"\"}' passes over the labels"
 TIES = ("tie", "both", "neither", "same", "equal", "draw", "none")
-VERDICT = re.compile(r"left|right|(model|response|answer|output|completion)[-_ ]?[ab012]", re.I)
+VERDICT = re.compile(
+    r"left|right|(model|response|answer|output|completion)[-_ ]?[ab012]"
+    r"|\[*[ab]\]*|[ab]\s*(>+|<+|=)\s*[ab]",
+    re.IGNORECASE,
+)
 TINTS = "[\U0001f3fb-\U0001f3ff\ufe0f]"  # colours of skin, and how a sign is drawn
 WORDS = "true or false, 1 or 0, 1 or -1, yes or no, good or bad, up or down"
 
@@ -48,9 +52,9 @@ def preferred(winner: Any, first: str, second: str) -> int:
 
     `first` and `second` are how their columns end: a and b, 1 and 2, or 0 and 1. Raises ValueError.
     """
-    said = re.sub(r"[^\w>=-]+", "_", word_of(winner).lower().removesuffix(".0")).strip("_")
-    if found := re.fullmatch(r"([ab])_?(>+|=)_?([ab])", said):
-        said = "tie" if found[2] == "=" else found[1]
+    said = re.sub(r"[^\w<>=-]+", "_", word_of(winner).lower().removesuffix(".0")).strip("_")
+    if found := re.fullmatch(r"([ab])_?(>+|<+|=)_?([ab])", said):
+        said = "tie" if found[2] == "=" else found[1 if ">" in found[2] else 3]
     said = re.sub(r"_(is_)?(better|preferred|wins?)$", "", said)
     if said.startswith(TIES):
         return 0

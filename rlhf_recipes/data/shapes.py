@@ -11,7 +11,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_recipes.data.labels import NO_LABEL, VERDICT, is_good, parsed, preferred, word_of
+from rlhf_recipes.data.labels import (
+    GOOD,
+    NO_LABEL,
+    VERDICT,
+    is_good,
+    parsed,
+    preferred,
+    says,
+    word_of,
+)
 from rlhf_recipes.data.names import NAMES, guess, plain_name, wordy
 from rlhf_recipes.data.turns import (
     TRANSCRIPT,
@@ -54,7 +63,7 @@ class Row:
 
     def __init__(self, columns: Mapping[str, Any], named: Mapping[str, str] | None = None):
         self.named = named or {}
-        self.columns = columns
+        self.columns = {name: value for name, value in columns.items() if name}
         self.used: dict[str, str] = {}
         self.theirs = {plain_name(name): name for name in columns} | dict(self.named)
         for ours, theirs in self.named.items():
@@ -65,7 +74,7 @@ class Row:
     def __contains__(self, name: str) -> bool:
         return self.columns.get(self.theirs.get(name, "")) is not None
 
-    def take(self, ours: str, where: Callable[[Any], bool] | None = None) -> Any:
+    def take(self, ours: str, where: Callable[[Any], object] | None = None) -> Any:
         """The first value that there is under our name, or under what files call it."""
         for name in (ours,) if ours in self.named else NAMES.get(ours, (ours,)):
             if name in self and (not where or where(self.columns[self.theirs[name]])):
@@ -94,7 +103,8 @@ def normalise(row: Row) -> Shaped:
     chosen, rejected = _compared(row)
     if chosen is None:
         rejected = row.take("rejected")
-        chosen = row.take("chosen", where=_no_truth if rejected is None else None)
+        beside = rejected is None and any(name in row for name in NAMES["completion"])
+        chosen = row.take("chosen", where=_no_label if beside else None)
         chosen = row.take("completion") if chosen is None else chosen
     given, chosen, rejected = _rounds(_asked(row), chosen, rejected)
     if chosen is None:
@@ -167,9 +177,9 @@ def _asks(value: Any) -> bool:
     return as_messages(value)[-1]["role"] == "user"
 
 
-def _no_truth(value: Any) -> bool:
-    """Whether this may be an answer that stands alone: accepted = true is a label."""
-    return not isinstance(value, bool)
+def _no_label(value: Any) -> bool:
+    """Whether this may be an answer beside another: accepted = true is a label."""
+    return not says(value)
 
 
 def _has_words(value: Any) -> bool:
@@ -213,8 +223,8 @@ def _said(turns: Messages) -> int:
 def _is_good(row: Row) -> bool:
     """Whether an answer may be learned, by its label where the file gives one."""
     label = row.take("label")
-    if label is None:
-        label = row.take("chosen", where=lambda value: not _no_truth(value))
+    if label is None and "completion" in row.used:
+        label = row.take("chosen", where=says)
     if label is not None:
         return is_good(label)
     names = () if "label" in row.named else NAMES["label"]
@@ -296,7 +306,7 @@ def _by_winner(row: Row) -> tuple[Any, Any] | None:
 def _said_otherwise(row: Row, a: str, b: str) -> Any:
     """The winner by a column for each outcome, or by the answers' scores; None where neither is."""
     for name in ("model_a", "model_b", "tie"):
-        if str(row.take(f"winner_{name}")) in ("1", "1.0"):
+        if says(row.take(f"winner_{name}")) in GOOD:
             return name
     scores = [row.take(f"score_{mark}") for mark in (a, b)]
     if (second := row.take("overall_preference")) is not None:  # below 0, the first is better

@@ -106,6 +106,7 @@ def test_a_single_row_is_a_row(tmp_path: Path) -> None:
         ("a.json", '["a", "b"]', "row 1 is not an object"),
         ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.csv", "prompt,chosen\na,b\na,b, c\n", "a.csv:3: 3 cells, where the first line"),
+        ("a.csv", "prompt,chosen,chosen\na,b,c\n", "a.csv has two columns 'chosen'"),
     ],
 )
 def test_what_is_not_what_it_says_stops_with_its_line(

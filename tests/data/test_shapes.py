@@ -55,6 +55,8 @@ SHAPES = {
     },
     "a model's name": {"prompt": "red", "model_a": "x", "model_b": "y", "winner": "x", **AB},
     "in words": {"prompt": "red", "winner": "Response A is better", **AB},
+    "Kaggle's": {"prompt": "red", "winner_model_a": "False", "winner_model_b": "True", **BA},
+    "A<B": {"prompt": "red", "winner": "A << B", **BA},
     "A>B": {"prompt": "red", "winner": "A>>B", **AB},
     "Label Studio's": {"prompt": "red", "winner": '[{"selected": "left"}]', **AB},
     "Argilla's": {
@@ -329,11 +331,18 @@ def test_a_label_that_says_neither_stops_with_the_words_to_use(label: object) ->
     assert normalise(Row(pair)) == (ASK, "blue", "cat")
 
 
-@pytest.mark.parametrize("name", ["accepted", "Preferred"])
-def test_a_truth_value_is_a_label_and_not_an_answer(name: str) -> None:
+@pytest.mark.parametrize("name", ["accepted", "Preferred", "chosen"])
+@pytest.mark.parametrize(("good", "bad"), [(True, False), ("TRUE", "FALSE"), ("1", "0")])
+def test_a_label_beside_an_answer_is_not_an_answer(name: str, good: object, bad: object) -> None:
     row = {"prompt": "red", "completion": "blue"}
-    assert normalise(Row(row | {name: True})) == (ASK, "blue", None)
-    assert normalise(Row(row | {name: False})) == (ASK, None, "blue")
+    assert normalise(Row(row | {name: good})) == (ASK, "blue", None)
+    assert normalise(Row(row | {name: bad})) == (ASK, None, "blue")
+    assert normalise(Row({"prompt": "red", name: "yes"})) == (ASK, "yes", None)
+
+
+def test_a_column_without_a_name_is_none_of_ours() -> None:
+    row = Row({"": "0", "prompt": "red", "chosen": "blue", "rejected": "cat"})
+    assert normalise(row) == (ASK, "blue", "cat")
 
 
 def test_a_turn_of_weight_0_is_not_learned() -> None:
