@@ -44,7 +44,7 @@ def hanging(cwd: Path) -> subprocess.Popen[str]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with toy.toml in it, to be in."""
     toy(tmp_path)
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"added_tokens": []}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

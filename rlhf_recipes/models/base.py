@@ -113,7 +113,7 @@ class Base:
 
     def _add(self, name: str) -> None:
         if self.peft is None:
-            _check_targets(self.lm, self.lora["target_modules"])
+            check_targets(self.lm, self.lora["target_modules"])
         # PEFT writes the ranks of experts into what it is given, which is the recipe's.
         config = LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(self.lora))
         if self.peft is None:
@@ -147,7 +147,7 @@ class Base:
             save_file({"score.weight": role.score.weight.data.contiguous()}, folder / HEAD)
 
 
-def _check_targets(lm: PreTrainedModel, targets: Any) -> None:
+def check_targets(lm: PreTrainedModel, targets: Any) -> None:
     """Raise ModelError where a name of `target_modules` is none of the model: PEFT passes over it,
     as long as there is another."""
     if isinstance(targets, str):

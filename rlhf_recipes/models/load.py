@@ -21,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_recipes.errors import ModelError, briefly
+from rlhf_recipes.errors import ModelError, briefly, machine_error
 from rlhf_recipes.models import attention
 from rlhf_recipes.sources.trust import TOKENIZER_HINT
 from rlhf_recipes.store import provenance
 
 # Of every load. What is here has been brought whole: nothing is fetched as a model is opened.
 SAFELY = {"trust_remote_code": False, "local_files_only": True}
+NAME = "name a model that AutoModelForCausalLM loads: a text-only one of the same family"
 WEIGHTS = {"use_safetensors": True, "weights_only": True}
 
 
@@ -73,7 +74,23 @@ def load_tokenizer(source: str | Path, trusted: bool = False) -> PreTrainedToken
 
 
 def load_config(source: str | Path, trusted: bool = False) -> Any:
-    return AutoConfig.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
+    """Raises ModelError where transformers does not know such a model."""
+    try:
+        return AutoConfig.from_pretrained(source, **SAFELY | {"trust_remote_code": trusted})
+    except Exception as error:  # its config classes look at their fields, each in its own way
+        if machine_error(error):
+            raise
+        hint = "see that the folder is whole, and that this transformers knows such a model"
+        raise ModelError(
+            f"{source} has a config that cannot be used: {briefly(error)}", hint
+        ) from error
+
+
+def without_weights(source: str | Path, trusted: bool = False) -> PreTrainedModel:
+    """The base model's modules, with nothing in them."""
+    with torch.device("meta"):
+        config = load_config(source, trusted)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
 
 
 def stored_bits(config: Any) -> str:
@@ -87,8 +104,12 @@ def check_base(config: Any, quantization: str) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         seen = ", a vision-language model" if hasattr(config, "vision_config") else ""
         what = f"the base model is a {config.model_type}{seen}"
-        hint = "name a model that AutoModelForCausalLM loads: a text-only one of the same family"
-        raise ModelError(f"{what}, and not a causal language model", hint)
+        raise ModelError(f"{what}, and not a causal language model", NAME)
+    made = config.architectures or []
+    if made and all("ForMaskedLM" in name for name in made):
+        raise ModelError(
+            f"the base model is a {made[0]}: it fills gaps, and writes no answers", NAME
+        )
     stored = stored_bits(config)
     if stored != "none" and quantization not in ("none", stored):
         what = f"the base model's weights are stored in {stored}, not in {quantization}"

@@ -49,6 +49,7 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
         return [Finding("note", "rows", f"not looked at: {gone} is not on this machine", change)]
     try:
         session.check_foreign()
+        session.check_adapters()
         tables = {"": recipe.dataset}
         tables |= {f"{name}.": t.dataset for name, t in recipe.tables.items() if t.dataset}
         found = []

@@ -67,13 +67,16 @@ def check_tokenizer(folder: Path) -> None:
         raise ModelError(f"{folder} has no tokenizer", TOKENIZER_HINT)
 
 
-def last_added_token(folder: Path) -> int:
-    """The largest id of a token that was added to a model's vocabulary; -1 where none was."""
+def last_added_token(folder: Path) -> int | None:
+    """The largest id of a token that was added to a model's vocabulary; -1 where none was.
+
+    None where that cannot be told: another kind of tokenizer, or a file that cannot be read.
+    """
     try:
         written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return max((token["id"] for token in written["added_tokens"]), default=-1)
-    except UNREADABLE:  # another kind of tokenizer, or one that cannot be read
-        return -1
+    except UNREADABLE:
+        return None
 
 
 def check_config(folder: Path, *, trusted: bool = False) -> dict[str, Any]:

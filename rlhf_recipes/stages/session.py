@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,16 @@ class Session:
                 from rlhf_recipes.models.reward_model import check_foreign
 
                 check_foreign(sources.model_folder(name, self.recipe), self.tokens)
+
+    def check_adapters(self) -> None:
+        """Raise ModelError where `lora` names layers that the base model does not have."""
+        targets = (self.recipe.lora or {}).get("target_modules", "")
+        if not isinstance(targets, str):
+            from rlhf_recipes.models.base import check_targets
+            from rlhf_recipes.models.load import without_weights
+
+            trusted = self.recipe.model.trust_remote_code
+            check_targets(without_weights(self.model_folder, trusted), targets)
 
     def data(self, table: DatasetTable) -> Data:
         """The rows of a [dataset] table, encoded and split."""
@@ -138,14 +148,11 @@ class Session:
 
 
 def check_models(recipe: Recipe) -> None:
-    """Raise ModelError where a model of the recipe is here, and a run of it would stop.
+    """Raise ModelError where the base model is here, and a run would stop for it.
 
-    The base model's small files alone are read, unless they leave a doubt: another architecture
-    than a causal model's, packed weights, or tokens beyond the embedding.
+    Its small files alone are read, unless they leave a doubt: another architecture than a causal
+    model's, packed weights, tokens beyond the embedding, models from elsewhere, layers by name.
     """
-    for name in dict.fromkeys(foreign_models(recipe)):
-        if is_path(name):
-            trust.check_tokenizer(sources.model_folder(name, recipe))
     if not (recipe.model.is_local or sources.base_repo(recipe).cached()):
         return
     session = Session(recipe, {})
@@ -153,9 +160,21 @@ def check_models(recipe: Recipe) -> None:
     trust.check_tokenizer(session.model_folder)
     made = config.get("architectures") or ["LMHeadModel"]
     plain = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in made)
-    if not plain or {"vision_config", "quantization_config"} & config.keys():
-        _ = session.tokens
-    rows = (config.get("text_config") or config).get("vocab_size", math.inf)
-    beyond = trust.last_added_token(session.model_folder) >= rows
-    if beyond and all(table.is_local for table in (recipe.dataset, *recipe.dataset.more)):
-        session.data(recipe.dataset)
+    library = find_spec("transformers")
+    kinds = Path(library.origin if library and library.origin else ".").parent / "models"
+    rows, last = config.get("vocab_size"), trust.last_added_token(session.model_folder)
+    if (
+        not plain
+        or {"vision_config", "quantization_config"} & config.keys()
+        or not (
+            kinds / str(config.get("model_type"))
+        ).is_dir()  # a kind that transformers may not know
+        or last is None
+        or (isinstance(rows, int) and last >= rows)
+    ):
+        tokens = session.tokens
+        beyond = len(tokens.tokenizer) > tokens.rows
+        if beyond and all(table.is_local for table in (recipe.dataset, *recipe.dataset.more)):
+            session.data(recipe.dataset)
+    session.check_foreign()
+    session.check_adapters()

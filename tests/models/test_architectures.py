@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -225,9 +227,9 @@ def test_the_whole_chain_on_the_others(name: str, tiny_pairs: Path, tmp_path: Pa
 # ---- what is refused by plan, and by run before the first stage
 
 
-def refused(model: Path, data: Path, folder: Path) -> str:
+def refused(model: Path, data: Path, folder: Path, *words: str) -> str:
     """What `plan` and `check` find wrong with a model; a run says it before any stage begins."""
-    recipe = chain(model, data, folder).recipe
+    recipe = chain(model, data, folder, *words).recipe
     with pytest.raises(ModelError) as checked:
         check_models(recipe)
     plan = plan_run(recipe, folder / "runs")
@@ -249,6 +251,40 @@ def test_a_vision_language_model_is_refused(kind: str, tiny_pairs: Path, tmp_pat
     save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     said = f"the base model is a {kind}, a vision-language model, and not a causal language model"
     assert refused(folder, tiny_pairs, tmp_path) == said
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_type": "newer"}, "has a config that cannot be used: .*`newer`"),
+        ({"architectures": ["BertForMaskedLM"]}, "a BertForMaskedLM: it fills gaps"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(
+    changed: dict[str, Any], said: str, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    model = architectures.save(tmp_path / "llama", "llama", **architectures.GROUPED)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changed))
+    assert re.search(said, refused(model, tiny_pairs, tmp_path))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path, tiny_pairs: Path) -> None:
+    model = architectures.save(tmp_path / "llama", "llama", **architectures.GROUPED)
+    (model / "tokenizer.json").write_text('{"a":')
+    said = refused(model, tiny_pairs, tmp_path)
+    assert said.startswith(f"{model} has no tokenizer that can be read: JSONDecodeError")
+
+
+def test_layers_by_names_that_the_model_lacks_are_refused(tmp_path: Path, tiny_pairs: Path) -> None:
+    model = architectures.save(tmp_path / "llama", "llama", **architectures.GROUPED)
+    words = 'lora.target_modules=["q_proj", "W_pack"]'
+    made = chain(model, tiny_pairs, tmp_path, words)
+    said = "lora.target_modules names W_pack, and the model has no such layer"
+    with pytest.raises(ModelError, match=said):
+        check_models(made.recipe)
+    found = data_lint(plan_run(made.recipe, tmp_path / "runs"), made.session)
+    assert [(f.level, f.text) for f in found] == [("fault", said)]
 
 
 def test_adapters_on_a_mamba_are_refused_by_peft(tiny_pairs: Path, tmp_path: Path) -> None:

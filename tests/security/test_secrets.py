@@ -238,7 +238,7 @@ def test_the_folder_where_it_is_started_gives_no_code(tmp_path: Path, canary) ->
     for name in ("trl", "torch", "tomlkit", "yaml", "rich", "sitecustomize", "usercustomize"):
         (tmp_path / f"{name}.py").write_text(canary.code)
     toy(tmp_path)
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"added_tokens": []}')
     code = "import sys; sys.argv = ['rlhf-recipes', 'check', 'toy.toml', '--resolved']\n"
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "rlhf-recipes"
