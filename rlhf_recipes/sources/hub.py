@@ -17,7 +17,8 @@ from rlhf_recipes.errors import DataError, ModelError, briefly
 
 TIMEOUT = 5  # seconds
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# The README names the licence.
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 
 ADVICE = {  # by the status that the hub answers with
     401: "set HF_TOKEN to a token that is valid",
@@ -194,13 +195,17 @@ class Repo:
         return ADVICE.get(status, "check the network: the same command goes on where it broke off")
 
 
-def bound() -> None:
-    """Let no request of `huggingface_hub` wait for ever: some of them have no setting for it."""
+def bound(seconds: float | None = None) -> None:
+    """Let no request of `huggingface_hub` wait for ever: some of them have no setting for it.
+
+    None is HF_HUB_DOWNLOAD_TIMEOUT.
+    """
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
     def bound(request: Any) -> None:
-        waits, most = request.extensions.get("timeout", {}), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        waits = request.extensions.get("timeout", {})
+        most = seconds or constants.HF_HUB_DOWNLOAD_TIMEOUT
         kinds = ("connect", "read", "write", "pool")
         request.extensions["timeout"] = {kind: min(waits.get(kind) or most, most) for kind in kinds}
 
