@@ -59,7 +59,13 @@ Open = Annotated[bool, Option("--open", help="Show it in a browser.")]
 Yes = Annotated[bool, Option("--yes", help="Remove without asking.")]
 All = Annotated[bool, Option("--all", help="The base and every policy, one after another.")]
 Folder = Annotated[Path, Argument(metavar="DIR", help="The folder to write.")]
-Form = Annotated[str, Option(metavar="merged|adapter", help="What to write.")]
+Form = Annotated[str, Option(metavar="merged|adapter|gguf", help="What to write.")]
+Type = Annotated[
+    str | None, Option("--type", metavar="f16|q8_0", help="How a GGUF stores weights. [f16]")
+]
+Push = Annotated[
+    str | None, Option(metavar="USER/NAME", help="Upload it to the hub, too, as a private model.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -364,18 +370,29 @@ def chat(run: Run, stage: Stage = None, all_: All = False, runs: Runs = RUNS) ->
 
 @app.command()
 def export(
-    run: Run, folder: Folder, stage: Stage = None, form: Form = "merged", runs: Runs = RUNS
+    run: Run,
+    folder: Folder,
+    stage: Stage = None,
+    form: Form = "merged",
+    type_: Type = None,
+    push: Push = None,
+    runs: Runs = RUNS,
 ) -> None:
-    """Write a stage's model where transformers and vLLM load it from."""
+    """Write a stage's model and its card, for transformers and vLLM, llama.cpp and Ollama."""
+    from rlhf_recipes.pipeline.to_gguf import KINDS
     from rlhf_recipes.screen import Screen
 
-    if form not in ("merged", "adapter"):
-        raise UsageError(f"no form {form!r}", "--form is merged or adapter")
+    if form not in ("merged", "adapter", "gguf"):
+        raise UsageError(f"no form {form!r}", "--form is merged, adapter or gguf")
+    if type_ not in (None, *KINDS):
+        raise UsageError(f"no type {type_!r}", f"--type is {' or '.join(KINDS)}")
     run_folder = _find(run, runs)
     with Screen(run_folder / "log.txt") as screen, screen.quiet():
         from rlhf_recipes.pipeline.export import export as export_model
 
-        said = export_model(run_folder=run_folder, folder=folder, stage=stage, form=form)
+        said = export_model(
+            run_folder=run_folder, folder=folder, stage=stage, form=form, kind=type_, push=push
+        )
     _print(said)
 
 

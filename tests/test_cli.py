@@ -166,7 +166,11 @@ def test_a_call_that_is_wrong_is_two_plain_lines(
             ["the recipe has no stage 'sf' (did you mean sft?)"],
         ),
         (["chat", "toi"], ["no run 'toi' in runs (none was made there yet)"]),
-        (["export", "toy", "x", "--form", "z"], ["no form 'z' (--form is merged or adapter)"]),
+        (
+            ["export", "toy", "x", "--form", "z"],
+            ["no form 'z' (--form is merged, adapter or gguf)"],
+        ),
+        (["export", "toy", "x", "--type", "q4"], ["no type 'q4' (--type is f16 or q8_0)"]),
     ]:
         assert call(monkeypatch, *words) == 2
         out, err = capsys.readouterr()
@@ -274,7 +278,8 @@ def test_chat_and_export_get_a_run_s_folder(
     assert got[0].pop("screen")
     assert got[0] == {"run_folder": Path("kept/one"), "stage": None, "everyone": True}
     assert got[1] == {
-        "run_folder": Path("kept/one"), "folder": Path("out"), "stage": "sft", "form": "adapter"
+        "run_folder": Path("kept/one"), "folder": Path("out"), "stage": "sft", "form": "adapter",
+        "kind": None, "push": None,
     }  # fmt: skip
 
 

@@ -38,6 +38,12 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
     return found
 
 
+def model_card(folder: Path, stage: str, **about: Any) -> str:
+    """The card of a stage's model, for where it goes without the run; `about` as `card.text`."""
+    facts = Facts(folder)
+    return card.text(facts, verdict(facts), policies(facts), stage, **about)
+
+
 def _made_from(facts: Facts) -> str:
     """A digest of what a report shows; a complete stage's files follow from its record."""
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]

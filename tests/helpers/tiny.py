@@ -33,6 +33,27 @@ def word_tokenizer() -> Any:
     )
 
 
+def byte_tokenizer(split: Any = None, ignore_merges: bool = False) -> Any:
+    """A byte-level BPE as GPT-2's, with a few merges; `split` takes its pre-tokenizer's place."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [("r", "e"), ("re", "d"), ("Ġ", "red"), ("1", "2"), ("'", "s"), ("Ġ", "1")]
+    words = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    inner = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
+    inner.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=specials[:2],
+        chat_template=TEMPLATE,
+    )
+
+
 # Tables of kinds that RECIPE has no stage of.
 OTHERS = """
 [kto]

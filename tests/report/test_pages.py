@@ -303,7 +303,8 @@ def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_pat
     card = (run / "model" / "README.md").read_text()
     assert card.startswith(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        'tags: ["trl", "rlhf-recipes", "sft", "ppo"]\nbase_model: "a/model"\n---\n'
+        'tags: ["trl", "rlhf-recipes", "sft", "ppo"]\nbase_model: "a/model"\n'
+        'base_model_relation: finetune\nmodel-index: [{"name": "told-ppo", "results": ['
     )
     assert "# A \\[title\\](x) \\| &lt;b&gt;\n" in card.replace("&lt\\;", "&lt;")
     assert "- PPO beat SFT on 71 % of 128 prompts (63–79) by a judge" in card
