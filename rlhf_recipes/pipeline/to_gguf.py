@@ -62,16 +62,22 @@ def check(config: dict[str, Any]) -> None:
 
 def split_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """llama.cpp's name for how a tokenizer splits. Raises UsageError where there is none."""
-    made = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, parts = made["model"], made["pre_tokenizer"] or {}
-    parts = parts.get("pretokenizers", [parts])
-    found = tuple(word for part in parts if (word := _word(part)))
-    name = SPLITS.get(found) if model["type"] == "BPE" and not model["byte_fallback"] else None
-    plain = made["normalizer"] in (None, {"type": "NFC"})
-    if not name or not plain or model.get("ignore_merges", False) != (name == "llama-bpe"):
+    name = _split(json.loads(tokenizer.backend_tokenizer.to_str())) if tokenizer.is_fast else None
+    if name is None:
         what = "export writes no GGUF with this tokenizer: it is not one of the byte-level BPE"
         raise UsageError(f"{what} that GPT-2, SmolLM, Qwen2 and Llama 3 have", ELSEWHERE)
     return name
+
+
+def _split(made: dict[str, Any]) -> str | None:
+    model, parts = made["model"], made["pre_tokenizer"] or {}
+    if model["type"] != "BPE" or model["byte_fallback"]:
+        return None
+    found = tuple(word for p in parts.get("pretokenizers", [parts]) if (word := _word(p)))
+    name = SPLITS.get(found)
+    plain = made["normalizer"] in (None, {"type": "NFC"})
+    whole = model.get("ignore_merges", False) == (name == "llama-bpe")  # as llama.cpp has it
+    return name if plain and whole else None
 
 
 def _word(part: dict[str, Any]) -> str:

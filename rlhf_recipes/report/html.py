@@ -17,6 +17,11 @@ STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
 SHOWN = 1500  # characters of a text; a page stays under 2 MB
 # Bidi overrides and control characters: they would let a text look like another.
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# A path of this machine, up to its last part: in quotes with spaces in it, else without.
+PLACES = re.compile(
+    r"""(?<=["'])(?:~|/)[^"'\n]*/(?=[^"'/\n]+["'])"""
+    r"""|(?<![\w./])(?:~[\w.-]*/(?:[^\s"'`<>]*/)?|/(?!/)[^\s"'`<>]*/)(?=[^\s"'/])"""
+)
 
 
 ENVIRONMENT = Environment(
@@ -34,8 +39,13 @@ def page(template: str, values: dict[str, Any], made_from: str = "") -> str:
     return ENVIRONMENT.get_template(template).render(values, made_from=made_from)
 
 
+def placeless(text: Any) -> str:
+    """`text` with the last part alone of each path: a page is for others, too."""
+    return PLACES.sub("…/", str(text))
+
+
 def _words(text: str) -> Markup:
-    text = str(escape(UNSEEN.sub("", text)))
+    text = str(escape(placeless(UNSEEN.sub("", text))))
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
 
@@ -44,5 +54,11 @@ def _cut(text: Any) -> str:
     return text[:SHOWN] + (f" … ({over:,} characters more)" if over > 0 else "")
 
 
-ENVIRONMENT.filters |= {"words": _words, "cut": _cut, "size": size, "duration": duration}
+ENVIRONMENT.filters |= {
+    "words": _words,
+    "cut": _cut,
+    "placeless": placeless,
+    "size": size,
+    "duration": duration,
+}
 ENVIRONMENT.globals |= {"style": Markup(STYLE), "marks": MARKS}

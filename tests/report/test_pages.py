@@ -13,6 +13,7 @@ import pytest
 from rlhf_recipes.report import compare as comparison
 from rlhf_recipes.report import run_page
 from rlhf_recipes.report.facts import TYPES, Facts
+from rlhf_recipes.report.html import placeless
 from rlhf_recipes.store.files import read_json
 from tests.helpers.told import shares, told
 
@@ -134,10 +135,10 @@ def test_the_page_of_a_whole_run(shown: tuple[Path, str, Page]) -> None:
         "It is surer than it should be: off by 3 % on average",
         "40", "In the middle pair the better answer leads by",
         "On rows it did not see, the loss fell from 4.72 to 3.67",
-        "1 min 01 s", "500 MB", "3: too long", "/home/me/told.toml", "trl 1.12.0",
+        "1 min 01 s", "500 MB", "3: too long", "…/told.toml", "…/pairs.jsonl", "trl 1.12.0",
     ):  # fmt: skip
         assert words in text, words
-    assert "What is not here" not in text
+    assert "What is not here" not in text and "/home" not in html
     assert len(html.encode()) < 300_000
 
 
@@ -317,6 +318,20 @@ def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_pat
     card = (run / "model" / "README.md").read_text()
     assert "\nmine, trained by sft → reward → ppo;" in card and "Data: rows. Seed" in card
     assert "base_model" not in card and "/home/me" not in card
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('path = "/home/a b/pairs.jsonl"', 'path = "…/pairs.jsonl"'),
+        ("python:/home/me/judge.py:score", "python:…/judge.py:score"),
+        ("No such file: ~me/x/y.txt (see ~/z.log)", "No such file: …/y.txt (see …/z.log)"),
+        ("https://a.b/c/d ./data/x ../y/z and/or 1/2/3", None),
+        ('name = "HuggingFaceTB/SmolLM2"', None),
+    ],
+)
+def test_a_path_is_shown_by_its_last_part(text: str, shown: str | None) -> None:
+    assert placeless(text) == (shown or text)
 
 
 # ---- runs side by side --------------------------------------------------------------------------
