@@ -54,11 +54,6 @@ def _cut(text: Any) -> str:
     return text[:SHOWN] + (f" … ({over:,} characters more)" if over > 0 else "")
 
 
-ENVIRONMENT.filters |= {
-    "words": _words,
-    "cut": _cut,
-    "placeless": placeless,
-    "size": size,
-    "duration": duration,
-}
+FILTERS: dict[str, Any] = {"words": _words, "cut": _cut, "placeless": placeless}
+ENVIRONMENT.filters |= FILTERS | {"size": size, "duration": duration}
 ENVIRONMENT.globals |= {"style": Markup(STYLE), "marks": MARKS}
