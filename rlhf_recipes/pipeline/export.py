@@ -121,7 +121,8 @@ def write_as(
     recipe = session.recipe
     words = {"temperature": recipe.asked_with("temperature") or 0.7}
     words |= {"system": recipe.dataset.system}
-    (folder / "Modelfile").write_text(modelfile(session.tokens, file.name, **words))
+    text = modelfile(session.tokens, file.name, **words)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
 
 
 def check_template(session: Session, folder: Path, gguf: str | None = None) -> None:
@@ -145,18 +146,18 @@ def check_template(session: Session, folder: Path, gguf: str | None = None) -> N
         after.backend_tokenizer.normalizer = before.backend_tokenizer.normalizer
     for turns in CONVERSATIONS:
         try:
-            texts = [render(one, turns, add_generation_prompt=True) for one in (before, after)]
+            text = render(before, turns, add_generation_prompt=True)
         except TemplateError:
             continue  # a template without a system turn
-        ids = [
-            one(t, add_special_tokens=False)["input_ids"]
-            for one, t in zip((before, after), texts, strict=True)
-        ]
-        if texts[0] != texts[1] or ids[0] != ids[1]:
+        again = render(after, turns, add_generation_prompt=True)
+        first, second = (
+            one(said, add_special_tokens=False)["input_ids"]
+            for one, said in ((before, text), (after, again))
+        )
+        if text != again or first != second:
             what = f"the tokenizer of {folder}, read back, writes a chat with other ids"
-            raise ModelError(
-                what, "do not use the folder; please report this with the model's name"
-            )
+            hint = "do not use the folder; please report this with the model's name"
+            raise ModelError(what, hint)
 
 
 def readable(folder: Path) -> None:
