@@ -25,7 +25,7 @@ from rlhf_recipes.models.sampling import join, score_ids
 from rlhf_recipes.pipeline.export import write_reward_model
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import evaluate
-from rlhf_recipes.stages.ppo import stage as ppo_stage
+from rlhf_recipes.stages.ppo import trainer as ppo_module
 from tests.helpers.chains import Chain, Silent, adapter, base_weights, differs
 
 pytestmark = pytest.mark.train
@@ -143,14 +143,14 @@ def test_the_ids_of_equal_text_are_equal_in_every_stage(
                 return super().train(*args, **kwargs)
 
         monkeypatch.setattr(module, "Trainer", Spy)
-    stock = ppo_stage.PPOTrainer
+    stock = ppo_module.PPOTrainer
 
     class PPOSpy(stock):
         def train(self) -> None:
             seen["PPO"] = [row["input_ids"] for row in self.train_dataset]
             super().train()
 
-    monkeypatch.setattr(ppo_stage, "PPOTrainer", PPOSpy)
+    monkeypatch.setattr(ppo_module, "PPOTrainer", PPOSpy)
     chain.all()
     data = chain.session.data(chain.recipe.dataset)
     examples = {tuple(e.prompt_ids + e.chosen_ids): e for e in data.train}
@@ -170,7 +170,7 @@ def test_the_reference_is_the_sft_model(chain: Chain, monkeypatch: pytest.Monkey
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     weights: dict[str, torch.Tensor] = {}
-    stock = ppo_stage.PPOTrainer
+    stock = ppo_module.PPOTrainer
 
     class Spy(stock):
         def train(self) -> None:
@@ -179,7 +179,7 @@ def test_the_reference_is_the_sft_model(chain: Chain, monkeypatch: pytest.Monkey
                     weights[name.replace(".reference.", ".")] = parameter.detach().clone()
             super().train()
 
-    monkeypatch.setattr(ppo_stage, "PPOTrainer", Spy)
+    monkeypatch.setattr(ppo_module, "PPOTrainer", Spy)
     chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
     sft = {
         name.removeprefix("base_model.model."): t
@@ -197,7 +197,7 @@ def test_the_value_starts_as_the_reward_model_in_units(
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     apart: list[float] = []
-    stock = ppo_stage.PPOTrainer
+    stock = ppo_module.PPOTrainer
 
     class Spy(stock):
         def train(self) -> None:
@@ -210,7 +210,7 @@ def test_the_value_starts_as_the_reward_model_in_units(
             apart.extend((value[[0, 1], [3, 2]] - reward).abs().tolist())  # the state after EOS
             super().train()
 
-    monkeypatch.setattr(ppo_stage, "PPOTrainer", Spy)
+    monkeypatch.setattr(ppo_module, "PPOTrainer", Spy)
     chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
     assert max(apart) < 1e-5
 
