@@ -25,7 +25,7 @@ from rlhf_recipes.models.sampling import join, score_ids
 from rlhf_recipes.pipeline.export import write_reward_model
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import evaluate
-from rlhf_recipes.stages.ppo import trainer as ppo_module
+from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.chains import Chain, Silent, adapter, base_weights, differs
 
 pytestmark = pytest.mark.train
@@ -143,14 +143,13 @@ def test_the_ids_of_equal_text_are_equal_in_every_stage(
                 return super().train(*args, **kwargs)
 
         monkeypatch.setattr(module, "Trainer", Spy)
-    stock = ppo_module.PPOTrainer
+    train = PPOTrainer.train
 
-    class PPOSpy(stock):
-        def train(self) -> None:
-            seen["PPO"] = [row["input_ids"] for row in self.train_dataset]
-            super().train()
+    def spy(self: PPOTrainer) -> None:
+        seen["PPO"] = [row["input_ids"] for row in self.train_dataset]
+        train(self)
 
-    monkeypatch.setattr(ppo_module, "PPOTrainer", PPOSpy)
+    monkeypatch.setattr(PPOTrainer, "train", spy)
     chain.all()
     data = chain.session.data(chain.recipe.dataset)
     examples = {tuple(e.prompt_ids + e.chosen_ids): e for e in data.train}
@@ -170,16 +169,15 @@ def test_the_reference_is_the_sft_model(chain: Chain, monkeypatch: pytest.Monkey
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     weights: dict[str, torch.Tensor] = {}
-    stock = ppo_module.PPOTrainer
+    train = PPOTrainer.train
 
-    class Spy(stock):
-        def train(self) -> None:
-            for name, parameter in self.ref_model.lm.named_parameters():
-                if ".reference." in name:
-                    weights[name.replace(".reference.", ".")] = parameter.detach().clone()
-            super().train()
+    def spy(self: PPOTrainer) -> None:
+        for name, parameter in self.ref_model.lm.named_parameters():
+            if ".reference." in name:
+                weights[name.replace(".reference.", ".")] = parameter.detach().clone()
+        train(self)
 
-    monkeypatch.setattr(ppo_module, "PPOTrainer", Spy)
+    monkeypatch.setattr(PPOTrainer, "train", spy)
     chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
     sft = {
         name.removeprefix("base_model.model."): t
@@ -197,20 +195,19 @@ def test_the_value_starts_as_the_reward_model_in_units(
     chain.run("sft", {})
     chain.run("reward", {"policy": "sft"})
     apart: list[float] = []
-    stock = ppo_module.PPOTrainer
+    train = PPOTrainer.train
 
-    class Spy(stock):
-        def train(self) -> None:
-            rows = join([[1, 4, 7, 5]] * 2, [[7, 8, 2], [12, 2]], 0, torch.device("cpu"), 4)
-            with torch.no_grad():
-                with self.value_model.active():
-                    value = values(self.value_model, rows.ids, rows.mask, rows.answer)
-                with self.reward_model.active():
-                    reward = score(self.reward_model, rows.ids, rows.mask, rows.last)
-            apart.extend((value[[0, 1], [3, 2]] - reward).abs().tolist())  # the state after EOS
-            super().train()
+    def spy(self: PPOTrainer) -> None:
+        rows = join([[1, 4, 7, 5]] * 2, [[7, 8, 2], [12, 2]], 0, torch.device("cpu"), 4)
+        with torch.no_grad():
+            with self.value_model.active():
+                value = values(self.value_model, rows.ids, rows.mask, rows.answer)
+            with self.reward_model.active():
+                reward = score(self.reward_model, rows.ids, rows.mask, rows.last)
+        apart.extend((value[[0, 1], [3, 2]] - reward).abs().tolist())  # the state after EOS
+        train(self)
 
-    monkeypatch.setattr(ppo_module, "PPOTrainer", Spy)
+    monkeypatch.setattr(PPOTrainer, "train", spy)
     chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
     assert max(apart) < 1e-5
 
