@@ -15,12 +15,12 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bits
 # Packages whose modules load none of HEAVY, and modules of others.
 LIGHT = ("recipe", "store", "sources", "report", "data.rows", "stages.contract", "stages.session")
 LIGHT += ("pipeline.plan", "pipeline.runner", "pipeline.doctor", "pipeline.memory")
-LIGHT += ("pipeline.export", "pipeline.to_gguf", "pipeline.modelfile")
+LIGHT += ("pipeline.export", "pipeline.to_gguf", "pipeline.modelfile", "stages.rewards.rule")
 LIGHT += ("pipeline.data_lint", "pipeline.estimate", "cli", "cli_tables", "screen", "signals")
 LIGHT += ("errors", "text", "stats", "findings")
 # Lines of code of recipe, store, data, models, stages, plan and runner. Growth is a decision: who
 # raises this number says why in the commit.
-CORE_BUDGET = 6_750
+CORE_BUDGET = 7_620
 
 
 def modules() -> dict[str, Path]:

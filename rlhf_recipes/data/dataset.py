@@ -12,8 +12,8 @@ import glob
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ from rlhf_recipes.data.shapes import ALONE, SHAPES, Row, understand
 from rlhf_recipes.data.tokens import Tokens, ids
 from rlhf_recipes.data.turns import BAD, Unusable
 from rlhf_recipes.errors import DataError, ModelError, machine_error
+from rlhf_recipes.recipe.fields import suggest
 from rlhf_recipes.recipe.tables import form_of
+from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.sources import trust
 from rlhf_recipes.sources.resolve import dataset_place
 from rlhf_recipes.store.digests import digest
@@ -66,6 +68,7 @@ class Data:
     read_as: dict[str, None] = field(default_factory=dict)  # what is not plain in the files
     columns: Counter[tuple[str, str]] = field(default_factory=Counter)  # ours, and the file's
     unused: Counter[str] = field(default_factory=Counter)  # columns with something to read
+    named: set[str] = field(default_factory=set)  # every column of the files
 
     @contextlib.contextmanager
     def counted(self, table: Any, number: int, columns: dict[str, Any]) -> Iterator[None]:
@@ -93,8 +96,11 @@ class Data:
         kept = {id(example) for example in self.judge}
         return [example for example in self.train if id(example) not in kept]
 
-    def learned(self, learns_from: str) -> list[Example]:
-        """The rows that a kind learns from, by its `learns_from`; or that it asks about."""
+    def learned(self, learns_from: str, columns: Sequence[str] = ()) -> list[Example]:
+        """The rows that a kind learns from, by its `learns_from`; or that it asks about.
+
+        `columns` are those that the stage's rules name: they tell two equal prompts apart.
+        """
         match learns_from:
             case "answers":
                 return answered(self.train)
@@ -105,24 +111,27 @@ class Data:
             case "judge_pairs":
                 return pairs(self.judge)
             case "prompts":
-                return unique_prompts(self.train)
+                return unique_prompts(self.train, columns)
             case "test_prompts":
-                return unique_prompts(self.test)
+                return unique_prompts(self.test, columns)
         raise ValueError(f"no rows are called {learns_from!r}")
 
 
-def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
+def load_data(
+    table: Any, tokens: Tokens, tested: Iterable[str] = (), columns: Sequence[str] = ()
+) -> Data:
     """Read, encode and split a [dataset] table (`tables.DatasetTable`), with what it holds.
 
-    No prompt in `tested`, another dataset's, comes on another side than test. Raises DataError
-    where a column is not there, no row fits a shape, or more than half are bad.
+    No prompt in `tested`, another dataset's, comes on another side than test. Examples keep
+    `columns` of their rows. Raises DataError where a column is not there, no row fits a shape, or
+    more than half are bad.
     """
     data, tables = Data(), (table, *table.more)
     test_fraction = 0.0 if any(one.test_split for one in tables) else table.test_fraction
     kept: list[tuple[str, str, Example]] = []
     bad: list[tuple[str, str, Example]] = []
     for one in tables:
-        read = _read(one, tokens)
+        read = _read(one, tokens, columns)
         for rows, found in ((kept, read.kept), (bad, read.called_bad)):
             rows += [
                 (s or _side(prompt, test_fraction, table), prompt, e) for s, prompt, e in found
@@ -132,6 +141,7 @@ def load_data(table: Any, tokens: Tokens, tested: Iterable[str] = ()) -> Data:
         data.columns += read.columns
         data.unused += read.unused
         data.read_as |= read.read_as
+        data.named |= read.named
         data.first = read.first | data.first
     data.tested = {*tested, *(prompt for side, prompt, _ in kept if side == "test")}
     for side, prompt, example in kept:
@@ -158,7 +168,7 @@ class _Read(Data):
     called_bad: list[Sided] = field(default_factory=list)
 
 
-def _read(table: Any, tokens: Tokens) -> _Read:
+def _read(table: Any, tokens: Tokens, keep: Sequence[str]) -> _Read:
     """The usable rows of one table, and what became of all."""
     data, left_out = _Read(), 0
     sides: list[tuple[str, str | None]] = [(table.split or "train", None)]
@@ -166,7 +176,7 @@ def _read(table: Any, tokens: Tokens) -> _Read:
     found: dict[str, None] = {}  # the columns, in order
     for split, side in sides:
         rows = enumerate(_load_split(table, split, data.read_as), 1)
-        for number, row, made in _encoded(rows, table, tokens):
+        for number, row, made in _encoded(rows, table, tokens, keep):
             columns = row.columns
             found |= dict.fromkeys(columns)
             with data.counted(table, number, columns):
@@ -191,12 +201,13 @@ def _read(table: Any, tokens: Tokens) -> _Read:
         what = f"has no column {', '.join(lacking)}; its columns are {', '.join(found)}"
         raise DataError(f"{table.path} {what}")
     _check_share(data, table)
+    data.named = {*found}
     data.dropped["beyond the dataset's weight"] = left_out
     return data
 
 
 def _encoded(
-    rows: Iterable[tuple[int, dict[str, Any]]], table: Any, tokens: Tokens
+    rows: Iterable[tuple[int, dict[str, Any]]], table: Any, tokens: Tokens, keep: Sequence[str]
 ) -> Iterator[tuple[int, Row, tuple[str, Example] | Exception]]:
     """Each row with its number, and its canonical prompt and example, or why there is none.
 
@@ -218,10 +229,18 @@ def _encoded(
             if isinstance(one, Written):
                 own = list(itertools.islice(found, len(one.texts)))
                 try:
-                    one = one.key, as_example(one, own, table, tokens)
+                    kept = {k: v for k in keep if (v := row.columns.get(k)) is not None}
+                    row.used |= {name: name for name in kept if name not in row.used}
+                    one = one.key, replace(as_example(one, own, table, tokens), row=kept)
                 except Unusable as error:
                     one = error
             yield number, row, one
+
+
+def lacking(names: Iterable[str], columns: Iterable[str]) -> str:
+    """Of `columns`, which no row has, in a phrase; empty where rows have each."""
+    gone = [f'no row has the column "{c}"{suggest(c, names)}' for c in columns if c not in {*names}]
+    return f"{gone[0]}, which a rule names; there are {', '.join(sorted(names))}" if gone else ""
 
 
 def check_rows(recipe: Any) -> None:
@@ -229,12 +248,13 @@ def check_rows(recipe: Any) -> None:
     tables = {repr(table): table for table in map(recipe.dataset_of, recipe.stages)}
     for key, table in tables.items():
         found: list[Any] = []
-        whole, hint = True, ""
+        whole, hint, names = True, "", set[str]()
         for one in (table, *table.more):
             data = Data()
             rows = _load_split(one, one.split or "train", data.read_as) if one.is_local else ()
             for number, columns in enumerate(itertools.islice(rows, LOOKED), 1):
                 hint = hint or guess(columns)
+                names |= columns.keys()
                 with data.counted(one, number, columns):
                     found.append(understand(Row(columns, one.columns)))
             whole = whole and 0 < data.rows < LOOKED
@@ -244,6 +264,10 @@ def check_rows(recipe: Any) -> None:
             "answers": any(chosen is not None for _, chosen, _ in found),
             "pairs": any(None not in answers for _, *answers in found),
         }
+        readers = [s for s in recipe.all_stages if repr(recipe.dataset_of(s)) == key]
+        wanted = {column for name in readers for column in columns_of(recipe, name)}
+        if names and (what := lacking(names, sorted(wanted))):
+            raise DataError(f"{table.path}: {what}")
         stages = [name for name in recipe.stages if repr(recipe.dataset_of(name)) == key]
         none = [name for name in stages if not held.get(recipe.kind(name).learns_from, True)]
         if whole and none:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -22,6 +22,7 @@ class Example:
     prompt_ids: list[int]
     chosen_ids: list[int] | None  # ends in EOS
     rejected_ids: list[int] | None  # ends in EOS
+    row: Mapping[str, Any] = field(default_factory=dict)  # the columns that rules name
 
 
 def answered(examples: Iterable[Example]) -> list[Example]:
@@ -50,9 +51,13 @@ def sequences(example: Example, learns_from: str) -> list[int]:
     return [] if None in answers else [len(prompt) + len(ids) for ids in answers]
 
 
-def unique_prompts(examples: Iterable[Example]) -> list[Example]:
-    """The first example of each prompt, in order."""
-    return list({tuple(e.prompt_ids): e for e in reversed(list(examples))}.values())[::-1]
+def unique_prompts(examples: Iterable[Example], columns: Sequence[str] = ()) -> list[Example]:
+    """The first example of each prompt and what these columns hold beside it, in order."""
+    last = {
+        (tuple(e.prompt_ids), *(repr(e.row.get(name)) for name in columns)): e
+        for e in reversed(list(examples))
+    }
+    return list(last.values())[::-1]
 
 
 @dataclass(frozen=True)

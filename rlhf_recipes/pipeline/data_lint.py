@@ -12,12 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.dataset import NEEDS
+from rlhf_recipes.data.dataset import NEEDS, lacking
 from rlhf_recipes.data.rows import answered
 from rlhf_recipes.data.shapes import ALONE
 from rlhf_recipes.data.tokens import THINK, TODAY, render
 from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
+from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import datasets
@@ -105,6 +106,8 @@ def _lacks(plan: Plan, session: Session) -> Found:
     for name in (stage.name for stage in plan.stages if not stage.done):
         data = session.data(recipe.dataset_of(name))
         none += [] if data.learned(recipe.kind(name).learns_from) else [name]
+        if what := lacking(data.named, columns_of(recipe, name)):
+            yield Finding("fault", "rows", f"{name}: {what}")
     if none:
         text = f"none for {', '.join(none)}"
         _, _, way = session.data(recipe.dataset).first.get(ALONE, (0, {}, ""))

@@ -26,6 +26,10 @@ TYPES = {
     "dict": {"type": "object"},
 }
 TYPES |= {f"list[{one}]": {"type": "array", "items": TYPES[one]} for one in ("str", "int", "float")}
+TYPES["list[str | dict]"] = {
+    "type": "array",
+    "items": {"anyOf": [TYPES["str"], TYPES["dict"]]},
+}
 RANGES = {
     "above 0": {"exclusiveMinimum": 0},
     "a whole number, or a share below 1": {

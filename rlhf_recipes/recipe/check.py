@@ -11,9 +11,18 @@ from os.path import exists, isdir, isfile  # Path's own raise for a name that is
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.recipe import tables
+from rlhf_recipes.recipe import rewards, tables
 from rlhf_recipes.recipe.aliases import elsewhere
-from rlhf_recipes.recipe.fields import Field, Keys, fields_for, is_closed, resolve, show, suggest
+from rlhf_recipes.recipe.fields import (
+    TYPE_NAMES,
+    Field,
+    Keys,
+    fields_for,
+    is_closed,
+    resolve,
+    show,
+    suggest,
+)
 from rlhf_recipes.recipe.kinds import LORA, listed
 
 Key = tuple[str | int, ...]
@@ -281,19 +290,48 @@ class Checker:
             return None
         values = self.table(written, tables.keys_of("evaluation"), ("evaluation",))
         judge, key = values.get("judge", "none"), ("evaluation", "judge")
-        listed = [judge] if isinstance(judge, str) else judge
-        if len(set(listed)) != len(listed) or not 1 <= len(listed) <= 2:
+        listed = judge if isinstance(judge, list) else [judge]
+        if not 1 <= len(listed) <= 2 or (len(listed) == 2 and listed[0] == listed[1]):
             self.problem(key, f"must be one judge, or two that differ, not {show(judge)}")
-        for one in listed if judge != "none" else ():
-            if named := tables.python_judge(one):
-                if not isfile(file := tables.located(named[0], self.base)):
-                    self.problem(key, f"no such file: {file}")
+        for place, one in enumerate(listed if judge != "none" else ()):
+            if isinstance(one, dict):
+                self.term(one, (*key, place) if isinstance(judge, list) else key, judges=True)
+            elif code := rewards.python_judge(one):
+                self.file(code[0], key)
             elif tables.is_path(one) or "/" in one:
                 self.model_name(one, key)
             elif one != tables.INDEPENDENT:
                 known = '"none", "independent", "python:FILE.py:FUNCTION"'
                 self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
         return tables.EvaluationTable(**values)
+
+    def term(self, written: dict[str, Any], at: Key, judges: bool = False) -> None:
+        """A reward or a judge that is a table: of one kind, with that kind's settings."""
+        kinds = [kind for kind in ("rule", "python", "model") if kind in written]
+        if len(kinds) != 1 or (judges and kinds == ["model"]):
+            named = 'rule = "…", python = "FILE.py:FUNCTION"' + ', model = "…"' * (not judges)
+            self.problem(at, f"needs one of {named}")
+            return
+        rule = str(written.get("rule"))
+        text: Field = Field(("str",), choices=tuple(rewards.RULES) if kinds == ["rule"] else ())
+        own: Keys = rewards.PYTHON if kinds == ["python"] else {}
+        if kinds == ["rule"]:
+            anything = dict.fromkeys(written, Field((*TYPE_NAMES,)))  # the name is wrong already
+            own = rewards.RULES.get(rule, anything)
+        keys = {**own, kinds[0]: text, **({} if judges else {"weight": rewards.WEIGHT})}
+        values = self.table(written, keys, at)
+        for name, what in rewards.lacking(rule, values) if len(values) == len(written) else ():
+            self.problem((*at, name) if name else at, what)
+        if "python" in values:
+            if code := rewards.function_in(values["python"]):
+                self.file(code[0], (*at, "python"))
+            else:
+                wrong = f'must be "FILE.py:FUNCTION", not {show(values["python"])}'
+                self.problem((*at, "python"), wrong)
+
+    def file(self, name: str, key: Key) -> None:
+        if not isfile(file := tables.located(name, self.base)):
+            self.problem(key, f"no such file: {file}")
 
 
 def dotted(key: Key) -> str:

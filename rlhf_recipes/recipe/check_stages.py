@@ -14,6 +14,7 @@ from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
 from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
 from rlhf_recipes.recipe.kinds import JUDGE, KINDS, ROLES, extras_of, kind_of, listed, makes
+from rlhf_recipes.recipe.rewards import python_judge
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -110,7 +111,12 @@ class StageChecker(Checker):
             return None
         before = stages[: stages.index(name)]
         able = [s for s in before if makes(self.kinds[s], ROLES[role])]
-        named, key = values.get(role), (name, role)
+        named: str | None = values.get(role)
+        key: Key = (name, role)
+        if role == "reward_model" and values.get("rewards") is not None:
+            if (found := self.rewards(name, values)) is None:
+                return None
+            named, key = found
         if named is None:
             return able[-1] if able and role != "reference" else None
         if role == "reward_model" and (tables.is_path(named) or "/" in named):
@@ -127,13 +133,35 @@ class StageChecker(Checker):
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
 
+    def rewards(self, name: str, values: Values) -> tuple[str, Key] | None:
+        """What is wrong with a list of rewards; the reward model in it, and its place."""
+        at: Key = (name, "rewards")
+        models: list[tuple[str, Key]] = []
+        if "reward_model" in values:
+            self.problem(at, "lists the reward model too: leave out reward_model")
+        if not values["rewards"]:
+            self.problem(at, "is empty: leave it out, or name a reward")
+        for place, one in enumerate(values["rewards"]):
+            key: Key = (*at, place)
+            if isinstance(one, dict):
+                self.term(one, key)
+                one = one.get("model")
+            elif named := python_judge(one):
+                self.file(named[0], key)
+                continue
+            if isinstance(one, str):
+                models.append((one, key))
+        for _, key in models[1:]:
+            self.problem(key, "is a second reward model: a list holds one, and any number of rules")
+        return models[0] if models else None
+
     def implied(
         self, evaluation: EvaluationTable, stages: list[StageTable], lora: bool, share: float
     ) -> list[StageTable]:
         """The independent judge's table, where there is to be one: a reward model from the base."""
         if evaluation.best_of and not any(stage.of.explores for stage in stages):
             self.problem(("evaluation", "best_of"), "is PPO's yardstick, and no stage is of PPO")
-        if tables.INDEPENDENT not in evaluation.judges.values():
+        if tables.INDEPENDENT not in [judge.model for judge in evaluation.judges.values()]:
             return []
         if not share:
             what = "judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"
@@ -162,9 +190,10 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     stages = [checker.stage(name, names, lora is not None, datasets) for name in names]
     if names == written:
         for stage in stages:
-            if "reward_model" in stage.of.roles and stage.reward_model is None:
+            scored = stage.reward_model is not None or stage.extras.get("rewards") is not None
+            if "reward_model" in stage.of.roles and not scored:
                 key = (stage.name,) if stage.name in data else ("stages",)
-                what = 'put a "reward" stage before it, or say reward_model = "…"'
+                what = 'put a "reward" stage before it, or say reward_model = "…" or rewards = […]'
                 checker.problem(key, f"{stage.name} has nothing to score with: {what}")
         if evaluation:
             share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)

@@ -33,6 +33,7 @@ TYPE_NAMES = {
     "list[str]": "a list of texts",
     "list[int]": "a list of whole numbers",
     "list[float]": "a list of numbers",
+    "list[str | dict]": "a list of texts and tables",
 }
 
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -210,7 +211,8 @@ def _read_hint(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
 
 def _fits(value: Any, kind: str) -> bool:
     if kind.startswith("list"):
-        return isinstance(value, list) and all(_fits(item, kind[5:-1]) for item in value)
+        each = kind[5:-1].split(" | ")
+        return isinstance(value, list) and all(any(_fits(v, k) for k in each) for v in value)
     wanted = {"int": int, "float": int | float, "str": str, "dict": dict, "bool": bool}
     return isinstance(value, wanted[kind]) and (kind == "bool" or not isinstance(value, bool))
 

@@ -62,6 +62,7 @@ MINIMUM_ACCURACY = 0.55  # on test pairs, for a policy to train against a reward
 _RATE = Field(("float",), range="above 0")  # None: the stage's learning_rate
 _ACCURACY = Field(("float",), MINIMUM_ACCURACY, range="from 0 to 1", effect="neutral")
 _ON_POLICY: Keys = {
+    "rewards": Field(("list[str | dict]",), effect="source"),  # recipe/rewards.py
     "keep": Field(("str",), "best", choices=("best", "last")),
     # None: as the reward stage has it, MINIMUM_ACCURACY of a model from elsewhere.
     "minimum_accuracy": replace(_ACCURACY, default=None),

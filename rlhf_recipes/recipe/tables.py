@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, fields_of
 from rlhf_recipes.recipe.kinds import BITSANDBYTES, JUDGE, LORA, ROLES, Kind, kind_of, listed
+from rlhf_recipes.recipe.rewards import Term, python_judge, term, terms
 
 INDEPENDENT = "independent"  # the judge that the stage `judge` trains
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
@@ -41,19 +43,27 @@ def located(name: str, base: Path) -> Path:
     return Path(os.path.realpath(base / os.path.expanduser(name)))
 
 
-def python_judge(text: str) -> tuple[str, str] | None:
-    """File and function of a judge "python:FILE.py:FUNCTION"."""
-    found = re.fullmatch(r"python:(.+\.py):([A-Za-z_]\w*)", text)
-    return found and (found[1], found[2])
+def move_terms(held: Any, key: str | int, moved: Callable[[str], str]) -> None:
+    """Move the local paths of the rewards or judges in `held[key]`, one or a list of them."""
+    found = held[key]
+    if isinstance(found, list):
+        for place in range(len(found)):
+            move_terms(found, place, moved)
+    elif isinstance(found, dict):
+        if "python" in found:
+            found["python"] = move_function(found["python"], moved)
+        if is_path(found.get("model", "")):
+            found["model"] = moved(found["model"])
+    elif python_judge(found):
+        held[key] = f"python:{move_function(found.removeprefix('python:'), moved)}"
+    elif is_path(found):
+        held[key] = moved(found)
 
 
-def move_judge(judge: str | list[str], moved: Callable[[str], str]) -> str | list[str]:
-    """A judge, or each of several, with the path that it holds moved."""
-    if not isinstance(judge, str):
-        return [str(move_judge(one, moved)) for one in judge]
-    if named := python_judge(judge):
-        return f"python:{moved(named[0])}:{named[1]}"
-    return moved(judge) if is_path(judge) else judge
+def move_function(text: str, moved: Callable[[str], str]) -> str:
+    """FILE.py:FUNCTION with its file moved."""
+    file, _, function = text.rpartition(":")
+    return f"{moved(file)}:{function}"
 
 
 def _base() -> Any:
@@ -155,15 +165,18 @@ class EvaluationTable:
     prompts: int = _key(128, range="at least 1")
     response_length: int | None = _key(None, range="at least 1")
     temperature: float | None = _key(None, range="above 0")
-    # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION"; or two of them
-    judge: str | list[str] = _key("none", effect="source", hash=False)
+    # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION", a table with a
+    # rule; or two of them
+    judge: str | dict[str, Any] | list[str | dict] = _key("none", effect="source", hash=False)
     best_of: int | None = _key(None, choices=(2, 4, 8, 16, 32, 64))
 
     @property
-    def judges(self) -> dict[str, str]:
+    def judges(self) -> dict[str, Term]:
         """By role, "judge" and "judge2": what judges."""
-        listed = [self.judge] if isinstance(self.judge, str) else self.judge
-        return dict(zip((JUDGE, "judge2"), listed, strict=False)) if listed != ["none"] else {}
+        listed = self.judge if isinstance(self.judge, list) else [self.judge]
+        if listed == ["none"]:
+            return {}
+        return dict(zip((JUDGE, "judge2"), map(term, listed), strict=False))
 
 
 def written(table: ModelTable | DatasetTable | EvaluationTable) -> dict[str, Any]:
@@ -178,7 +191,7 @@ class StageTable:
     name: str
     kind: str
     policy: str | None  # a stage; None: the bare base
-    reward_model: str | None  # a stage, a folder or a hub id
+    reward_model: str | None  # a stage, a folder or a hub id; None: no model, or rules alone
     reference: str | None  # a stage; None: the policy that the stage starts from
     dataset: DatasetTable | None  # its own; None: the recipe's
     extras: dict[str, Any]  # our own keys of the kind
@@ -188,6 +201,11 @@ class StageTable:
     @property
     def of(self) -> Kind:
         return kind_of(self.kind)
+
+    @property
+    def rewards(self) -> list[Term]:
+        """What the stage trains on, where the recipe lists it: its reward model, and rules."""
+        return terms(self.extras.get("rewards"))
 
     def called(self, key: str) -> str:
         """What the kind's config calls a setting that PPO has as `key`."""
@@ -199,8 +217,10 @@ class StageTable:
 
     def written(self) -> dict[str, Any]:
         roles = {role: getattr(self, role) for role in ROLES}
+        roles |= {"reward_model": None} if self.rewards else {}
         own = self.dataset and written(self.dataset) | dict.fromkeys(SHARED_DATA_KEYS)
-        return {"kind": self.kind, **roles, **self.options, **self.extras, "dataset": own}
+        ours = copy.deepcopy(self.extras)
+        return {"kind": self.kind, **roles, **self.options, **ours, "dataset": own}
 
 
 # What a stage's own `dataset` shares with [dataset]: a prompt is on one side in every stage.
@@ -289,5 +309,7 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
     for table, key in [(model, "name"), *((stage, "reward_model") for stage in stages)]:
         if is_path(table.get(key) or ""):
             table[key] = moved(table[key])
-    if (evaluation := recipe.get("evaluation")) and "judge" in evaluation:
-        evaluation["judge"] = move_judge(evaluation["judge"], moved)
+    asked = recipe.get("evaluation") or {}
+    for table, key in [(asked, "judge"), *((stage, "rewards") for stage in stages)]:
+        if table.get(key):
+            move_terms(table, key, moved)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rlhf_recipes.recipe.kinds import JUDGE, ROLES
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.tables import INDEPENDENT, python_judge
+from rlhf_recipes.recipe.rewards import Term
+from rlhf_recipes.recipe.tables import INDEPENDENT
 
 
 def wiring(recipe: Recipe) -> dict[str, dict[str, str]]:
@@ -25,11 +26,13 @@ def wiring(recipe: Recipe) -> dict[str, dict[str, str]]:
     optimised = [roles["reward_model"] for roles in taken.values() if "reward_model" in roles]
     trained = [name for name in recipe.stages if makes[name] == "reward_model"]
     scorers = optimised[-1:] or trained[:1]
+    if recipe.explorer and recipe.explorer.rewards:  # rules alone have no model
+        scorers = [one for one in [recipe.explorer.reward_model] if one]
     scorer = {"reward_model": scorers[0]} if scorers else {}
     judges = {
-        role: JUDGE if judge == INDEPENDENT else judge
+        role: JUDGE if judge.model == INDEPENDENT else judge.model
         for role, judge in recipe.evaluation.judges.items()
-        if not python_judge(judge)
+        if judge.model
     }
     start = recipe.explorer and recipe.explorer.policy
     one = {"policy": start} if start else {}
@@ -39,7 +42,30 @@ def wiring(recipe: Recipe) -> dict[str, dict[str, str]]:
     return taken
 
 
-def written_rules(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """By role: file and function of each judge that is a rule in a file."""
+def written_rules(recipe: Recipe) -> dict[str, Term]:
+    """By role: each judge that is not a model."""
     judges = recipe.evaluation.judges if recipe.evaluation else {}
-    return {role: rule for role, judge in judges.items() if (rule := python_judge(judge))}
+    return {role: judge for role, judge in judges.items() if not judge.model}
+
+
+def rewards_of(recipe: Recipe, stage: str) -> list[Term]:
+    """The list of rewards that a stage trains on, or asks: that of the last policy that explores.
+
+    Empty where the recipe has none: then a reward model is all there is.
+    """
+    table = recipe.tables.get(stage, recipe.explorer)
+    return table.rewards if table else []
+
+
+def columns_of(recipe: Recipe, stage: str) -> list[str]:
+    """The columns of a row that a stage's rewards and judges ask for."""
+    judges = [] if stage in recipe.tables else [*written_rules(recipe).values()]
+    asked = rewards_of(recipe, stage) + judges
+    return sorted({column for one in asked for column in one.columns})
+
+
+def code_of(recipe: Recipe) -> list[Term]:
+    """Every reward and judge that is a function in a Python file."""
+    found = [*written_rules(recipe).values()]
+    found += [one for name in recipe.stages for one in recipe.tables[name].rewards]
+    return [one for one in found if one.code]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.tables import INDEPENDENT, is_path, python_judge
+from rlhf_recipes.recipe.tables import INDEPENDENT, is_path
+from rlhf_recipes.recipe.wiring import code_of
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.hub import Repo, says_no
@@ -19,8 +20,8 @@ def bring(recipe: Recipe, model: Mapping[str, str]) -> None:
     Raises ModelError or DataError where something is not to be had or not to be trusted, and
     UsageError where code would run that nobody agreed to.
     """
-    for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
-        check_judge(judge, recipe.model.base)
+    for written in code_of(recipe):
+        check_judge(written, recipe.model.base)
     sources.base_folder(recipe, model)
     for name in _models(recipe):
         sources.model_folder(name, recipe)
@@ -64,8 +65,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
         if table.reward_model and table.reward_model not in recipe.stages:
             yield table.reward_model
     for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
-        if judge != INDEPENDENT and not python_judge(judge):
-            yield judge
+        if judge.model and judge.model != INDEPENDENT:
+            yield judge.model
 
 
 def datasets(recipe: Recipe) -> Iterator[Repo]:

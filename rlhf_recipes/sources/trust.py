@@ -14,7 +14,8 @@ from typing import Any
 
 from rlhf_recipes.errors import DataError, ModelError, UsageError
 from rlhf_recipes.recipe.load import shipped_folder
-from rlhf_recipes.recipe.tables import located, python_judge
+from rlhf_recipes.recipe.rewards import Term
+from rlhf_recipes.recipe.tables import located
 
 ALLOW = "RLHF_RECIPES_ALLOW_CODE"  # set by a person, never by a recipe
 # What `datasets` may read rows with; others unpickle, fetch, or need what is not here.
@@ -206,8 +207,8 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def check_judge(spec: str, base: Path) -> None:
-    """Raise UsageError where a judge is code that nobody has agreed to run."""
-    if named := python_judge(spec):
-        file = located(named[0], base)
+def check_judge(judge: Term, base: Path) -> None:
+    """Raise UsageError where a judge or a reward is code that nobody has agreed to run."""
+    if judge.code:
+        file = located(judge.code[0], base)
         check_code(str(file), file)

@@ -34,10 +34,12 @@ from rlhf_recipes.models.sampling import (
 )
 from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.wiring import wiring
+from rlhf_recipes.recipe.rewards import Term
+from rlhf_recipes.recipe.wiring import wiring, written_rules
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
-from rlhf_recipes.stages.judges import load_judge
+from rlhf_recipes.stages.rewards.mixed import PART, Answered, Rewards, said_of
+from rlhf_recipes.stages.rewards.rule import load_rule, told_over
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.stages.training import FORWARD, load_rows
 from rlhf_recipes.store import layout, provenance
@@ -47,7 +49,6 @@ BATCH = 16  # sequences a forward
 
 # Who scores, by what their numbers are called: "win_rate", "judge_win_rate", "judge2_win_rate".
 SCORERS = {"": "scores", "judge_": "judged", "judge2_": "judged2"}  # and in answers.jsonl
-Answered = Sequence[tuple[Example, list[int]]]
 Tell = Callable[[int], object]  # of so many answers more that were scored
 
 
@@ -167,38 +168,65 @@ def score(
 ) -> dict[str, list[float]]:
     """What the reward model and each judge say of every answer, by SCORERS' keys.
 
+    Where PPO trains on several rewards, the first is their sum, and each is there as PART + name.
+
     Equal answers to a prompt are scored once, so that they tie. A group is scored apart, so what
     follows it changes no batch of it. Models score to four digits, which are all that answers.jsonl
     keeps: what is computed from them can be computed again. The reward model is what was optimised
     last, else the first one, if there is one.
     """
-    recipe, said = context.recipe, {}
-    places = [[(tuple(e.prompt_ids), tuple(ids)) for e, ids in group] for group in groups]
+    recipe = context.recipe
+    places = [
+        [(tuple(e.prompt_ids), repr(e.row), tuple(ids)) for e, ids in group] for group in groups
+    ]
     keys: list[Any] = [key for part in places for key in part]
     once: list[dict[Any, Any]] = []  # of each group, the answers that no earlier one has
     for part, group in zip(places, groups, strict=True):
         new = dict(zip(part, group, strict=True))
         once.append({k: row for k, row in new.items() if not any(k in one for one in once)})
-    scorer = wiring(recipe)[EVALUATION].get("reward_model")
-    names = {"reward_model": scorer, **recipe.evaluation.judges}
+    rows = [list(one.values()) for one in once]
+    scorer, rewards = wiring(recipe)[EVALUATION].get("reward_model"), Rewards.of(context)
+    names = {"reward_model": scorer, **{k: j.model for k, j in recipe.evaluation.judges.items()}}
+    rules = written_rules(recipe)
+    found: dict[str, list[float]] = {}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
         if name := names.get(role):
-            rows = [list(one.values()) for one in once]
-            scores = _scores(context, role, name, rows, tell)
-            found = dict(zip([key for one in once for key in one], scores, strict=True))
-            said[prefix] = [found[key] for key in keys]
-    return said
+            found[prefix] = _scores(context, role, name, rows, tell)
+        elif role in rules:
+            found[prefix] = _judged(context, rules[role], rows, tell)
+    if rewards:
+        parts = rewards.parts([row for group in rows for row in group], found.get(""))
+        for words in told_over(rewards.over):
+            context.progress.note(words)
+        found |= {"": rewards.totals(parts)}
+        found |= {f"{PART}{k}_": [n or 0.0 for n in numbers] for k, numbers in parts.items()}
+    order = {key: place for place, key in enumerate(key for one in once for key in one)}
+    return {prefix: [scores[order[key]] for key in keys] for prefix, scores in found.items()}
+
+
+def column_of(who: str) -> str:
+    """What answers.jsonl calls the numbers of a scorer or of a part of the reward."""
+    return SCORERS.get(who, who.removesuffix("_"))
+
+
+def _judged(
+    context: StageContext, judge: Term, groups: Sequence[Answered], tell: Tell
+) -> list[float]:
+    """By a rule; what it gave to answers that were over its bound is said."""
+    rule, tokens = load_rule(judge, context.recipe.model.base), context.session.tokens
+    rows = [said_of(row, tokens) for group in groups for row in group]
+    found = [rule.verdict(row) for row in rows]
+    tell(len(rows))
+    for words in told_over({judge.name: rule.over}):
+        context.progress.note(words)
+    return found
 
 
 def _scores(
     context: StageContext, role: str, name: str, groups: Sequence[Answered], tell: Tell
 ) -> list[float]:
-    """By the stage that serves `role`, else by the rule, folder or hub id that it names."""
+    """By the stage that serves `role`, else by the folder or hub id that it names."""
     recipe, tokens, found = context.recipe, context.session.tokens, []
-    if judge := load_judge(name, recipe.model.base):
-        rows = [row for group in groups for row in group]
-        tell(len(rows))
-        return [judge(example.prompt, tokens.decode(ids)) for example, ids in rows]
     output, model = context.inputs.get(role), None
     for group in groups:
         both = [(list(example.prompt_ids), list(ids)) for example, ids in group]

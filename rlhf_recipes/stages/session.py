@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.tables import is_path
+from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources import trust
 from rlhf_recipes.store.fingerprint import foreign_models
@@ -77,7 +78,8 @@ class Session:
         if key not in self._data:
             whole = self.recipe.dataset
             tested = () if table == whole else self.data(whole).tested
-            self._data[key] = load_data(table, self.tokens, tested)
+            columns = {c for name in self.recipe.all_stages for c in columns_of(self.recipe, name)}
+            self._data[key] = load_data(table, self.tokens, tested, sorted(columns))
         return self._data[key]
 
     def put_data(self, table: DatasetTable, data: Data) -> None:

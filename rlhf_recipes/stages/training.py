@@ -20,13 +20,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from rlhf_recipes import signals
-from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.dataset import Data, lacking
 from rlhf_recipes.data.rows import Example, sequences
 from rlhf_recipes.errors import StageError, lost
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.recipe.kinds import kind_of
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.stages.checkpoints import Resumable
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.store.files import write_json
@@ -107,7 +108,10 @@ def load_rows(context: StageContext) -> tuple[Data, list[Example]]:
     for words in data.spoken():
         context.progress.note(f"rows: {words}")
     learns_from = kind_of(context.kind).learns_from
-    if not (rows := data.learned(learns_from)):
+    columns = columns_of(context.recipe, context.name)
+    if what := lacking(data.named, columns):
+        raise StageError(f"{context.name}: {what}", "name a column that the rows have")
+    if not (rows := data.learned(learns_from, columns)):
         raise StageError(
             f"{context.name}: no {WANTED[learns_from]}",
             "see the dropped rows in the log, the fractions in [dataset], and its columns = { … }",

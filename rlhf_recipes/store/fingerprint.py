@@ -18,8 +18,9 @@ from typing import Any
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve
 from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind, extras_of
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.rewards import Term
 from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, keys_of, top_keys
-from rlhf_recipes.recipe.wiring import wiring, written_rules
+from rlhf_recipes.recipe.wiring import rewards_of, wiring, written_rules
 from rlhf_recipes.store.digests import canonical
 
 Values = dict[str, Any]
@@ -33,7 +34,7 @@ class Identities:
     base: Values  # the base model
     models: Mapping[str, Values]  # every other model from elsewhere, by its name in the recipe
     datasets: Mapping[DatasetTable, Values]  # every table of `tables_read`
-    rules: Mapping[str, str]  # judges that are a rule in a file, by that file's name
+    rules: Mapping[str, str]  # rewards and judges that are functions in a file, by its name
 
 
 def tables_read(recipe: Recipe) -> Iterable[DatasetTable]:
@@ -124,9 +125,21 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         found |= changed(keys_of("evaluation"), asked)
         if lent := recipe.explorer:
             found |= {key: lent.said(key) for key in kind.borrows if asked.get(key) is None}
-        for role, (file, function) in written_rules(recipe).items():
-            found[role] = {"function": function, "content": known.rules[file]}
+        found |= {role: _term(judge, known) for role, judge in written_rules(recipe).items()}
+    if rewards := [_term(one, known) for one in rewards_of(recipe, stage)]:
+        found |= {"rewards": rewards} if rewards != [_MODEL] else {}
     return found
+
+
+_MODEL = {"model": "reward_model"}  # by its role: that is in the inputs, or beside them
+
+
+def _term(term: Term, known: Identities) -> Values:
+    """A reward or a judge: its settings, and of a function its file's content."""
+    what: Values = {**(_MODEL if term.model else {"rule": term.rule})}
+    if term.code:
+        what = {"function": term.code[1], "content": known.rules[term.code[0]]}
+    return {**what, **term.words, **({"weight": term.weight} if term.weight != 1 else {})}
 
 
 def defaults(kind: Kind, lora: bool) -> Values:

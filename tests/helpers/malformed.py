@@ -53,6 +53,12 @@ ROWS = {
     + optimizer = {} | here that is optim
     + evaluation.judge = "python:./gone.py:rule" | no such file
     + evaluation.judge = "./adapter" | not a whole model
+    + ppo.rewards = [] | is empty
+    + ppo.rewards = ["a/b", "c/d"] | a second reward model
+    + ppo.reward_model = "a/b"; ppo.rewards = ["reward"] | leave out reward_model
+    + ppo.rewards = [{ weight = 2.0 }] | needs one of rule
+    + ppo.rewards = [{ rule = "words" }] | needs at_least
+    + ppo.rewards = [{ python = "x" }] | 2 ppo.rewards.python: "FILE.py:FUNCTION"
     + evaluation.judge = "oracle" | "python:FILE.py:FUNCTION"
     + evaluation.judge = ["a/b", "a/b"] | two that differ
     stages = ["sft", "dpo"]; evaluation.best_of = 16 | no stage is of PPO

@@ -46,7 +46,7 @@ RICH = {
     ],
     "warmup": {"kind": "sft", "dataset": {"path": "./data/demos.jsonl"}},
     "dpo": {"policy": "sft", "reference": "warmup"},
-    "ppo": {"guard": {"max_kl": 9.0}},
+    "ppo": {"guard": {"max_kl": 9.0}, "rewards": ["reward", {"python": "./data/short.py:f"}]},
     "evaluation": {"judge": ["python:./data/rule.py:score", "independent"], "best_of": 2},
 }
 FOREIGN = {
@@ -79,6 +79,7 @@ GRAPHS = [
             "data/demos.jsonl": "warmup",
             "data/feedback.jsonl": "",
             "data/rule.py": "evaluation best_of",
+            "data/short.py": "ppo evaluation best_of",
             "more.jsonl": "sft reward dpo kto ppo judge evaluation best_of",
         },
     ),
@@ -320,7 +321,7 @@ def written(tables: dict[str, Any], draw: Random) -> str:
 
 # ---- keys ----------------------------------------------------------------------------------------
 
-PLACES = {"path", "revision", "judge", "kind", "policy", "reward_model", "reference"}
+PLACES = {"path", "revision", "judge", "kind", "policy", "reward_model", "reference", "rewards"}
 
 
 def keys(tables: dict[str, Any]) -> dict[Key, Field]:

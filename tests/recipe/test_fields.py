@@ -275,6 +275,7 @@ def test_the_schema_knows_the_keys_that_may_be_set() -> None:
     passed = {name for name, f in field_tables()["ppo"].items() if f.standing == "passed"}
     own = {"kind", "policy", "reward_model", "reference", "dataset"}
     extras = {"value_learning_rate", "value_warmup_epochs", "keep", "guard", "minimum_accuracy"}
+    extras |= {"rewards"}
     assert set(ppo) == passed | own | extras
     assert ppo["keep"] == {
         "enum": ["best", "last"],

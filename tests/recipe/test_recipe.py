@@ -60,6 +60,7 @@ def test_stages_resolved(tmp_path: Path) -> None:
     assert ppo.extras == {
         "value_learning_rate": 1e-4,
         "value_warmup_epochs": 0,
+        "rewards": None,
         "keep": "best",
         "minimum_accuracy": None,  # the reward stage's
         "guard": {"max_kl": 8.0, "min_entropy": 0.1, "min_length": 0.2, "max_score_drop": 1.5},

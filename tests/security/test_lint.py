@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN_CODE = {  # where code is run or found by name, and why that is none of a stranger's
-    "stages/judges.py": {"exec_module"},  # behind untrusted.check_code
+    "stages/rewards/code.py": {"exec_module"},  # behind untrusted.check_code
     "stages/contract.py": {"import_module"},  # of KINDS
     "pipeline/schema.py": {"import_module"},  # of KINDS, too
     "__init__.py": {"import_module"},  # of this package

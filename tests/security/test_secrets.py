@@ -20,9 +20,10 @@ from rlhf_recipes.findings import Finding
 from rlhf_recipes.pipeline import doctor
 from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.rewards import term
 from rlhf_recipes.recipe.tables import MirrorTable
 from rlhf_recipes.sources import fetch, mirror, trust
-from rlhf_recipes.stages import judges
+from rlhf_recipes.stages.rewards.rule import Said, load_rule
 from rlhf_recipes.text import masked
 from tests.helpers.commands import environment
 from tests.helpers.counting import RECIPE, Counting, toy
@@ -193,18 +194,18 @@ def test_a_judge_from_a_stranger_needs_a_person(
         run(recipe, runs=tmp_path / "runs")
     assert counting.ran == []
     with pytest.raises(UsageError, match=line):
-        judges.load_judge("python:./rule.py:score", tmp_path)
+        load_rule(term("python:./rule.py:score"), tmp_path)
 
 
 def test_the_shipped_judge_needs_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(trust.ALLOW)
     recipes = Path(cli.__file__).parents[1] / "recipes"
-    assert judges.load_judge("python:./chat/oracle.py:score", recipes)
+    assert load_rule(term("python:./chat/oracle.py:score"), recipes)
     for place in (tmp_path / "recipes", Path(f"{recipes}-evil")):  # of a like name, or a like start
         with pytest.raises(UsageError):
-            trust.check_judge("python:./oracle.py:score", place)
+            trust.check_judge(term("python:./oracle.py:score"), place)
     (tmp_path / "link.py").symlink_to(recipes / "chat" / "oracle.py")
-    trust.check_judge("python:./link.py:score", tmp_path)  # what it leads to is what is run
+    trust.check_judge(term("python:./link.py:score"), tmp_path)  # what it leads to is what is run
 
 
 def test_a_judge_is_run_as_it_is_written(tmp_path: Path, canary) -> None:
@@ -215,7 +216,9 @@ def test_a_judge_is_run_as_it_is_written(tmp_path: Path, canary) -> None:
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     to = importlib.util.cache_from_source(str(file))
     py_compile.compile(str(tmp_path / "evil.py"), to, invalidation_mode=mode)
-    assert judges.load_judge("python:./rule.py:score", tmp_path)("red", "blue") == 2
+    assert (
+        load_rule(term("python:./rule.py:score"), tmp_path)(Said("red", {}, "blue", [], True)) == 2
+    )
     assert len(list(Path(to).parent.iterdir())) == 1
 
 
