@@ -122,7 +122,8 @@ class Room:
             data = self.session and self.session.data(recipe.dataset_of(stage.name))
         most = lengths_of(recipe, stage, data)
         role = "reward_model"
-        foreign = role in recipe.kind(stage.name).roles and role not in stage.inputs
+        table = recipe.tables.get(stage.name)
+        foreign = bool(table and table.reward_model) and role not in stage.inputs
         return footprint(Sim(recipe, stage.name, foreign, most, self.card, self.config))
 
     def holds(self, need: Counter[str]) -> bool:

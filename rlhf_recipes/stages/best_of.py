@@ -8,6 +8,7 @@ PPO is rewarded: by the reward model, with the floor and the penalty for answers
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -23,17 +24,18 @@ from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.answers import (
     BATCH,
-    SCORERS,
     answer_length,
     answers_of,
     asked,
     asked_work,
+    column_of,
     sampling_memory,
     score,
     scoring_memory,
     trial,
 )
 from rlhf_recipes.stages.contract import StageContext, StageResult, Work
+from rlhf_recipes.stages.rewards.mixed import PART, Rewards
 from rlhf_recipes.store.digests import derive_seed
 from rlhf_recipes.store.files import write_json
 
@@ -64,7 +66,13 @@ def run(context: StageContext) -> StageResult:
     context.progress.update(total, total)
     ended = [ids[-1] == session.tokens.eos_id for _, ids in drawn]
     scores, penalty = torch.tensor(said[""]).double(), ppo.said("missing_eos_penalty")
-    rewards = fined(scores, torch.tensor(ended), penalty, _floor(context)).tolist()
+    about = (torch.tensor(ended), penalty, _floor(context))
+    if listed := Rewards.of(context):
+        own = said[f"{PART}{listed.model.name}_"] if listed.model else None
+        scored = None if own is None else torch.tensor(own).double()
+        rewards = listed.fined(scores, scored, *about).tolist()
+    else:
+        rewards = fined(scores, *about).tolist()
     rows = [slice(first, first + count) for first in range(0, len(drawn), count)]  # one a prompt
 
     # ---- gains
@@ -85,7 +93,7 @@ def run(context: StageContext) -> StageResult:
     with (output / "answers.jsonl").open("w") as out:
         for example, row in zip(examples, rows, strict=True):
             texts = [session.tokens.decode(ids) for _, ids in drawn[row]]
-            found = {SCORERS[who]: values[row] for who, values in said.items()}
+            found = {column_of(who): values[row] for who, values in said.items()}
             line = {"prompt": example.prompt, "answers": texts, "ended": ended[row], **found}
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
     write_json(output / "best_of.json", {"policy": start, "against": ppo.name, **curve})
@@ -99,6 +107,8 @@ def _floor(context: StageContext) -> float:
     if scorer := context.inputs.get("reward_model"):
         return read_floor(scorer)
     recipe, session = context.recipe, context.session
+    if not recipe.explorer.reward_model:
+        return math.inf
     folder = sources.model_folder(recipe.explorer.reward_model, recipe)
     foreign = open_foreign(folder, session.base, session.tokens)
     rows = pairs(session.data(recipe.dataset).train)

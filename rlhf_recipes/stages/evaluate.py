@@ -27,18 +27,19 @@ from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.recipe.wiring import wiring
 from rlhf_recipes.stages.answers import (
     BATCH,
-    SCORERS,
     Setting,
     answer_length,
     answers_of,
     asked,
     asked_work,
+    column_of,
     sampling_memory,
     score,
     scoring_memory,
     trial,
 )
 from rlhf_recipes.stages.contract import StageContext, StageResult, Work
+from rlhf_recipes.stages.rewards.mixed import PART
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -51,7 +52,7 @@ class Answers:
 
     ids: list[list[int]]
     eos: int
-    said: dict[str, list[float]]  # by SCORERS' keys; the reward model's, in units of the reward
+    said: dict[str, list[float]]  # as `answers.score` has it; models', in units of the reward
 
     @property
     def ended(self) -> list[bool]:
@@ -129,6 +130,9 @@ def _against(now: Answers, before: Answers, seed: int) -> dict[str, float]:
     numbers |= {f"{what}_pairs": sum(chosen) for what, chosen in alike.items()}
     for who in now.said:
         gains = [a - b for a, b in zip(now.said[who], before.said[who], strict=True)]
+        if who.startswith(PART):
+            numbers |= stats.measured(f"{who}gain", gains, seed)
+            continue
         wins = [(gain > 0) + 0.5 * (gain == 0) for gain in gains]
         for key, values in ((f"{who}win_rate", wins), (f"{who or 'score_'}gain", gains)):
             numbers |= stats.measured(key, values, seed)
@@ -214,9 +218,9 @@ def _write_answers(
         for i, example in enumerate(examples):
             row = {"prompt": example.prompt}
             row["answers"] = {name: decode(a.ids[i]) for name, a in given.items()}
-            for who, key in SCORERS.items():
+            for who in dict.fromkeys(["", *given[BASE].said]):
                 said = {name: a.said[who][i] for name, a in given.items() if who in a.said}
-                row |= {key: said} if said or not who else {}
+                row[column_of(who)] = said
             row["tokens"] = {name: len(a.ids[i]) for name, a in given.items()}
             row["ended"] = {name: a.ended[i] for name, a in given.items()}
             out.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -81,7 +81,7 @@ def go(tiny_model: Path, tiny_pairs: Path, tmp_path: Path) -> Go:
 def train(recipe: str, folder: Path, sets: dict[str, Any]) -> dict[str, Any]:
     """Digests of all outputs; each stage's metrics.jsonl, its record's metrics and summary."""
     (folder / "tiny.toml").write_text(recipe)
-    told = [f"{key}={json.dumps(value)}" for key, value in sets.items()]
+    told = [f"{k}={json.dumps(v, separators=(', ', ' = '))}" for k, v in sets.items()]
     runner.run(load_recipe(folder / "tiny.toml", set=told), runs=folder)
     found: dict[str, Any] = {}
     for stage in sorted((folder / ".stages").glob("[!.]*-*")):
@@ -197,6 +197,25 @@ def test_so_it_does_in_other_settings(
         with cut("sft", step):
             go(sets)
     assert go(sets) == whole(sets)
+
+
+def test_so_does_ppo_on_rules_with_its_counts(
+    whole: Go, go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers over a bound are counted on from where the checkpoint was written."""
+    monkeypatch.setattr("rlhf_recipes.stages.rewards.rule.LARGEST", 12)
+    ppo = {key: value for key, value in CHAIN.items() if key.startswith("ppo")}
+    rules = [{"rule": "words", "at_most": 2}, {"rule": "json", "weight": 0.5}]
+    sets = SFT | ppo | {"stages": ["sft", "ppo"], "ppo.rewards": rules}
+    for step in (2, 4):
+        with cut("ppo", step):
+            go(sets)
+    found = go(sets)
+    assert found == whole(sets)
+    [ppo_stage] = [
+        lines for name, lines in found.items() if name.startswith("ppo") and "/" not in name
+    ]
+    assert ppo_stage[-1]["over.json"] > 0
 
 
 def test_a_request_to_stop_is_no_end_of_the_epoch(whole: Go, go: Go, tmp_path: Path) -> None:

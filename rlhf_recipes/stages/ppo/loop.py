@@ -45,6 +45,7 @@ from rlhf_recipes.stages.ppo import checks
 from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Learned, Loss, Rollout, Rows, masked_mean
+from rlhf_recipes.stages.rewards.mixed import REWARDS, Rewards
 from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
@@ -71,7 +72,8 @@ class OnPolicyTrainer(Resumable, Trainer):
     {"input_ids": prompt}. `on_update(trainer, rollout, metrics)` is called after each update. The
     reference must equal the policy at the start unless `other_reference`. With `keep="best"` the
     policy ends as it was where score - kl_coef × KL was highest on `validation_prompts`, within
-    `limits.max_kl`, its start included.
+    `limits.max_kl`, its start included. With `rewards` a score is their sum, the prompts are
+    `mixed.Prompt`s, and there need be no reward model.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         processing_class: PreTrainedTokenizerBase,
         model: Role,
         ref_model: Role,
-        reward_model: Role,
+        reward_model: Role | None,
         train_dataset: Sequence[dict[str, list[int]]],
         *,
         key: str,
@@ -92,6 +94,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         validation_prompts: Sequence[list[int]] = (),
         on_update: Callable[[Any, Rollout, dict[str, float]], None] = lambda *_: None,
         copies: int = 1,
+        rewards: Rewards | None = None,
     ):
         self.key, self.progress = key, progress
         self.policy_model, self.ref_model, self.reward_model = model, ref_model, reward_model
@@ -105,6 +108,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         self.metrics: dict[str, float] = {}  # the last update's
         self.on_update = on_update
         self.skipped = 0  # optimizer steps
+        self.rewards = rewards
         self.copies = copies  # answers to a prompt in an update
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.mini_batch_size, rest = divmod(self.batch_size, args.num_mini_batches)
@@ -119,7 +123,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             eval_dataset=list(validation_prompts),
             processing_class=processing_class,
         )
-        for role in {model, ref_model, reward_model, *self.learners}:
+        for role in {model, ref_model, reward_model, *self.learners} - {None}:
             disable_dropout_in_model(role)  # LoRA's
         self.create_optimizer_and_scheduler(self.updates)
         self.scaled = model.dtype == torch.float16
@@ -227,6 +231,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             "stopped": self.stopped,
             "metrics": self.metrics,
             "scale": [self.loss_scale, self.skipped],
+            "over": self.rewards.over if self.rewards else {},
         }
 
     def carry(self, kept: dict[str, Any]) -> None:
@@ -235,6 +240,8 @@ class OnPolicyTrainer(Resumable, Trainer):
             self.best = Best(*kept["best"], _copies(self.policy_model.trainable()))
         self.stopped, self.metrics = kept["stopped"], kept["metrics"]
         self.loss_scale, self.skipped = kept["scale"]
+        if self.rewards:
+            self.rewards.carry(kept["over"])
 
     def _every(self, steps: float) -> int:
         """A number of updates, also where it is given as a share of all of them."""
@@ -293,12 +300,19 @@ class OnPolicyTrainer(Resumable, Trainer):
                 whole = seen.setdefault(name, part.new_zeros(shape))
                 whole[(rows, slice(part.shape[-1]))[: part.dim()]] = part
         ended = ended.to(self._device)
-        seen["scores"] = fined(seen["scores"], ended, args.missing_eos_penalty, self.floor)
+        given, means = (args.missing_eos_penalty, self.floor), dict[str, float]()
+        if self.rewards is None:
+            seen["scores"] = fined(seen["scores"], ended, *given)
+        else:
+            answered = [(prompt.example, ids) for prompt, ids in zip(prompts, answers, strict=True)]
+            paid = self.rewards.pay(answered, seen.get("scores"), ended, *given)
+            seen["scores"], means = paid
         return Rollout(
             sequences=sequences,
             mask=columns < sequences.lengths[:, None],
             value_mask=columns < sequences.lengths[:, None] + 1,
             ended=ended,
+            rewards=means,
             **seen,
         )
 
@@ -310,8 +324,9 @@ class OnPolicyTrainer(Resumable, Trainer):
             seen["logprobs"], seen["entropy"] = logprobs(policy, ids, mask, answer, temperature)
         with reference.active():
             seen["ref_logprobs"], _ = logprobs(reference, ids, mask, answer, temperature)
-        with self.reward_model.active():
-            seen["scores"] = score(self.reward_model, ids, mask, chunk.last)
+        if self.reward_model is not None:
+            with self.reward_model.active():
+                seen["scores"] = score(self.reward_model, ids, mask, chunk.last)
         return seen
 
     @property
@@ -402,6 +417,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             "val/ended": rollout.ended.float().mean(),
             "val/length": rollout.sequences.lengths.float().mean(),
             "val/entropy_per_token": masked_mean(rollout.entropy, rollout.mask),
+            **{f"{REWARDS}{name}": mean for name, mean in rollout.rewards.items()},
         }
         return {name: float(number) for name, number in numbers.items()}
 

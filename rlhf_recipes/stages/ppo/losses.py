@@ -6,6 +6,7 @@ of the whole mini-batch, so that how it is cut into micro-batches changes nothin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +29,8 @@ class Rollout:
     ended: torch.Tensor  # [batch], whether the answer ends in EOS
     entropy: torch.Tensor
     values: torch.Tensor | None = None  # where there is a critic
+    # By reward, where there are several: its mean over the answers that it speaks of.
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
+from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
@@ -42,6 +43,8 @@ from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
 from rlhf_recipes.stages.ppo.loop import OnPolicyTrainer
 from rlhf_recipes.stages.ppo.losses import Rollout
 from rlhf_recipes.stages.reward import measure
+from rlhf_recipes.stages.rewards.mixed import Prompt, Rewards
+from rlhf_recipes.stages.rewards.rule import told_over
 
 ROLLOUT = "local_rollout_forward_batch_size"
 Options = Mapping[str, Any]
@@ -69,22 +72,25 @@ def run(context: StageContext, method: Method) -> StageResult:
     table = recipe.table(context.name)
     options = method.options(table)
     data, prompts = training.load_rows(context)
-    validation = [example.prompt_ids for example in unique_prompts(data.validation)]
+    validation = unique_prompts(data.validation, columns_of(recipe, context.name))
 
-    # ---- a reward model that is worth it
+    # ---- a reward model that is worth it, or rules alone
     base, scorer = session.base, context.inputs.get("reward_model")
-    minimum, key = minimum_accuracy(recipe, table)
+    rewards, minimum, key = Rewards.of(context), *minimum_accuracy(recipe, table)
+    reward, floor, told = None, math.inf, {}
     if scorer is not None:
-        found, told = json.loads((scorer / stats.FILE).read_text())["metrics"], {}
-    else:
+        found = json.loads((scorer / stats.FILE).read_text())["metrics"]
+    elif table.reward_model:
         folder = sources.model_folder(table.reward_model, recipe)
         reward = open_foreign(folder, base, session.tokens)
         floor = floor_of(reward, pairs(data.train), session.tokens.pad_id, options[ROLLOUT])
         found = measure(context, reward, data, 1.0, options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
         told = {f"{name}.{metric}": number for metric, number in found.items()}
-    if doubt := stats.gate(found, minimum, key):
-        context.progress.note(doubt)
+    if table.reward_model:
+        told["minimum_accuracy"] = minimum
+        if doubt := stats.gate(found, minimum, key):
+            context.progress.note(doubt)
 
     # ---- the roles on one base
     start = context.inputs.get("policy")
@@ -107,7 +113,8 @@ def run(context: StageContext, method: Method) -> StageResult:
     # ---- training
     report = Report(context, prompts)
     if math.isinf(floor):
-        context.progress.note("no pairs: a cut-off answer keeps its score, less the penalty")
+        why = "no pairs" if table.reward_model else "rules alone"
+        context.progress.note(f"{why}: a cut-off answer keeps its score, less the penalty")
     if table.extras["keep"] == "best" and not validation:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
     trainer = method.trainer(
@@ -116,12 +123,13 @@ def run(context: StageContext, method: Method) -> StageResult:
         model=policy,
         ref_model=reference,
         reward_model=reward,
-        train_dataset=[{"input_ids": example.prompt_ids} for example in prompts],
+        train_dataset=[{"input_ids": Prompt(example)} for example in prompts],
+        rewards=rewards,
         other_reference="reference" in context.inputs,
         floor=floor,
         limits=Limits(**table.extras["guard"]),
         keep=table.extras["keep"],
-        validation_prompts=validation[:VALIDATION_PROMPTS],
+        validation_prompts=[Prompt(example) for example in validation[:VALIDATION_PROMPTS]],
         on_update=report,
         key=context.key,
         progress=context.progress,
@@ -144,7 +152,7 @@ def run(context: StageContext, method: Method) -> StageResult:
     if method.critic:
         (output / "value").mkdir()
         base.save(value, output / "value")
-    base.close(reference, reward, *learners)
+    base.close(reference, *filter(None, [reward]), *learners)
     first, last = trainer.guard.first, trainer.metrics
     metrics = {
         "updates": trainer.state.global_step,
@@ -154,7 +162,6 @@ def run(context: StageContext, method: Method) -> StageResult:
         "train_kl": last["objective/kl"],
         "train_length": last["val/length"],
         "stopped": trainer.stopped,
-        "minimum_accuracy": minimum,
         **({"skipped_steps": trainer.skipped} if trainer.scaled else {}),
         **told,
     }
@@ -162,6 +169,10 @@ def run(context: StageContext, method: Method) -> StageResult:
         metrics |= {"kept_update": trainer.best.update, "validation_score": trainer.best.score}
         metrics |= {"validation_objective": trainer.best.objective}
         metrics["kept_by"] = f"score - {trainer.args.kl_coef:g} × KL on validation prompts"
+    if rewards:
+        metrics |= {f"over.{rule}": sum(n.values()) for rule, n in rewards.over.items()}
+        for phrase in told_over(rewards.over):
+            context.progress.note(phrase)
     before, now = metrics["train_score_first"], metrics["train_score"]
     summary = f"score {before:+.2f} → {now:+.2f}, KL {metrics['train_kl']:.2f}"
     if metrics.get("kept_update", trainer.state.global_step) != trainer.state.global_step:
@@ -268,7 +279,9 @@ def memory(sim: Sim, method: Method) -> Iterator[Held]:
     if sim.card:  # there it is as many as the rest of the memory holds
         sampled = min(sampled, scored)
     trained = ["policy", "value"] if method.critic else ["policy"]
-    with sim.model(*trained, "reference", "reward", trained=trained) as (tracker, roles):
+    names = [*trained, "reference"]
+    names += ["reward"] if sim.recipe.table(sim.name).reward_model else []
+    with sim.model(*names, trained=trained) as (tracker, roles):
         policy, value = roles[0], roles[1] if method.critic else None
         learners = roles[: len(trained)]
         for role in learners:
