@@ -44,6 +44,8 @@ NEEDS: dict[str, list[tuple[tuple[str, ...], int]]] = {
 }
 # `regex` unrolls counted repeats as it compiles: ((a{1000}){1000}){1000} took 63 s and 8 GB.
 LONGEST, MOST_REPEATS = 300, 10_000
+# How their numbers are called: each one's mean in the lines of training, and in the results.
+LOGGED, PART = "objective/rewards/", "reward."
 WEIGHT = Field(("float",), 1.0)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from rlhf_recipes.findings import percent
+from rlhf_recipes.recipe.rewards import LOGGED
 from rlhf_recipes.report import svg
 from rlhf_recipes.report.facts import Facts, Stage, number
 from rlhf_recipes.report.svg import BAD, BASE, MUTED, PPO, SFT, Plot
@@ -74,7 +75,7 @@ def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
     low, high = (gain if end is None else end for end in around)
     whose, unit = "the judge", "gain, the judge's points"
     if by == "score":
-        whose, unit = "the reward model", "gain, units of the reward"
+        whose, unit = facts.scorer, "gain, units of the reward"
     who, best = facts.plain_title(name), []
     told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
     if facts.best_of.get("against") == name:
@@ -126,7 +127,9 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
     """Score, KL, entropy, length, value loss and clip share, with the guards."""
     guard = facts.of(stage.name, "guard") or {}
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
-    for key, (what, form, watch) in CURVES.items():
+    logged = dict.fromkeys(key for row in stage.curve for key in row if key.startswith(LOGGED))
+    parts = {key: (f"the reward {key.removeprefix(LOGGED)}", "+.2f", "") for key in logged}
+    for key, (what, form, watch) in (CURVES | parts).items():
         xs, ys = stage.series(key)
         if len(xs) < LEAST:
             continue
@@ -149,7 +152,7 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
                 svg.say(axes, "kept", (kept, 1), (0, 2), va="bottom", fontsize=10, **at)
             if key == "val/explained_variance":
                 axes.axhline(0, color=MUTED, linewidth=1)
-            elif key != "score":
+            elif key != "score" and key not in parts:
                 axes.set_ylim(bottom=0)
             if form == ".1%":
                 svg.percents(axes.yaxis)
@@ -160,8 +163,8 @@ def _meaning(key: str, values: Sequence[float], form: str) -> str:
     """What a curve of PPO's says, in a line."""
     (first, last), went = ends(values), _went(values, form)
     change = last / first if first else 1.0
-    if key == "score":
-        return f"The score {went}"
+    if key == "score" or key.startswith(LOGGED):
+        return f"The {key if key == 'score' else f'reward {key.removeprefix(LOGGED)}'} {went}"
     if key == "KL":
         return f"It moved {last:.1f} nats an answer away from its start"
     if key == "val/entropy_per_token":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.recipe.kinds import KINDS, makes
+from rlhf_recipes.recipe.rewards import Term, terms
 from rlhf_recipes.stats import Share, wilson
 from rlhf_recipes.store import files, layout
 
@@ -95,6 +96,23 @@ class Facts:
         table = self.recipe.get(stage)
         kind = table.get("kind", stage) if isinstance(table, dict) else ""
         return KINDS[kind].calls.get(key, key) if kind in KINDS else key
+
+    def rewards(self, stage: str) -> list[Term]:
+        """The list of rewards that a stage trained on; empty where its recipe has none."""
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            return terms(self.of(stage, "rewards"))
+        return []
+
+    def reward_model(self, stage: str) -> str | None:
+        listed = [one.model for one in self.rewards(stage) if one.model]
+        return self.of(stage, "reward_model") or next(iter(listed), None)
+
+    @property
+    def scorer(self) -> str:
+        """What the evaluation's scores are of: what was optimised last."""
+        last = [stage.name for stage in self.making("policy", explores=True)][-1:]
+        rules = [one for name in last for one in self.rewards(name) if not one.model]
+        return "the rewards" if rules else "the reward model"
 
     def stage(self, name: str) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)

@@ -146,11 +146,12 @@ def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, st
     alone = facts.number("judge.length_accuracy") or 0.0
     blind = trained and (trained.low <= 0.5 or trained.value <= alone)
     specs = (facts.recipe.get("evaluation") or {}).get("judge")
-    specs = [specs] if isinstance(specs, str) else list(specs or ())
+    specs = list(specs or ()) if isinstance(specs, list) else [specs]
     for by, spec in zip(("judge_", "judge2_"), [*specs, "", ""], strict=False):
         share = _wins(facts, name, by, over)
-        rule = str(spec).startswith("python:")
-        called = f"the rule `{spec.rpartition('/')[2].removeprefix('python:')}`" if rule else ""
+        rule = spec.get("rule") or spec.get("python") if isinstance(spec, dict) else spec
+        rule = rule if rule is not spec or str(spec).startswith("python:") else ""
+        called = f"the rule `{str(rule).rpartition('/')[2].removeprefix('python:')}`" * bool(rule)
         if share and not (blind and spec == INDEPENDENT):
             yield share, called or "a judge it was not trained against"
 
@@ -165,14 +166,15 @@ def winning(facts: Facts) -> Found:
     """By the reward model, and by the judges that it was not trained against."""
     for name, _, who, start in _trained(facts):
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
-        own, judged = facts.of(name, "reward_model"), list(_judges(facts, name))
+        own, judged = facts.reward_model(name), list(_judges(facts, name))
+        own = own or (name if facts.rewards(name) else None)
         price = f", at {kl:.1f} nats" if kl is not None else ""
         if gained := wins is not None and wins.low > 0.5:
-            text = f"{who} beat {start} on {said(wins, 'prompts')} by the reward model"
+            text = f"{who} beat {start} on {said(wins, 'prompts')} by {facts.scorer}"
             text += f"{' that it was trained against' if own else ''}{price}."
             other = 'No other judge to rely on: `evaluation.judge = "independent"` trains one'
             other += ", with `dataset.judge_fraction` over 0."
-            level, change = ("good", "") if judged else ("doubt", other)
+            level, change = ("good", "") if judged or own == name else ("doubt", other)
             yield Finding(level, name, text, change)
         elif wins and not _open(wins):
             yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
@@ -183,22 +185,23 @@ def winning(facts: Facts) -> Found:
             elif wins and own and gained:
                 if share.high < wins.low and not _open(share):
                     text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
-                    text += f"by its reward model, and on {percent(share.value)} "
-                    text += f"({interval(share)}) by {called}: it learned to please its reward "
-                    text += "model, not to answer better."
-                    change = f"{facts.slower(name)}; or give the reward model more pairs, of such "
-                    yield Finding("fault", own, text, f"{change}answers.")
+                    its = facts.scorer.replace("the", "its")
+                    text += f"by {its}, and on {percent(share.value)} ({interval(share)}) by "
+                    text += f"{called}: it learned to please {its}, not to answer better."
+                    more = "or give the reward model more pairs, of such answers"
+                    more = more if own != name else "or reward what its answers lack"
+                    yield Finding("fault", own, text, f"{facts.slower(name)}; {more}.")
             elif share.high < 0.5:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
                 yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
         yield from _only_by_length(facts, name, f"{who} wins against {start}")
-        shares = [(wins, "the reward model"), *judged] if wins else judged
+        shares = [(wins, facts.scorer), *judged] if wins else judged
         yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
 
 
 def _no_gain(facts: Facts, name: str, versus: str, wins: Share, kl: float | None) -> Finding:
     """None that even the reward model sees."""
-    text, change = f"{versus} on {said(wins, 'prompts')} by the reward model", facts.slower(name)
+    text, change = f"{versus} on {said(wins, 'prompts')} by {facts.scorer}", facts.slower(name)
     if facts.number(f"{name}.kept_update") == 0:
         text += ": no update beat its start on the validation prompts, so its start was kept."
     elif kl is not None and kl < STILL:
@@ -243,7 +246,7 @@ def over_base(facts: Facts) -> Found:
     starts = facts.starts()
     for name in [*starts][-1:]:
         over = "_over_base" if starts[name] != "base" else ""
-        own = [(share, "the reward model")] if (share := _wins(facts, name, "", over)) else []
+        own = [(share, facts.scorer)] if (share := _wins(facts, name, "", over)) else []
         for share, called in [*_judges(facts, name, over)] or own:
             text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
             if share.low > 0.5:
@@ -261,7 +264,7 @@ def against_best_of(facts: Facts) -> Found:
     counts = [key.split(".")[1] for key in facts.results if key.startswith("best_of.")]
     most = max((int(count) for count in counts if count.isdecimal()), default=0)
     kl, least = facts.number(f"{policy}.kl"), facts.number(f"best_of.{most}.kl")
-    for by, called in (("judge", "the judge"), ("score", "the reward model")):
+    for by, called in (("judge", "the judge"), ("score", facts.scorer)):
         ours, theirs = f"{policy}.{by}_gain", f"best_of.{most}.{by}_gain"
         gain, best = facts.number(ours), facts.number(theirs)
         if gain is not None and best and best > 0 and kl is not None and least:

@@ -121,7 +121,9 @@ def policies(facts: Facts) -> list[list[str]]:
     for key, words in said.items():
         cells = [_cell(facts, f"{name}.{key}") for name in names]
         if any(cells):
-            rows.append([words, *(cell or "—" for cell in cells)])
+            rows.append(
+                [words.replace("the reward model", facts.scorer), *(cell or "—" for cell in cells)]
+            )
     return rows
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rlhf_recipes.findings import LEVELS, Finding, Found, percent, said
 from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY as MINIMUM
-from rlhf_recipes.report import policy_rules
+from rlhf_recipes.report import policy_rules, reward_rules
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.stats import Share, wilson
 
@@ -25,7 +25,8 @@ LEARNED = 0.01  # of the loss: what SFT has to take off it
 def verdict(facts: Facts) -> list[Finding]:
     """What the rules found: faults first, in the order of the stages; then success, then doubts."""
     place = {stage.name: at for at, stage in enumerate(facts.stages)}
-    found = [finding for rule in (*RULES, *policy_rules.RULES) for finding in rule(facts)]
+    rules = (*RULES, *policy_rules.RULES, *reward_rules.RULES)
+    found = [finding for rule in rules for finding in rule(facts)]
     found.sort(key=lambda f: (LEVELS.index(f.level), place.get(f.about, len(place))))
     return found
 
@@ -126,7 +127,7 @@ def weak_unit(facts: Facts) -> Found:
     for stage in facts.making("reward_model", listed=True):
         name, margin = stage.name, facts.number(f"{stage.name}.margin")
         readers = [s.name for s in facts.making("policy", explores=True)]
-        readers = [one for one in readers if facts.of(one, "reward_model") == name]
+        readers = [one for one in readers if facts.reward_model(one) == name]
         if margin is not None and margin < WEAK and readers:
             text = f"The chosen answer of a test pair leads by {margin:.2f} of `{name}`'s units, "
             text += f"under {WEAK:g}: its scores spread more than a better and a worse answer "
@@ -181,7 +182,7 @@ def gate_lowered(facts: Facts) -> Found:
         least = facts.number(f"{stage.name}.minimum_accuracy")
         if least is None or least >= MINIMUM:
             continue
-        names = (facts.of(stage.name, "reward_model"), "foreign", "reward")
+        names = (facts.reward_model(stage.name), "foreign", "reward")
         found = [facts.number(f"{name}.accuracy") for name in names]
         value = next((one for one in found if one is not None), None)
         text = f"The gate before {facts.title(stage.name)} was lowered to {least:g}, from "

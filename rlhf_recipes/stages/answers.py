@@ -34,11 +34,11 @@ from rlhf_recipes.models.sampling import (
 )
 from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.rewards import Term
+from rlhf_recipes.recipe.rewards import PART, Term
 from rlhf_recipes.recipe.wiring import wiring, written_rules
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
-from rlhf_recipes.stages.rewards.mixed import PART, Answered, Rewards, said_of
+from rlhf_recipes.stages.rewards.mixed import Answered, Rewards, said_of
 from rlhf_recipes.stages.rewards.rule import load_rule, told_over
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.stages.training import FORWARD, load_rows

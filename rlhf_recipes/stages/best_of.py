@@ -20,6 +20,7 @@ from rlhf_recipes.data.rows import pairs
 from rlhf_recipes.models.fake_model import Held, Sim
 from rlhf_recipes.models.reward_model import fined, floor_of, open_foreign, read_floor
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.rewards import PART
 from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.answers import (
@@ -35,7 +36,7 @@ from rlhf_recipes.stages.answers import (
     trial,
 )
 from rlhf_recipes.stages.contract import StageContext, StageResult, Work
-from rlhf_recipes.stages.rewards.mixed import PART, Rewards
+from rlhf_recipes.stages.rewards.mixed import Rewards
 from rlhf_recipes.store.digests import derive_seed
 from rlhf_recipes.store.files import write_json
 

@@ -23,6 +23,7 @@ from rlhf_recipes.models.load import empty
 from rlhf_recipes.models.role import Role, logits, logprobs
 from rlhf_recipes.models.sampling import join
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.rewards import PART
 from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.recipe.wiring import wiring
 from rlhf_recipes.stages.answers import (
@@ -39,7 +40,6 @@ from rlhf_recipes.stages.answers import (
     trial,
 )
 from rlhf_recipes.stages.contract import StageContext, StageResult, Work
-from rlhf_recipes.stages.rewards.mixed import PART
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 

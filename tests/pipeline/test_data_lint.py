@@ -71,6 +71,16 @@ def test_what_is_dropped_is_said_by_reason(look: Lint) -> None:
     assert level == "note" and text.endswith(" × beyond the dataset's weight")  # as was asked for
 
 
+def test_a_column_that_no_row_has(look: Lint) -> None:
+    rows = [{**row, "gold": 7} for row in PAIRS]
+    listed = 'ppo.rewards=[{ rule = "number", column = "gold" }]'
+    assert {line.level for line in look(rows, listed)} == {"note"}
+    wrong = look.about("rows", rows, listed.replace("gold", "golden"))
+    what = 'no row has the column "golden" (did you mean "gold"?), which a rule names; there are '
+    held = "chosen, gold, prompt, rejected"
+    assert wrong[1:] == [("fault", f"{s}: {what}{held}") for s in ("ppo", "evaluation")]
+
+
 def test_answers_that_ppo_has_no_room_for(look: Lint) -> None:
     rows = [{**row, "chosen": "red " * (6 if i % 4 == 0 else 2)} for i, row in enumerate(PAIRS)]
     found = look(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf_recipes.sources.fetch import bring
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.fingerprint import Identities, fingerprints, tables_read
 from tests.helpers.recipes import MINIMAL, load, problems, write
+from tests.helpers.runs import call
 
 CODE = "def concise(prompt, answer):\n    return 1.0\n"
 
@@ -170,3 +172,18 @@ def test_a_function_of_a_stranger_needs_a_person(
     ):
         with pytest.raises(UsageError, match=r"has .*own\.py run on this machine \(read it first"):
             bring(load_recipe(write(tmp_path, text)), {})
+
+
+def test_check_says_that_no_row_has_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, ppo('[{ rule = "number", column = "answr" }]'))
+    row = {"prompt": "1 + 1", "chosen": "2", "rejected": "3", "answer": 2}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    lines, _ = call(monkeypatch, capfd, "check", str(file), code=1)
+    assert lines[-1].endswith(
+        'no row has the column "answr" (did you mean "answer"?), which a rule names; there are '
+        "answer, chosen, prompt, rejected"
+    )
+    call(monkeypatch, capfd, "check", str(file), "--set", "evaluation=false", code=1)
+    assert not call(monkeypatch, capfd, "check", str(file), "--unset", "ppo.rewards")[1]

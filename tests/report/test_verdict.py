@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_recipes.findings import Finding
+from rlhf_recipes.report import charts
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.verdict import verdict
 from tests.helpers.told import GOOD, shares, told
@@ -276,6 +277,49 @@ def test_a_written_rule_is_named_and_a_second_judge_counts(tmp_path: Path) -> No
     ]
 
 
+# ---- a list of rewards
+
+LISTED = ["reward", {"rule": "words", "at_most": 9, "weight": 0.5}, {"rule": "ended", "weight": -1}]
+
+
+def paid(name: str, then: float, now: float, half: float = 0.1) -> dict[str, float]:
+    scores = {f"sft.reward.{name}_score": then, f"ppo.reward.{name}_score": now}
+    return scores | shares(f"ppo.reward.{name}_gain", now - then, half)
+
+
+def test_the_verdict_says_which_reward_paid(tmp_path: Path) -> None:
+    changes = paid("reward", 0.1, 0.9) | paid("words", 0.8, 0.4, 0.5) | paid("ended", 1.0, 0.75)
+    findings = found(tmp_path, changes, recipe={"ppo": {"reward_model": "", "rewards": LISTED}})
+    [note] = [one for one in findings if "by each reward" in one.text]
+    assert (note.level, note.about) == ("note", "ppo")
+    assert note.text == (
+        "SFT → PPO, by each reward on the test prompts: `reward` 0.10 → 0.90 (pays +0.80, 0.70 to "
+        "0.90), `words` 0.80 → 0.40 (pays −0.20, −0.45 to 0.05), `ended` 1.00 → 0.75 (pays +0.25, "
+        "0.15 to 0.35)."
+    )
+    [won] = [one for one in findings if "beat SFT on 90 %" in one.text]
+    assert "by the rewards that it was trained against" in won.text
+
+
+def test_a_reward_that_falls_as_the_sum_rises_is_a_doubt(tmp_path: Path) -> None:
+    changes = paid("reward", 0.1, 0.9) | paid("words", 0.8, 0.4)
+    findings = found(tmp_path, changes, recipe={"ppo": {"rewards": LISTED}})
+    [doubt] = [one for one in findings if "by each reward" in one.text]
+    assert doubt.level == "doubt" and doubt.text.endswith(" The sum rose, and `words` fell.")
+    assert doubt.change.startswith("Read some answers. Raise the weight of `words`")
+
+
+def test_rules_alone_need_no_other_judge_to_be_good(tmp_path: Path) -> None:
+    rules = {"reward_model": "", "rewards": [{"rule": "ended"}]}
+    none = dict.fromkeys(("ppo.judge_win_rate", "ppo.minimum_accuracy"))
+    words = {"recipe": {"ppo": rules, "evaluation": {"judge": "none"}}}
+    [won] = [one for one in found(tmp_path, none, **words) if "beat SFT on 90 %" in one.text]
+    assert won.level == "good" and "by the rewards that it was trained against" in won.text
+    judge = {"evaluation": {"judge": {"rule": "number", "column": "answer"}}, "ppo": rules}
+    findings = found(tmp_path / "judged", None, recipe=judge)
+    assert "by the rule `number`, at 6.2 nats." in findings[0].text
+
+
 def test_a_reward_model_that_knows_its_training_pairs_by_heart(tmp_path: Path) -> None:
     for accuracy, words, change in [
         (0.99, "Of its training pairs it ranked 99 % right: by heart.", "fewer `reward.num_train"),
@@ -388,3 +432,11 @@ def test_nothing_that_is_missing_or_damaged_stops_it(tmp_path: Path) -> None:
     assert verdict(Facts(run)) == []
     (run / "manifest.json").write_text('{"format": 1, "stages": [3, {"name": "x"}]}')
     assert [one.level for one in verdict(Facts(run))] == ["doubt"]
+
+
+def test_each_reward_has_a_plot_of_its_own(tmp_path: Path) -> None:
+    rows = [{"step": i, "objective/rewards/words-2": -0.1 * i, "score": 1.0} for i in range(5)]
+    facts = Facts(told(tmp_path, curves={"ppo": rows}))
+    plots = {plot.name: plot.title for plot in charts.ppo(facts, facts.stage("ppo"))}
+    assert plots["ppo-objective-rewards-words-2"] == "The reward words-2 fell from +0.00 to −0.40"
+    assert [*plots] == ["ppo-score", "ppo-objective-rewards-words-2"]

@@ -39,13 +39,14 @@ from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import Role, logprobs, score
 from rlhf_recipes.models.sampling import Sequences, join, rows_at_once, sample
 from rlhf_recipes.recipe.kinds import Limits
+from rlhf_recipes.recipe.rewards import LOGGED
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo import checks
 from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Learned, Loss, Rollout, Rows, masked_mean
-from rlhf_recipes.stages.rewards.mixed import REWARDS, Rewards
+from rlhf_recipes.stages.rewards.mixed import Rewards
 from rlhf_recipes.stages.training import two_rates
 from rlhf_recipes.store.digests import derive_seed
 
@@ -417,7 +418,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             "val/ended": rollout.ended.float().mean(),
             "val/length": rollout.sequences.lengths.float().mean(),
             "val/entropy_per_token": masked_mean(rollout.entropy, rollout.mask),
-            **{f"{REWARDS}{name}": mean for name, mean in rollout.rewards.items()},
+            **{f"{LOGGED}{name}": mean for name, mean in rollout.rewards.items()},
         }
         return {name: float(number) for name, number in numbers.items()}
 

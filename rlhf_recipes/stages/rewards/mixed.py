@@ -17,8 +17,6 @@ from rlhf_recipes.recipe.wiring import rewards_of
 from rlhf_recipes.stages.contract import StageContext
 from rlhf_recipes.stages.rewards.rule import Said, load_rule, silent
 
-REWARDS = "objective/rewards/"  # begins the names of their means in an update's metrics
-PART = "reward."  # begins the names of a part's numbers: "reward.words_gain"
 Answered = Sequence[tuple[Example, list[int]]]
 Parts = dict[str, list[float | None]]  # by the reward's name, before its weight
 
