@@ -5,7 +5,38 @@ from collections.abc import Iterator, Mapping
 from rlhf_recipes.recipe.aliases import names
 from rlhf_recipes.recipe.fields import TYPE_NAMES, Field, Keys, fields_for, show
 from rlhf_recipes.recipe.kinds import BITSANDBYTES, KINDS, LORA, listed
+from rlhf_recipes.recipe.rewards import RULES
 from rlhf_recipes.recipe.tables import top_keys
+
+GIVES = {
+    "equals": "1 where the answer is the text; case and outer spaces count with `exact`",
+    "contains": "1 where the answer contains the text",
+    "matches": "1 where the pattern (of the package `regex`) is found, in 0.1 s an answer",
+    "number": "1 where the last number of the answer is that of the column, within `tolerance`",
+    "math": "1 where math-verify says that the answer equals the column (the extra `[math]`)",
+    "words": "1 within the bounds; less with each word, to 0 at twice `at_most` or without words",
+    "json": "1 where the answer is JSON, with these `keys`: up to 64 KiB, nested up to 100 deep",
+    "ended": "1 where the answer ended by itself",
+    "think": "TRL's `think_format_reward`: 1 for `<think>…</think>…`",
+    "repetition": "TRL's `get_repetition_penalty_reward`: from 0 to −1",
+    "overlong": "TRL's `get_soft_overlong_punishment`: from 0 to −1",
+}
+REWARDS = """\
+## Rules
+
+A rule is an entry of `rewards`, or the `judge` of `[evaluation]`:
+`{ rule = "words", at_most = 60 }`. In `rewards` it may have a `weight`; left out, that is 1. A
+`column` is of the dataset's rows.
+
+`{ python = "./FILE.py:FUNCTION", column = "…" }` is a function of a prompt, an answer and, if it
+has a third parameter, the named columns of the row. It gives a number, or None: not about this row.
+A rule is not about a row that lacks its column. Other rewards then score that row.
+
+An answer over a bound of time, size or depth gets 0. Each stage says how many did. PPO's results
+count them.
+
+| rule | settings | gives |
+|---|---|---|"""
 
 OPENING = """\
 # Every key
@@ -76,7 +107,10 @@ def keys_md() -> str:
     parts += ["`[ppo.guard]`:\n", *passed({"guard": KINDS["ppo"].extras["guard"]}), ""]
     for name, keys in own.items():
         parts += [f"## `[{name}]`\n", *passed({name: keys}), ""]
-    parts += ["## Set by another key, or by the program\n", "| keys | in | belongs to |"]
+    parts += [REWARDS]
+    for rule, settings in RULES.items():
+        parts.append(f"| `{rule}` | {', '.join(f'`{key}`' for key in settings)} | {GIVES[rule]} |")
+    parts += ["", "## Set by another key, or by the program\n", "| keys | in | belongs to |"]
     parts += ["|---|---|---|", *closed("owned"), ""]
     parts += ["## Refused\n", "| keys | in | why |", "|---|---|---|", *closed("refused"), ""]
     parts += ["## What other tools call them\n", "| elsewhere | here |", "|---|---|"]

@@ -24,7 +24,7 @@ ELSEWHERE = {
     "penalty_reward_value=ppo.missing_eos_penalty",
     "TRL's other trainers": "max_new_tokens=ppo.response_length beta=ppo.kl_coef epsilon=ppo.cliprange "
     "max_completion_length=ppo.response_length max_prompt_length=dataset.max_prompt_tokens "
-    "reward_funcs=ppo.reward_model max_seq_length=dataset.max_prompt_tokens rpo_alpha=dpo.loss_type",
+    "reward_funcs=ppo.rewards max_seq_length=dataset.max_prompt_tokens rpo_alpha=dpo.loss_type",
     "TRL's command line": "model_name_or_path=model.name model_revision=model.revision lora_r=lora.r "
     "torch_dtype=model.dtype use_peft=lora lora_target_modules=lora.target_modules "
     "dataset_name=dataset.path dataset_train_split=dataset.split dataset_test_split=dataset.test_split",

@@ -188,6 +188,8 @@ def test_a_function_takes_prompt_and_answer_and_if_it_asks_the_row(tmp_path: Pat
     three = "def own(prompt, answer, row):\n    return row.get('gold') and row['gold'] == answer\n"
     asked = function(tmp_path, three, column="gold")
     assert (asked(said("red", gold="red")), asked(said("red"))) == (1.0, None)
+    own = "def own(prompt, answer, row):\n    return len(row)\n"  # not what other rules name
+    assert function(tmp_path, own, column=["gold", "gone"])(said("red", gold=1, other=2)) == 1
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])

@@ -225,7 +225,14 @@ def load_rule(term: Term, base: Path) -> Rule | None:
         raise
     except Exception as error:
         raise _trouble(term, error) from error
-    return Rule(term, lambda said: function(said.prompt, said.text, *[dict(said.row)] * rows))
+
+    def ask(said: Said) -> float | None:
+        if not rows:
+            return function(said.prompt, said.text)
+        own = {name: said.row[name] for name in term.columns if name in said.row}
+        return function(said.prompt, said.text, own)
+
+    return Rule(term, ask)
 
 
 def told_over(over: Mapping[str, Mapping[str, int]]) -> list[str]:
