@@ -15,7 +15,7 @@ from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.reward_model import read_floor
 from rlhf_recipes.recipe.load import load_recipe
 from tests.helpers.chains import Chain
-from tests.helpers.tiny import RECIPE, WORDS
+from tests.helpers.tiny import OTHERS, RECIPE, WORDS
 
 pytestmark = pytest.mark.train
 
@@ -181,33 +181,62 @@ def keyed(tiny_model: Path, tmp_path: Path) -> Path:
     return file
 
 
+def seen_by_a_function(folder: Path, kind: str) -> tuple[str, Path]:
+    """Rewards of a stage: a rule, and a function that notes what it is shown in a file."""
+    log = folder / "seen.jsonl"
+    code = "import json\ndef seen(prompt, answer, row):\n    with open(%r, 'a') as out:\n"
+    code += "        out.write(json.dumps([prompt, answer, row]) + '\\n')\n    return 0.0\n"
+    (folder / "seen.py").write_text(code % str(log))
+    seen = '{ python = "./seen.py:seen", column = "gold" }'
+    return f'{kind}.rewards=[{{ rule = "contains", column = "gold" }}, {seen}]', log
+
+
+def scored_by_hand(log: Path, chain: Chain) -> list[list[Any]]:
+    """Each update's prompts, answers and rows, whose mean is what was told of that update."""
+    said = lines(log)
+    updates = [said[start : start + 16] for start in range(0, len(said), 16)]
+    for update, told in zip(updates, chain.progress.updates, strict=True):
+        by_hand = fmean(float(row["gold"] in answer) for _, answer, row in update)
+        assert told[f"{REWARDS}contains"] == pytest.approx(by_hand)
+    assert all(row.keys() == {"gold"} for update in updates for *_, row in update)
+    return updates
+
+
 def test_a_rule_sees_the_columns_of_its_own_row(
     keyed: Path, tmp_path: Path, chain_of: Callable[..., Chain]
 ) -> None:
     """And only those that are named; prompts that differ in them alone are two prompts."""
-    log = tmp_path / "seen.jsonl"
-    code = "import json\ndef seen(prompt, answer, row):\n    with open(%r, 'a') as out:\n"
-    code += "        out.write(json.dumps([prompt, answer, row]) + '\\n')\n    return 0.0\n"
-    (tmp_path / "seen.py").write_text(code % str(log))
-    seen = '{ python = "./seen.py:seen", column = "gold" }'
-    changes = [f'ppo.rewards=[{{ rule = "contains", column = "gold" }}, {seen}]']
-    changes += ["ppo.total_episodes=160", "ppo.eval_strategy=no", "ppo.keep=last"]
+    rewards, log = seen_by_a_function(tmp_path, "ppo")
+    changes = [rewards, "ppo.total_episodes=160", "ppo.eval_strategy=no", "ppo.keep=last"]
     chain = chain_of(*changes, recipe=keyed)
     chain.run("ppo", {"policy": "sft"})
     data = chain.session.data(chain.recipe.dataset)
     prompts = data.learned("prompts", ["gold"])
     assert len(prompts) == 2 * len(data.learned("prompts")) == len(data.train)
     assert all(example.row == {"gold": example.row["gold"]} for example in prompts)
-    said = [json.loads(line) for line in log.read_text().splitlines()]
-    drawn = {(prompt, row["gold"]) for prompt, _, row in said}
-    assert len(said) == 160 and all(row.keys() == {"gold"} for *_, row in said)
+    updates = scored_by_hand(log, chain)
+    drawn = {(prompt, row["gold"]) for update in updates for prompt, _, row in update}
+    assert len(updates) == 10
     assert len(drawn) == len(prompts)  # each of them was drawn, none twice in an epoch
-    updates = [said[start : start + 16] for start in range(0, 160, 16)]
-    for update, told in zip(updates, chain.progress.updates, strict=True):
-        by_hand = fmean(float(row["gold"] in answer) for _, answer, row in update)
-        assert told[f"{REWARDS}contains"] == pytest.approx(by_hand)
     assert not any("gold" in note for note in chain.progress.notes)  # not "not used"
     assert "rows: columns that are not used: other" in chain.progress.notes
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_group_has_the_columns_of_one_row(
+    keyed: Path, tmp_path: Path, chain_of: Callable[..., Chain], kind: str
+) -> None:
+    keyed.write_text(keyed.read_text().replace('"sft", "ppo"', f'"sft", "{kind}"') + OTHERS)
+    rewards, log = seen_by_a_function(tmp_path, kind)
+    changes = [f"{kind}.{key}" for key in ("max_steps=8", 'eval_strategy="no"', 'keep="last"')]
+    chain = chain_of(rewards, *changes, recipe=keyed)
+    result = chain.run(kind, {"policy": "sft"})
+    updates = scored_by_hand(log, chain)
+    assert len(updates) == result.metrics["updates"] > 1
+    for update in updates:
+        groups = [update[start : start + 4] for start in range(0, 16, 4)]
+        assert all(len({(prompt, row["gold"]) for prompt, _, row in one}) == 1 for one in groups)
+        assert len({prompt for prompt, *_ in update}) > 1
 
 
 def test_a_row_that_no_reward_speaks_of_is_named(
