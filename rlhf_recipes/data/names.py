@@ -39,6 +39,8 @@ NAMES = {
     "responses": ("responses", "completions", "answers", "outputs", "output", "generations"),
     "scores": ("scores", "ratings", "overall_scores"),
     "ranks": ("ranks", "rankings", "ranking"),
+    "score_chosen": ("score_chosen", "chosen_score", "chosen_rating"),
+    "score_rejected": ("score_rejected", "rejected_score", "rejected_rating"),
 }
 
 

@@ -86,7 +86,11 @@ def test_a_killed_ppo_stage_goes_on_and_ends_with_the_same_bytes(
     ("rows", "stage", "wrong"),
     [
         (["prompt"], "sft", "sft: no answers on the train side"),
-        (["prompt", "completion"], "reward", "reward: no pairs on the train side"),
+        (
+            ["prompt", "completion"],
+            "reward",
+            "reward: no pairs on the train side, nor labels of both kinds",
+        ),
         (["prompt", "completion"], "dpo", "dpo: no pairs on the train side"),
         ([], "ppo", "ppo: no prompts on the train side"),
     ],

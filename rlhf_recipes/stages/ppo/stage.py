@@ -21,7 +21,7 @@ from trl.experimental.ppo import PPOConfig
 
 from rlhf_recipes import signals, stats
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import Example, pairs, unique_prompts
+from rlhf_recipes.data.rows import Example, unique_prompts
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, learning, sampling
 from rlhf_recipes.models.reward_model import (
     floor_of,
@@ -39,9 +39,9 @@ from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages.evidence import measure
 from rlhf_recipes.stages.ppo.losses import Rollout
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
-from rlhf_recipes.stages.reward import measure
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
@@ -64,7 +64,7 @@ def run(context: StageContext) -> StageResult:
     else:
         folder = sources.model_folder(table.reward_model, recipe)
         reward = open_foreign(folder, base, session.tokens)
-        floor = floor_of(reward, pairs(data.train), session.tokens.pad_id, table.options[ROLLOUT])
+        floor = floor_of(reward, data.rejected, session.tokens.pad_id, table.options[ROLLOUT])
         found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
         told = {f"{name}.{metric}": number for metric, number in found.items()}
