@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from rlhf_recipes.data.compared import compare
 from rlhf_recipes.data.shapes import Row, further, margin, understand
 from rlhf_recipes.data.tokens import Tokens, texts
-from rlhf_recipes.data.turns import Unusable
+from rlhf_recipes.data.turns import Messages, Unusable
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Example:
     weight: float = 1.0  # of the pair in a reward model's loss
     # The further pairs of a row that rates several answers. The pair above is the widest apart.
     others: tuple[Example, ...] = ()
+    turns: Messages = field(default_factory=list, compare=False, repr=False)  # the prompt's
 
 
 def answered(examples: Iterable[Example]) -> list[Example]:
@@ -105,6 +106,7 @@ class Written:
 
     key: str  # the canonical text of its prompt
     prompt: str  # the last user turn, for people
+    turns: Messages  # the prompt's
     texts: list[str]  # of the prompt and its answers, chosen first
     labelled: bool = False
     bad: bool = False  # the only answer is one that a label calls bad
@@ -135,7 +137,7 @@ def written(row: Row, table: Any, tokens: Tokens) -> Written:
     try:
         bad = chosen is None and rejected is not None
         by = "label" in row.used, bad, None if bad or points else margin(row), (*points,)
-        return Written(key, shown, texts(tokens, prompt, *answers), *by)
+        return Written(key, shown, prompt, texts(tokens, prompt, *answers), *by)
     except TemplateError as error:  # roles that do not alternate, a system message, …
         way = 'turns that it takes: see the model\'s card; or chat_template = "plain" in [model]'
         raise Unusable(f"the chat template refuses it: {str(error)[:80]}", way) from error
@@ -153,7 +155,7 @@ def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tok
             way = f"--set dataset.max_{what}_tokens=N keeps longer ones, for memory and time"
             raise Unusable(f"{what} over {most} tokens", way)
     both = [*[None] * row.bad, *answers[:2], None, None][:2]
-    example = Example(row.prompt, prompt, *both, row.labelled, row.margin)
+    example = Example(row.prompt, prompt, *both, row.labelled, row.margin, turns=row.turns)
     if not row.points:
         return example
     fits = [place for place, ids in enumerate(answers) if len(ids) <= table.max_answer_tokens]

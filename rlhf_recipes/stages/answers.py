@@ -22,7 +22,7 @@ from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import compute_dtype, empty, machine
-from rlhf_recipes.models.reward_model import open_foreign, open_reward
+from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import (
     MOST,
@@ -35,7 +35,6 @@ from rlhf_recipes.models.sampling import (
 from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.wiring import wiring
-from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.judges import load_judge
 from rlhf_recipes.stages.session import Session
@@ -207,8 +206,7 @@ def _scores(
             if model is None and output is not None:
                 model = open_reward(context.session.base, output)
             elif model is None:
-                folder = sources.model_folder(name, recipe)
-                model = open_foreign(folder, context.session.base, tokens)
+                model = context.session.foreign(name)
             told = score_ids(model, both, tokens.pad_id, BATCH, tell).tolist()
             scores = [round(number, 4) for number in told]
             _keep(output, about, scores)
@@ -216,6 +214,8 @@ def _scores(
             tell(len(group))
         found += scores
     if model is not None:
+        if model.told:
+            context.progress.note(model.told)
         context.session.base.close(model)
     return found
 

@@ -26,7 +26,6 @@ from rlhf_recipes.models.fake_model import Held, Sim, ids_of, learning, sampling
 from rlhf_recipes.models.reward_model import (
     floor_of,
     load_head,
-    open_foreign,
     open_reward,
     read_floor,
     zero_head,
@@ -36,7 +35,6 @@ from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
-from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.evidence import measure
@@ -62,8 +60,7 @@ def run(context: StageContext) -> StageResult:
     if scorer is not None:
         found, told = json.loads((scorer / stats.FILE).read_text())["metrics"], {}
     else:
-        folder = sources.model_folder(table.reward_model, recipe)
-        reward = open_foreign(folder, base, session.tokens)
+        reward = session.foreign(table.reward_model)
         floor = floor_of(reward, data.rejected, session.tokens.pad_id, table.options[ROLLOUT])
         found = measure(context, reward, data, 1.0, table.options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
@@ -118,6 +115,8 @@ def run(context: StageContext) -> StageResult:
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
 
+    if reward.told:
+        context.progress.note(reward.told)
     if trainer.skipped:
         said = f"{trainer.skipped} optimizer steps were skipped: gradients beyond float16"
         context.progress.note(said)
