@@ -25,7 +25,6 @@ from rlhf_recipes.models.retold import Prompts, Retold
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
 
-ADAPTER_CONFIG = "adapter_config.json"
 FLOOR_ROWS = 256  # the mean of so many scores is right to 6 % of their deviation
 
 
@@ -59,11 +58,6 @@ def check_foreign(source: Path, tokens: Tokens) -> bool:
 
     Raises ModelError where it does not give one number, or its chat template fails a trial.
     """
-    if (source / ADAPTER_CONFIG).exists() and not (source / "config.json").exists():
-        what = f"the reward model {source} is a LoRA adapter without its base model"
-        raise ModelError(
-            what, "name the folder that PEFT's merge_and_unload and save_pretrained make"
-        )
     hint = "name a sequence classifier with num_labels = 1"
     config = load_config(source)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:

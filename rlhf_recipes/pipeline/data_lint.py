@@ -108,7 +108,7 @@ def _lacks(plan: Plan, session: Session) -> Found:
         data = session.data(recipe.dataset_of(name))
         none += [] if data.learned(recipe.kind(name).learns_from) else [name]
     if none:
-        change = "sft needs answers; reward, dpo, judge pairs; the evaluation test prompts"
+        change = "sft needs answers, dpo pairs, reward and judge pairs or labels, the rest prompts"
         text = f"none for {', '.join(none)}"
         _, _, way = session.data(recipe.dataset).first.get(ALONE, (0, {}, ""))
         yield Finding("fault", "rows", text, way or f"{change}: see `columns` and `test_fraction`")

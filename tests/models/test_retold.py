@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rlhf_recipes.data.tokens import Tokens, encode, settle
-from rlhf_recipes.errors import ModelError
+from rlhf_recipes.errors import ModelError, RecipeError
 from rlhf_recipes.models.retold import Retold
 from rlhf_recipes.models.reward_model import check_foreign, open_foreign
 from rlhf_recipes.models.sampling import score_ids
@@ -157,15 +157,17 @@ def test_thoughts_that_the_policy_s_template_began_keep_their_mark(
     assert text == "user: red\nassistant: <think>\nhm</think>blue<|endoftext|>\n"
 
 
-def test_a_folder_that_gives_no_score_gets_a_line(tmp_path: Path, tokens: Tokens) -> None:
+def test_a_folder_that_gives_no_score_gets_a_line(
+    tiny_recipe: Path, tmp_path: Path, tokens: Tokens
+) -> None:
     two = classifier(tmp_path / "two", num_labels=2)
     with pytest.raises(ModelError, match=r"two gives 2 numbers an answer, not one \(name"):
         check_foreign(two, tokens)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="adapter is a LoRA adapter without its base .*merge_and"):
-        check_foreign(adapter, tokens)
+    with pytest.raises(RecipeError, match="adapter is an adapter, not a whole model: .*merge_and"):
+        load_recipe(tiny_recipe, set=[f"ppo.reward_model={adapter}"])
     AutoConfig.for_model("xglm", num_labels=1).save_pretrained(tmp_path / "xglm")
     with pytest.raises(ModelError, match="xglm is a xglm, which gives no score"):
         check_foreign(tmp_path / "xglm", tokens)
