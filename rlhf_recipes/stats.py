@@ -67,33 +67,45 @@ def calibration_error(bins: list[dict[str, Any]]) -> float:
 
 
 def of_pairs(
-    margins: Sequence[float], std: float, lengths: Sequence[tuple[int, int]]
+    margins: Sequence[float],
+    std: float,
+    lengths: Sequence[tuple[int, int]],
+    count: int | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """A reward model's numbers on test pairs, and what its evidence.json holds of them.
 
     `margins` are chosen less rejected in its own scale, of which `std` is a unit; `lengths` are
-    those of the chosen and the rejected answers.
+    those of the chosen and the rejected answers. `count` is how many independent pairs they are
+    worth, where that is not their number.
     """
     raw = np.asarray(margins, dtype=float)
     wins, bins = right(raw), calibration(raw)
     longer = np.array([chosen - rejected for chosen, rejected in lengths])
     by_length = float(right(longer).mean())
     accuracy = float(wins.mean())
-    low, high = wilson(accuracy, len(raw))
+    count = len(raw) if count is None else count
+    low, high = wilson(accuracy, count)
     numbers = {
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
-        "test_pairs": len(raw),
+        "test_pairs": count,
         "margin": float(raw.mean()) / std,
         "calibration_error": calibration_error(bins),
         "length_accuracy": max(by_length, 1 - by_length),
-        "shorter_pairs": int((longer < 0).sum()),
+        "shorter_pairs": round(int((longer < 0).sum()) * count / len(raw)),
     }
     if numbers["shorter_pairs"]:
         numbers["shorter_accuracy"] = float(wins[longer < 0].mean())
     kept = [round(float(margin) / std, 4) for margin in raw[:MARGINS]]
     return numbers, {"pairs": len(raw), "margins": kept, "calibration": bins}
+
+
+def cases(found: Mapping[str, float]) -> str:
+    """What a reward model was measured on: pairs, or good against bad answers."""
+    if "test_good" in found:
+        return f"{found['test_good']} good and {found['test_bad']} bad test answers"
+    return f"{found['test_pairs']} test pairs"
 
 
 def best_of_gain(rewards: Sequence[float], values: Sequence[float], n: int) -> float:
@@ -130,7 +142,7 @@ def gate(found: Mapping[str, float], minimum: float, key: str) -> str:
     if not found:
         return "no test pairs to say whether the reward model learned anything"
     accuracy, low, high = (found[f"accuracy{end}"] for end in ("", "_low", "_high"))
-    said = f"the reward model ranks {accuracy:.1%} of {found['test_pairs']} test pairs right "
+    said = f"the reward model ranks {accuracy:.1%} of {cases(found)} right "
     said += f"(95 %: {low:.0%} to {high:.0%}), and length alone {found['length_accuracy']:.0%}"
     if high - low > UNSURE and low < minimum and high >= max(minimum, 0.5):
         return f"{said}: too few pairs to tell whether it is over {key} = {minimum:g}"

@@ -135,6 +135,13 @@ def fields_json() -> str:
     return "{\n" + head + '"tables": {\n' + ",\n".join(tables) + "\n}\n}\n"
 
 
+def _changed(then: Any, now: Any) -> bool:
+    """Whether a default is another one or gone. A new key's is neither: fingerprints lack it."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return any(key not in now or _changed(then[key], now[key]) for key in then)
+    return then != now
+
+
 def defaults_json() -> str:
     """Each kind's version and defaults. Stops where a default changed and the version did not."""
     file = ROOT / "tools" / "defaults.json"
@@ -143,7 +150,7 @@ def defaults_json() -> str:
     for name, kind in KINDS.items():
         now = {"lora": defaults(kind, True), "whole": defaults(kind, False), "shared": shared}
         then = kept.get(name)
-        if then and then["defaults"] != json.loads(json.dumps(now)):
+        if then and _changed(then["defaults"], json.loads(json.dumps(now))):
             if kind.version <= then["version"]:
                 raise SystemExit(f"{name}: a default changed: raise its version in recipe/kinds.py")
         made[name] = {"version": kind.version, "defaults": now}

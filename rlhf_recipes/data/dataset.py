@@ -25,6 +25,7 @@ from rlhf_recipes.data.rows import (
     Written,
     answered,
     as_example,
+    feedback,
     labelled,
     pairs,
     unique_prompts,
@@ -50,16 +51,32 @@ LOOKED = 200  # rows, where only their shape is asked for
 
 
 @dataclass
-class Data:
-    """A dataset on its sides. `judge` is the part of `train` that the reward model never sees."""
+class Sides:
+    """Rows on their sides. `judge` is the part of `train` that the reward model never sees."""
 
     train: list[Example] = field(default_factory=list)
     validation: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
     judge: list[Example] = field(default_factory=list)
-    # Answers that a label calls bad, of train and validation: for a kind that learns from labels.
-    bad: list[Example] = field(default_factory=list)
-    bad_validation: list[Example] = field(default_factory=list)
+
+    def put(self, side: str, example: Example, judged: bool) -> None:
+        getattr(self, side).append(example)
+        if side == "train" and judged:
+            self.judge.append(example)
+
+    @property
+    def reward_train(self) -> list[Example]:
+        """The training rows that the reward model learns from: all but the judge's."""
+        kept = {id(example) for example in self.judge}
+        return [example for example in self.train if id(example) not in kept]
+
+
+@dataclass
+class Data(Sides):
+    """A dataset on its sides."""
+
+    # Answers that a label calls bad: for the kinds that learn from labels.
+    bad: Sides = field(default_factory=Sides)
     dropped: Counter[str] = field(default_factory=Counter)
     rows: int = 0  # read, dropped ones included
     tested: set[str] = field(default_factory=set)  # the prompts of the test side
@@ -90,11 +107,14 @@ class Data:
         said += [f"columns that are not used: {', '.join(self.unused)}"] if self.unused else []
         return said
 
+    def judged(self, side: str) -> list[Example]:
+        """A side's rows with those that a label calls bad: "reward_train" is a side, too."""
+        return [*getattr(self, side), *getattr(self.bad, side)]
+
     @property
-    def reward_train(self) -> list[Example]:
-        """The training pairs that the reward model learns from: all but the judge's."""
-        kept = {id(example) for example in self.judge}
-        return [example for example in self.train if id(example) not in kept]
+    def rejected(self) -> list[Example]:
+        """Training rows with an answer that is worse than another one, or bad."""
+        return pairs(self.train) or self.bad.train
 
     def learned(self, learns_from: str, columns: Sequence[str] = ()) -> list[Example]:
         """The rows that a kind learns from, by its `learns_from`; or that it asks about.
@@ -107,9 +127,11 @@ class Data:
             case "pairs":
                 return pairs(self.reward_train)
             case "labels":
-                return labelled([*self.reward_train, *self.bad])
-            case "judge_pairs":
-                return pairs(self.judge)
+                return labelled(self.judged("reward_train"))
+            case "feedback":
+                return feedback(self.judged("reward_train"))
+            case "judge_feedback":
+                return feedback(self.judged("judge"))
             case "prompts":
                 return unique_prompts(self.train, columns)
             case "test_prompts":
@@ -143,17 +165,16 @@ def load_data(
         data.read_as |= read.read_as
         data.named |= read.named
         data.first = read.first | data.first
-    data.tested = {*tested, *(prompt for side, prompt, _ in kept if side == "test")}
-    for side, prompt, example in kept:
-        if side != "test" and prompt in data.tested:
-            data.dropped["prompt is in the test split"] += 1
-            continue
-        getattr(data, side).append(example)
-        if side == "train" and _fraction("judge", prompt) < table.judge_fraction:
-            data.judge.append(example)
-    for side, prompt, example in bad:
-        if prompt not in data.tested and side != "test":
-            (data.bad if side == "train" else data.bad_validation).append(example)
+    data.tested = {*tested, *(prompt for side, prompt, _ in (*kept, *bad) if side == "test")}
+    kinds = {example.chosen_ids is None for _, _, example in (*kept, *bad) if example.labelled}
+    for rows, sides in ((kept, data), (bad, data.bad)):
+        for side, prompt, example in rows:
+            if len(kinds) == 1:  # labels of one kind alone tell nothing apart
+                example = replace(example, labelled=False)
+            if side == "test" or prompt not in data.tested:
+                sides.put(side, example, _fraction("judge", prompt) < table.judge_fraction)
+            elif sides is data:
+                data.dropped["prompt is in the test split"] += 1
     return data
 
 

@@ -42,6 +42,8 @@ NAMES = {
     "responses": ("responses", "completions", "answers", "outputs", "output", "generations"),
     "scores": ("scores", "ratings", "overall_scores", "score", "rating"),
     "ranks": ("ranks", "rankings", "ranking", "rank"),
+    "score_chosen": ("score_chosen", "chosen_score", "chosen_rating"),
+    "score_rejected": ("score_rejected", "rejected_score", "rejected_rating"),
 }
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
 
-from rlhf_recipes.data.shapes import Row, understand
+from rlhf_recipes.data.compared import compare
+from rlhf_recipes.data.shapes import Row, further, margin, understand
 from rlhf_recipes.data.tokens import Tokens, texts
-from rlhf_recipes.data.turns import Unusable
+from rlhf_recipes.data.turns import Messages, Unusable
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Example:
     prompt_ids: list[int]
     chosen_ids: list[int] | None  # ends in EOS
     rejected_ids: list[int] | None  # ends in EOS
+    labelled: bool = False  # a label calls its one answer good or bad
+    margin: float | None = None  # by how much the chosen answer is better, where the row says so
+    weight: float = 1.0  # of the pair in a reward model's loss
+    # The further pairs of a row that rates several answers. The pair above is the widest apart.
+    others: tuple[Example, ...] = ()
+    turns: Messages = field(default_factory=list, compare=False, repr=False)  # the prompt's
     row: Mapping[str, Any] = field(default_factory=dict)  # the columns that rules name
 
 
@@ -40,9 +48,46 @@ def labelled(examples: Iterable[Example]) -> list[Example]:
     return good + [replace(e, chosen_ids=None) for e in rows if e.rejected_ids is not None]
 
 
+def judged(examples: Iterable[Example]) -> tuple[list[Example], list[Example]]:
+    """Pairs of answers to one prompt, and the labelled answers that are in none.
+
+    The labelled answers of a prompt that has both kinds are a row of pairs.
+    """
+    rows = list(examples)
+    found, alone = pairs(rows), []
+    by_prompt: dict[tuple[int, ...], list[Example]] = defaultdict(list)
+    for example in rows:
+        if example.labelled:
+            by_prompt[tuple(example.prompt_ids)].append(example)
+    for group in by_prompt.values():
+        good = [example.chosen_ids is not None for example in group]
+        texts = [example.chosen_ids or example.rejected_ids for example in group]
+        both = [
+            replace(group[a], rejected_ids=texts[b], labelled=False, weight=weight)
+            for a, b, _, weight in compare(good)
+            if texts[a] != texts[b]
+        ]
+        found += [replace(both[0], others=(*both[1:],))] if both else []
+        alone += group if len(set(good)) == 1 else []
+    return found, alone
+
+
+def feedback(examples: Iterable[Example]) -> list[Example]:
+    """What a reward model learns from: every pair, and labelled answers that are in none.
+
+    Beside pairs, labelled answers of one kind alone are left out: they say nothing about the other.
+    """
+    found, alone = judged(examples)
+    every = [pair for one in found for pair in (one, *one.others)]
+    kinds = {example.chosen_ids is None for example in alone}
+    return every + (alone if not every or len(kinds) > 1 else [])
+
+
 def sequences(example: Example, learns_from: str) -> list[int]:
     """The lengths of what a row gives to read: a prompt, with an answer, or with either of two."""
     prompt, chosen, rejected = example.prompt_ids, example.chosen_ids, example.rejected_ids
+    if example.labelled and learns_from.endswith("feedback"):
+        learns_from = "labels"
     if learns_from in ("prompts", "test_prompts"):
         return [len(prompt)]
     if learns_from == "labels":
@@ -66,8 +111,12 @@ class Written:
 
     key: str  # the canonical text of its prompt
     prompt: str  # the last user turn, for people
+    turns: Messages  # the prompt's
     texts: list[str]  # of the prompt and its answers, chosen first
+    labelled: bool = False
     bad: bool = False  # the only answer is one that a label calls bad
+    margin: float | None = None
+    points: tuple[float, ...] = ()  # of each answer, where several are rated
 
 
 def written(row: Row, table: Any, tokens: Tokens) -> Written:
@@ -81,13 +130,19 @@ def written(row: Row, table: Any, tokens: Tokens) -> Written:
         raise Unusable("text contains a special token", way)
     if not all(_texts(answer)[-1].strip() for answer in answers):
         raise Unusable("empty answer")
+    points = [point for _, point in row.rated[:2]]
+    for answer, point in further(row):
+        if all(t.strip() and not tokens.has_specials(t) for t in _texts(answer)):
+            answers.append(answer)
+            points.append(point)
     key = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
     shown = prompt[-1]["content"]
     if table.system is not None and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": table.system}, *prompt]
     try:
         bad = chosen is None and rejected is not None
-        return Written(key, shown, texts(tokens, prompt, *answers), bad)
+        by = "label" in row.used, bad, None if bad or points else margin(row), (*points,)
+        return Written(key, shown, prompt, texts(tokens, prompt, *answers), *by)
     except TemplateError as error:  # roles that do not alternate, a system message, …
         way = 'turns that it takes: see the model\'s card; or chat_template = "plain" in [model]'
         raise Unusable(f"the chat template refuses it: {str(error)[:80]}", way) from error
@@ -99,13 +154,29 @@ def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tok
     answers = [[*answer, tokens.eos_id] for answer in answers]
     for what, most, count in (
         ("prompt", table.max_prompt_tokens, len(prompt)),
-        ("answer", table.max_answer_tokens, max(map(len, answers), default=0)),
+        ("answer", table.max_answer_tokens, max(map(len, answers[:2]), default=0)),
     ):
         if count > most:
             way = f"--set dataset.max_{what}_tokens=N keeps longer ones, for memory and time"
             raise Unusable(f"{what} over {most} tokens", way)
-    both = [*[None] * row.bad, *answers, None, None][:2]
-    return Example(row.prompt, prompt, *both)
+    both = [*[None] * row.bad, *answers[:2], None, None][:2]
+    example = Example(row.prompt, prompt, *both, row.labelled, row.margin, turns=row.turns)
+    if not row.points:
+        return example
+    fits = [place for place, ids in enumerate(answers) if len(ids) <= table.max_answer_tokens]
+    every = [
+        replace(
+            example,
+            chosen_ids=chosen,
+            rejected_ids=rejected,
+            margin=pair.margin,
+            weight=pair.weight,
+        )
+        for pair in compare([row.points[place] for place in fits])
+        for chosen, rejected in [(answers[fits[pair.better]], answers[fits[pair.worse]])]
+        if chosen != rejected
+    ]
+    return replace(every[0], others=(*every[1:],))
 
 
 def _texts(said: Any) -> list[str]:

@@ -6,6 +6,8 @@ the rated lists of UltraFeedback and Nectar. Case and spaces in a name do not co
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os.path
 import re
 from collections.abc import Callable, Mapping
@@ -38,7 +40,8 @@ SHAPES = """\
                                     that do: "\\n\\nHuman: …\\n\\nAssistant: …"
   conversations + chosen + rejected ShareGPT: lists of {from, value}
   prompt + response_a + response_b + winner   a, b or tie
-  prompt + responses + scores       of several answers, the best and the worst; or ranks
+  prompt + responses + scores       several answers, or ranks: a reward model learns from each pair
+                                    that they tell apart, other stages from the best and the worst
   Argilla's and Label Studio's JSON, and OASST's message trees
   prompt + completion, or messages  demonstrations: answers for SFT, prompts for PPO; with a label,
                                     those that it calls good
@@ -64,6 +67,8 @@ class Row:
     def __init__(self, columns: Mapping[str, Any], named: Mapping[str, str] | None = None):
         self.named = named or {}
         self.columns = {name: value for name, value in columns.items() if name}
+        self.rated: list[tuple[Any, float]] = []  # of several answers the best, the worst, others
+        self.pair: tuple[Any, Any] | None = None  # the two to compare, where that is settled
         self.used: dict[str, str] = {}
         self.theirs = {plain_name(name): name for name in columns} | dict(self.named)
         for ours, theirs in self.named.items():
@@ -135,6 +140,28 @@ def understand(row: Row) -> Shaped:
         return normalise(row)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Unusable("no shape that is understood", guess(row.columns)) from error
+
+
+def further(row: Row) -> list[tuple[Any, float]]:
+    """Of a row that rates several answers, those between the best and the worst, with their points.
+
+    One that cannot be used is left out.
+    """
+    found = []
+    for answer, points in row.rated[2:]:
+        row.pair = row.rated[0][0], answer
+        with contextlib.suppress(Unusable):
+            found.append((understand(row)[2], points))
+    return found
+
+
+def margin(row: Row) -> float | None:
+    """By how much the chosen answer is better: the row's own number, or that of the two scores."""
+    given, better, worse = (row.take(n) for n in ("margin", "score_chosen", "score_rejected"))
+    with contextlib.suppress(TypeError, ValueError):
+        number = float(better) - float(worse) if given is None else float(given)
+        return number if math.isfinite(number) else None
+    return None
 
 
 # ---- prompts
@@ -237,7 +264,7 @@ def _compared(row: Row) -> tuple[Any, Any]:
     """Chosen and rejected of a row that compares answers."""
     if all(any(name in row for name in NAMES[ours]) for ours in ("chosen", "rejected")):
         return None, None
-    return _by_winner(row) or _by_rank(row) or (None, None)
+    return row.pair or _by_winner(row) or _by_rank(row) or (None, None)
 
 
 def _rounds(given: Any, *answers: Any) -> tuple[Any, ...]:
@@ -339,11 +366,20 @@ def _by_rank(row: Row) -> tuple[Any, Any] | None:
         points = [-point for point in points]
     if max(points) == min(points):
         raise Unusable("a tie")
-    pair = [several[points.index(most(points))] for most in (max, min)]
-    return tuple(
-        next(one[n] for n in TEXTS if one.get(n) is not None) if isinstance(one, Mapping) else one
-        for one in pair
-    )
+    ends = [points.index(most(points)) for most in (max, min)]
+    order = [*ends, *(place for place in range(len(several)) if place not in ends)]
+    rated = [(_text_in(several[place]), points[place]) for place in order]
+    if any(text is None for text, _ in rated[:2]):
+        raise Unusable("an answer without text")
+    row.rated = [(text, point) for text, point in rated if text is not None]
+    return row.rated[0][0], row.rated[1][0]
+
+
+def _text_in(one: Any) -> Any:
+    """One of several answers, which may be an object that holds its text; None without one."""
+    if not isinstance(one, Mapping):
+        return one
+    return next((one[name] for name in TEXTS if one.get(name) is not None), None)
 
 
 def _listed(value: Any) -> bool:

@@ -97,18 +97,32 @@ def settle(tokenizer: PreTrainedTokenizerBase, vocabulary: int, template: str = 
     if tokenizer.chat_template is None or template == "plain":
         first = "{{ bos_token }}" if _starts_with_bos(tokenizer) else ""
         tokenizer.chat_template = first + PLAIN_TEMPLATE
-    try:
-        with _bounded():
-            tokenizer.eos_token = _end_of_turn(tokenizer)
-            tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
-    except TemplateError as error:
-        raise ModelError(f"the model's chat template fails: {error}", OWN_TEMPLATE) from error
-    except (_OutOfTime, MemoryError) as error:
-        what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
-        raise ModelError(f"the model's chat template {what}", OWN_TEMPLATE) from None
+    with _trial("the model's chat template", OWN_TEMPLATE):
+        tokenizer.eos_token = _end_of_turn(tokenizer)
+        tokenizer.pad_token = _pad_token(tokenizer, vocabulary)
     tokenizer.padding_side = "left"
     specials = tuple(sorted(special_tokens(tokenizer)))
     return Tokens(tokenizer, tokenizer.eos_token_id, tokenizer.pad_token_id, specials, vocabulary)
+
+
+def try_template(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Raise ModelError where a template from elsewhere fails a first conversation."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    with _trial(whose, "name a model whose template takes a user's and an assistant's turn"):
+        render(tokenizer, turns)
+
+
+@contextlib.contextmanager
+def _trial(whose: str, hint: str) -> Iterator[None]:
+    """Limits on a template's first run, and a line for each way to fail."""
+    try:
+        with _bounded():
+            yield
+    except TemplateError as error:
+        raise ModelError(f"{whose} fails: {error}", hint) from error
+    except (_OutOfTime, MemoryError) as error:
+        what = "does not end" if isinstance(error, _OutOfTime) else "takes all memory"
+        raise ModelError(f"{whose} {what}", hint) from None
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:

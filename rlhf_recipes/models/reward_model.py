@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from rlhf_recipes.data.rows import Example
-from rlhf_recipes.data.tokens import Tokens, special_tokens
+from rlhf_recipes.data.tokens import Tokens, special_tokens, try_template
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.models.base import HEAD, UNIT, Base
 from rlhf_recipes.models.load import load_config, load_reward_model, load_tokenizer, new_head
+from rlhf_recipes.models.retold import Prompts, Retold
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
 
@@ -29,41 +34,47 @@ def open_reward(base: Base, output: Path) -> Role:
     return reward.add_head(load_head(reward.lm, output).requires_grad_(False))
 
 
-def open_foreign(source: Path, base: Base, tokens: Tokens) -> Role:
+def open_foreign(
+    source: Path, base: Base, tokens: Tokens, prompts: Callable[[], Prompts] = dict
+) -> Role:
     """A sequence classifier from elsewhere, held apart, scoring as it scores.
 
-    Raises ModelError as `check_foreign` does.
+    One with the policy's tokenizer reads the policy's ids. Any other is told their text, of which
+    `prompts` knows the turns. Raises ModelError as `check_foreign` does.
     """
-    check_foreign(source, tokens)
+    reads_ids = check_foreign(source, tokens)
     model = load_reward_model(source, dtype=base.dtype)
+    if not reads_ids:
+        return Retold(model, load_tokenizer(source), source, base.dtype, tokens, prompts())
     return Role(model, None, base.dtype).add_head(model.score.float())
 
 
-def check_foreign(source: Path, tokens: Tokens) -> None:
-    """Raise ModelError where a model from elsewhere cannot score the policy's ids.
+def check_foreign(source: Path, tokens: Tokens) -> bool:
+    """Whether a model from elsewhere reads the policy's ids as they are. No weights are read.
 
-    Its tokenizer must have each of the policy's tokens under the same id. It may have special
-    tokens of its own, such as the "[PAD]" that scripts add: they are in no row. Its head must be
-    called `score` and give one number. No weights are read.
+    It does where its tokenizer has each of the policy's tokens under the same id, and its head is
+    called `score`: then it reads the last token's state, as this project's do. The tokenizer may
+    have special tokens of its own, such as the "[PAD]" that scripts add: they are in no row.
+
+    Raises ModelError where it does not give one number, or its chat template fails a trial.
     """
-    theirs = load_tokenizer(source)
-    own, other = tokens.tokenizer.get_vocab(), theirs.get_vocab()
-    extra = other.keys() - own.keys() - special_tokens(theirs)
-    known = {token for token, number in own.items() if number < tokens.rows}
-    if apart := sorted(extra | {token for token in known if other.get(token) != own[token]}):
-        raise ModelError(
-            f"the reward model {source} has another tokenizer than the policy: {apart[0]!r} is "
-            f"token {own.get(apart[0])} of the policy, {other.get(apart[0])} of the reward model",
-            'name one that was trained on the same base, or train one: a "reward" stage',
-        )
-    hint = "name a sequence classifier with num_labels = 1, made from a causal language model"
+    hint = "name a sequence classifier with num_labels = 1"
     config = load_config(source)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"{source} is a {config.model_type}, which gives no score", hint)
     if config.num_labels != 1:
         raise ModelError(f"{source} gives {config.num_labels} numbers an answer, not one", hint)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    if not hasattr(model, "score"):
-        raise ModelError(f"{source}, a {type(model).__name__}, has no head called `score`", hint)
+    theirs = load_tokenizer(source)
+    own, other = tokens.tokenizer.get_vocab(), theirs.get_vocab()
+    known = {token: number for token, number in own.items() if number < tokens.rows}
+    alike = all(other.get(token) == number for token, number in known.items())
+    if alike and not other.keys() - own.keys() - special_tokens(theirs) and hasattr(model, "score"):
+        return True
+    if theirs.chat_template is not None:
+        try_template(theirs, f"the chat template of the reward model {source}")
+    return False
 
 
 def load_head(lm: PreTrainedModel, output: Path) -> nn.Linear:

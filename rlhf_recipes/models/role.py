@@ -23,9 +23,7 @@ def score(role: Role, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor)
     One function serves the reward stage, PPO and the evaluation, so what PPO is scored by is what
     was trained. `ids` and `mask` are [batch, length], padded on either side. Call under `active`.
     """
-    hidden = role.hidden(ids, mask)
-    rows = torch.arange(len(ids), device=ids.device)
-    return role.heads(hidden[rows, last])
+    return role.scored(ids, mask, last)
 
 
 def values(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
@@ -233,6 +231,17 @@ class Role(nn.Module):
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
         )
         return out.last_hidden_state
+
+    def scored(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """What `score` gives. A model from elsewhere may have another way."""
+        hidden = self.hidden(ids, mask)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.heads(hidden[rows, last])
+
+    @property
+    def told(self) -> str:
+        """What a person should know of what was scored; mostly nothing."""
+        return ""
 
     def heads(self, hidden: torch.Tensor) -> torch.Tensor:
         """The scalar head on `hidden` [..., size], always in float32: one number a position."""

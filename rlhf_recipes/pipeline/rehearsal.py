@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.dataset import Data, Sides
 from rlhf_recipes.data.rows import Example, sequences
 from rlhf_recipes.models import load as models
 from rlhf_recipes.pipeline import memory
@@ -233,10 +233,12 @@ def longest(data: Data, stage: PlannedStage, trial: Trial) -> Data:
     if not kind.samples and few:
         few = [few[0] if place % 2 else few[place // 2 % len(few)] for place in range(trial.train)]
     train = few[: trial.train]
-    judge = train if learns_from == "judge_pairs" else []
+    judge = train if learns_from == "judge_feedback" else []
     validation, test = first(data.validation)[: trial.rest], first(data.test)[: trial.rest]
-    none = {"bad": [], "bad_validation": []}  # they are in `train`, where they are learned from
-    return replace(data, train=train, judge=judge, validation=validation, test=test, **none)
+    sides = {"train": train, "judge": judge, "validation": validation, "test": test}
+    return replace(
+        data, bad=Sides(), **sides
+    )  # bad answers are in `train` if they are learned from
 
 
 def work_of(recipe: Recipe, stage: PlannedStage, data: Data) -> Work:

@@ -30,7 +30,9 @@ class Kind:
     module: str  # it describes the stage: see stages/contract.py
     config: str  # whose fields the stage's table passes on; "": no recipe has a table of the kind
     makes: str  # policy | reward_model | numbers
-    learns_from: str  # answers | pairs | labels | judge_pairs | prompts | test_prompts
+    learns_from: (
+        str  # answers | pairs | labels | feedback | judge_feedback | prompts | test_prompts
+    )
     roles: tuple[str, ...] = ("policy",)  # of ROLES; without a reward_model there it cannot run
     samples: bool = False  # asks a policy for answers
     extras: Keys = field(default_factory=dict)  # our own keys, each with its effect on the result
@@ -80,8 +82,12 @@ _REWARD = Kind(
     module="rlhf_recipes.stages.reward",
     config="trl:RewardConfig",
     makes="reward_model",
-    learns_from="pairs",
-    extras={"head_learning_rate": _RATE, "minimum_accuracy": _ACCURACY},
+    learns_from="feedback",  # pairs, rankings and labels
+    extras={
+        "head_learning_rate": _RATE,
+        "minimum_accuracy": _ACCURACY,
+        "use_margin": Field(("bool",), False),
+    },
 )
 _EVALUATION = Kind(
     EVALUATION,
@@ -162,7 +168,9 @@ KINDS: dict[str, Kind] = {
             module="rlhf_recipes.stages.grpo",
             config="trl:GRPOConfig",
         ),
-        replace(_REWARD, name=JUDGE, version=6, learns_from="judge_pairs", roles=(), listed=False),
+        replace(
+            _REWARD, name=JUDGE, version=6, learns_from="judge_feedback", roles=(), listed=False
+        ),
         _EVALUATION,
         replace(
             _EVALUATION,

@@ -22,7 +22,7 @@ FORMS = {"jsonl": "json", "ndjson": "json", "tsv": "csv"}
 # What is read of a row, and may be called otherwise in a file.
 COLUMNS = (
     "prompt chosen rejected completion messages conversations response_a response_b winner"
-    " responses scores ranks system label"
+    " responses scores ranks system label margin score_chosen score_rejected"
 )
 
 
@@ -130,7 +130,9 @@ class DatasetTable:
     test_fraction: float = _key(0.1, range="at least 0 and below 1")
     test_split: str | None = _key(None)
     judge_fraction: float = _key(
-        0.25, range="at least 0 and below 1", learners=("pairs", "judge_pairs", "labels")
+        0.25,
+        range="at least 0 and below 1",
+        learners=("pairs", "labels", "feedback", "judge_feedback"),
     )
     system: str | None = _key(None)
     weight: float | None = _key(None, range="above 0, at most 1")

@@ -80,7 +80,11 @@ class Facts:
         return Share(value, low, high, int(of))
 
     def learned_from(self, stage: str) -> str:
-        """How much a stage learned from: pairs, rows or, in PPO, answers of its own."""
+        """How much a stage learned from: pairs, labels, rows or, in PPO, answers of its own."""
+        labels = [self.number(f"{stage}.{kind}") or 0 for kind in ("good", "bad")]
+        if any(labels):
+            pairs = self.number(f"{stage}.pairs")
+            return f"{sum(labels):,.0f} labels" + (f", {pairs:,.0f} pairs" if pairs else "")
         for key, what in {"pairs": "pairs", "rows": "rows", "episodes": "answers"}.items():
             if (count := self.number(f"{stage}.{key}")) is not None:
                 return f"{count:,.0f} {what}"

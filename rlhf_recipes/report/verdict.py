@@ -94,7 +94,7 @@ def _measured(facts: Facts) -> Iterator[tuple[str, Share, str, str]]:
 def ranking(facts: Facts) -> Found:
     """Better than chance or not, or too few pairs to tell; and whether length is all it sees."""
     for name, share, who, level in _measured(facts):
-        text = f"{who} ranks {said(share, 'test pairs right')}"
+        text = f"{who} ranks {_of_cases(facts, name, share)}"
         against, alone = _by_length(facts, name, share), facts.number(f"{name}.length_accuracy")
         if share.high < 0.5:
             why = "See whether `chosen` and `rejected` changed places, by `[dataset] columns`."
@@ -117,6 +117,14 @@ def ranking(facts: Facts) -> Found:
             text += f"preferred, {said(few, 'pairs')}: it learned length. Look there first."
             change = "Give it pairs of like length, or as many whose shorter answer is the better "
             yield Finding(level, name, text, f"{change}one.")
+
+
+def _of_cases(facts: Facts, name: str, share: Share) -> str:
+    good, bad = (facts.number(f"{name}.test_{kind}") for kind in ("good", "bad"))
+    if good and bad:
+        of = f"good against {bad:.0f} bad test answers right"
+        return said(share._replace(count=int(good)), of)
+    return said(share, "test pairs right")
 
 
 def weak_unit(facts: Facts) -> Found:

@@ -22,7 +22,7 @@ from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import compute_dtype, empty, machine
-from rlhf_recipes.models.reward_model import open_foreign, open_reward
+from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import (
     MOST,
@@ -36,7 +36,6 @@ from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import PART, Term
 from rlhf_recipes.recipe.wiring import wiring, written_rules
-from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.rewards.mixed import Answered, Rewards, said_of
 from rlhf_recipes.stages.rewards.rule import load_rule, told_over
@@ -226,7 +225,7 @@ def _scores(
     context: StageContext, role: str, name: str, groups: Sequence[Answered], tell: Tell
 ) -> list[float]:
     """By the stage that serves `role`, else by the folder or hub id that it names."""
-    recipe, tokens, found = context.recipe, context.session.tokens, []
+    tokens, found = context.session.tokens, []
     output, model = context.inputs.get(role), None
     for group in groups:
         both = [(list(example.prompt_ids), list(ids)) for example, ids in group]
@@ -235,8 +234,7 @@ def _scores(
             if model is None and output is not None:
                 model = open_reward(context.session.base, output)
             elif model is None:
-                folder = sources.model_folder(name, recipe)
-                model = open_foreign(folder, context.session.base, tokens)
+                model = context.session.foreign(name)
             told = score_ids(model, both, tokens.pad_id, BATCH, tell).tolist()
             scores = [round(number, 4) for number in told]
             _keep(output, about, scores)
@@ -244,6 +242,8 @@ def _scores(
             tell(len(group))
         found += scores
     if model is not None:
+        if model.told:
+            context.progress.note(model.told)
         context.session.base.close(model)
     return found
 

@@ -16,13 +16,11 @@ import torch
 
 from rlhf_recipes import stats
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import pairs
 from rlhf_recipes.models.fake_model import Held, Sim
-from rlhf_recipes.models.reward_model import fined, floor_of, open_foreign, read_floor
+from rlhf_recipes.models.reward_model import fined, floor_of, read_floor
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import PART
 from rlhf_recipes.recipe.tables import BASE
-from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.answers import (
     BATCH,
     answer_length,
@@ -110,9 +108,8 @@ def _floor(context: StageContext) -> float:
     recipe, session = context.recipe, context.session
     if not recipe.explorer.reward_model:
         return math.inf
-    folder = sources.model_folder(recipe.explorer.reward_model, recipe)
-    foreign = open_foreign(folder, session.base, session.tokens)
-    rows = pairs(session.data(recipe.dataset).train)
+    foreign = session.foreign(recipe.explorer.reward_model)
+    rows = session.data(recipe.dataset).rejected
     floor = floor_of(foreign, rows, session.tokens.pad_id, BATCH)
     session.base.close(foreign)
     return floor

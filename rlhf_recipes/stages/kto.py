@@ -34,7 +34,7 @@ __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
     data, train = load_rows(context)
-    validation = labelled([*data.validation, *data.bad_validation])
+    validation = labelled(data.judged("validation"))
     good = sum(example.chosen_ids is not None for example in train)
     bad = len(train) - good
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.data.dataset import Data
     from rlhf_recipes.data.tokens import Tokens
+    from rlhf_recipes.data.turns import Messages
     from rlhf_recipes.models.base import Base
+    from rlhf_recipes.models.role import Role
     from rlhf_recipes.recipe.load import Recipe
     from rlhf_recipes.recipe.tables import DatasetTable
 
@@ -69,6 +71,20 @@ class Session:
 
             trusted = self.recipe.model.trust_remote_code
             check_targets(without_weights(self.model_folder, trusted), targets)
+
+    def foreign(self, name: str) -> Role:
+        """The reward model that a folder or hub id names, beside the base model."""
+        from rlhf_recipes.models.reward_model import open_foreign
+
+        folder = sources.model_folder(name, self.recipe)
+        return open_foreign(folder, self.base, self.tokens, self._prompts)
+
+    def _prompts(self) -> dict[tuple[int, ...], Messages]:
+        """The turns of every prompt that was encoded, the test side's among them, by its ids."""
+        self.data(self.recipe.dataset)
+        sides = ("train", "validation", "test")
+        rows = [e for data in self._data.values() for side in sides for e in data.judged(side)]
+        return {tuple(e.prompt_ids): e.turns for e in rows}
 
     def data(self, table: DatasetTable) -> Data:
         """The rows of a [dataset] table, encoded and split."""

@@ -42,7 +42,8 @@ WANTED = {  # by what a kind learns from
     "answers": "answers on the train side",
     "pairs": "pairs on the train side",
     "labels": "answers with a label, and no pairs, on the train side",
-    "judge_pairs": "pairs in the judge's share of the train side",
+    "feedback": "pairs on the train side, nor labels of both kinds",
+    "judge_feedback": "pairs in the judge's share of the train side, nor labels of both kinds",
     "prompts": "prompts on the train side",
     "test_prompts": "prompts on the test side",
 }

@@ -40,6 +40,16 @@ def test_a_run_in_which_all_went_well(tmp_path: Path) -> None:
     assert not any(one.change for one in findings)
 
 
+def test_a_reward_model_of_labels_says_what_it_was_measured_on(tmp_path: Path) -> None:
+    labels = {"reward.test_good": 120, "reward.test_bad": 90, "reward.test_pairs": 90}
+    labels |= {"reward.good": 400, "reward.bad": 1200, "reward.pairs": 0}
+    facts = Facts(told(tmp_path, labels))
+    texts = [one.text for one in verdict(facts)]
+    said = "The reward model ranks 90 % of 120 good against 90 bad test answers right"
+    assert any(text.startswith(said) for text in texts)
+    assert facts.learned_from("reward") == "1,600 labels"
+
+
 # What is wrong; the level, the stage and a part of the sentence; a part of what to change.
 CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "SFT learned nothing": (

@@ -56,9 +56,9 @@ def test_an_answer_that_is_called_bad_is_learned_by_kto_alone(thumbs: Path, tmp_
     data = chain.session.data(chain.recipe.dataset)
     assert data.dropped == {"an answer that its label calls bad": 64}
     assert all(e.rejected_ids is None for e in (*data.train, *data.validation, *data.test))
-    assert all(e.chosen_ids is None and e.rejected_ids for e in data.bad)
+    assert all(e.chosen_ids is None and e.rejected_ids for e in data.bad.train)
     learned = data.learned("labels")
-    assert len(learned) == len(data.reward_train) + len(data.bad) > 60
+    assert len(learned) == len(data.reward_train) + len(data.bad.reward_train) > 50
     assert len(data.learned("answers")) == len(data.train)
     result = chain.run("kto", {})
     good = sum(e.chosen_ids is not None for e in learned)
@@ -114,7 +114,7 @@ def test_its_loss_is_that_of_the_saved_policy_against_the_one_it_started_from(
         chain.session.base.open(stage, chain.outputs[stage], seed=0) for stage in ("kto", "sft")
     )
     data, losses = chain.session.data(chain.recipe.dataset), []
-    for e in labelled([*data.validation, *data.bad_validation]):
+    for e in labelled(data.judged("validation")):
         answer = e.chosen_ids or e.rejected_ids or []
         ratio = logp(policy, e.prompt_ids, answer) - logp(start, e.prompt_ids, answer)
         sign = 1 if e.chosen_ids else -1

@@ -311,3 +311,25 @@ def test_out_of_memory_a_smaller_micro_batch_goes_on_with_the_same_rows(
     for name in ("loss", "validation_loss"):
         mine, other = ([line[name] for line in r[folder] if name in line] for r in (found, wanted))
         assert mine == pytest.approx(other, abs=1e-5) and mine
+
+
+def test_a_reward_model_of_labels_goes_on_with_its_threshold(
+    go: Go, whole: Go, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its loss has a bias that is in no output."""
+    rows = [json.loads(line) for line in tiny_pairs.read_text().splitlines()]
+    lines = [
+        {
+            "prompt": r["prompt"],
+            "label": n % 3 > 0,
+            "completion": r["chosen" if n % 3 else "rejected"],
+        }
+        for n, r in enumerate(rows)
+    ]
+    file = tmp_path_factory.mktemp("labels") / "thumbs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = {key: value for key, value in CHAIN.items() if key.startswith(("reward", "lora"))}
+    sets = {"stages": ["reward"], "evaluation": False, "dataset.path": str(file), **own}
+    with cut("reward", 5):
+        go(sets)
+    assert go(sets) == whole(sets)

@@ -20,12 +20,11 @@ import torch
 
 from rlhf_recipes import signals, stats
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.data.rows import Example, pairs, unique_prompts
+from rlhf_recipes.data.rows import Example, unique_prompts
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, learning, sampling
 from rlhf_recipes.models.reward_model import (
     floor_of,
     load_head,
-    open_foreign,
     open_reward,
     read_floor,
     zero_head,
@@ -36,13 +35,12 @@ from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import StageTable
 from rlhf_recipes.recipe.wiring import columns_of
-from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages.evidence import measure
 from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
 from rlhf_recipes.stages.ppo.loop import OnPolicyTrainer
 from rlhf_recipes.stages.ppo.losses import Rollout
-from rlhf_recipes.stages.reward import measure
 from rlhf_recipes.stages.rewards.mixed import Prompt, Rewards
 from rlhf_recipes.stages.rewards.rule import told_over
 
@@ -81,9 +79,8 @@ def run(context: StageContext, method: Method) -> StageResult:
     if scorer is not None:
         found = json.loads((scorer / stats.FILE).read_text())["metrics"]
     elif table.reward_model:
-        folder = sources.model_folder(table.reward_model, recipe)
-        reward = open_foreign(folder, base, session.tokens)
-        floor = floor_of(reward, pairs(data.train), session.tokens.pad_id, options[ROLLOUT])
+        reward = session.foreign(table.reward_model)
+        floor = floor_of(reward, data.rejected, session.tokens.pad_id, options[ROLLOUT])
         found = measure(context, reward, data, 1.0, options[ROLLOUT])
         name = "reward" if "reward" not in recipe.stages else "foreign"
         told = {f"{name}.{metric}": number for metric, number in found.items()}
@@ -142,6 +139,8 @@ def run(context: StageContext, method: Method) -> StageResult:
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
 
+    if reward.told:
+        context.progress.note(reward.told)
     if trainer.skipped:
         said = f"{trainer.skipped} optimizer steps were skipped: gradients beyond float16"
         context.progress.note(said)
