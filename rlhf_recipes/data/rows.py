@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,15 +14,39 @@ from rlhf_recipes.data.tokens import Tokens, texts
 from rlhf_recipes.data.turns import Unusable
 
 
+class Ids:
+    """A field of token ids: a list to who reads it, and held in 4 bytes an id.
+
+    Python's own numbers take 36 bytes each: 2.4 GB of 60,000 pairs with 1,100 tokens.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, row: Any, owner: type) -> list[int] | None:
+        if row is None:
+            raise AttributeError(self.name)  # so that `dataclass` finds no default
+        held = vars(row)[self.name]
+        return None if held is None else held.tolist()
+
+    def __set__(self, row: Any, ids: Any) -> None:
+        compact = ids is None or isinstance(ids, array)
+        vars(row)[self.name] = ids if compact else array("i", ids)
+
+
+def _ids() -> Any:
+    return Ids()
+
+
 @dataclass(frozen=True)
 class Example:
     """One row, encoded. A demonstration has no rejected answer, a prompt alone has none at all, and
     a row that a label calls bad has no chosen one."""
 
     prompt: str  # the last user turn, for people
-    prompt_ids: list[int]
-    chosen_ids: list[int] | None  # ends in EOS
-    rejected_ids: list[int] | None  # ends in EOS
+    prompt_ids: list[int] = _ids()
+    chosen_ids: list[int] | None = _ids()  # ends in EOS
+    rejected_ids: list[int] | None = _ids()  # ends in EOS
 
 
 def answered(examples: Iterable[Example]) -> list[Example]:
