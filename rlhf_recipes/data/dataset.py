@@ -92,7 +92,9 @@ class Data:
         """The rows that a kind learns from, by its `learns_from`; or that it asks about."""
         match learns_from:
             case "answers":
-                return answered(self.train)
+                # Not the judge's pairs: it would judge a policy that was taught what it knows.
+                aside = {id(example) for example in pairs(self.judge)}
+                return [e for e in answered(self.train) if id(e) not in aside]
             case "pairs":
                 return pairs(self.reward_train)
             case "labels":

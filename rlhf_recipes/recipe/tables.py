@@ -120,7 +120,7 @@ class DatasetTable:
     test_fraction: float = _key(0.1, range="at least 0 and below 1")
     test_split: str | None = _key(None)
     judge_fraction: float = _key(
-        0.25, range="at least 0 and below 1", learners=("pairs", "judge_pairs", "labels")
+        0.25, range="at least 0 and below 1", learners=("answers", "pairs", "judge_pairs", "labels")
     )
     system: str | None = _key(None)
     weight: float | None = _key(None, range="above 0, at most 1")

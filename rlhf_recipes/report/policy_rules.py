@@ -26,6 +26,8 @@ REPEATING = 0.3  # of an answer's 3-grams
 ENDING = 0.5  # of the answers; under it most are cut off
 CUT_MORE = 0.15  # more of the answers cut off than before
 UPDATES = 3  # fewer say nothing of a value model
+ALONE = ": it may err where the reward model errs, so this is not yet a success"
+OUTSIDE = "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
 # With 95 % intervals of the bootstrap.
 MORE_PROMPTS = "200 prompts tell 60 % from chance in four cases of five, 780 tell 55 %."
 
@@ -137,22 +139,34 @@ def _wins(facts: Facts, name: str, by: str = "", over: str = "") -> Share | None
     return facts.share(f"{name}.{by}win_rate{over}", "evaluation.prompts")
 
 
-def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str]]:
+def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str, bool]]:
     """The win rates by judges that a policy was not trained against, and what each is called.
 
-    But those of a judge that ranks test pairs no better than chance, or than length does.
+    But those of a judge that ranks test pairs no better than chance, or than length does. Last,
+    whether the judge is of another make than the reward model. The independent judge is not: on
+    smoke's answers to a prompt, its scores and the reward model's correlate by 0.7 to 0.8.
     """
     trained = facts.share("judge.accuracy", "judge.test_pairs")
     alone = facts.number("judge.length_accuracy") or 0.0
     blind = trained and (trained.low <= 0.5 or trained.value <= alone)
-    specs = (facts.recipe.get("evaluation") or {}).get("judge")
-    specs = [specs] if isinstance(specs, str) else list(specs or ())
-    for by, spec in zip(("judge_", "judge2_"), [*specs, "", ""], strict=False):
+    for by, spec in zip(("judge_", "judge2_"), [*_specs(facts), "", ""], strict=False):
         share = _wins(facts, name, by, over)
-        rule = str(spec).startswith("python:")
-        called = f"the rule `{spec.rpartition('/')[2].removeprefix('python:')}`" if rule else ""
         if share and not (blind and spec == INDEPENDENT):
-            yield share, called or "a judge it was not trained against"
+            yield share, _called(str(spec)), spec != INDEPENDENT
+
+
+def _specs(facts: Facts) -> list[str]:
+    """The judges, as the recipe names them."""
+    specs = (facts.recipe.get("evaluation") or {}).get("judge")
+    return [specs] if isinstance(specs, str) else list(specs or ())
+
+
+def _called(judge: str) -> str:
+    if judge == INDEPENDENT:
+        return "a second reward model on the same base"
+    if judge.startswith("python:"):
+        return f"the rule `{judge.rpartition('/')[2].removeprefix('python:')}`"
+    return "a judge it was not trained against"
 
 
 def _open(share: Share) -> bool:
@@ -176,10 +190,13 @@ def winning(facts: Facts) -> Found:
             yield Finding(level, name, text, change)
         elif wins and not _open(wins):
             yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
-        for share, called in judged:
+        outside = any(other for *_, other in judged)
+        for share, called, other in judged:
             if share.low > 0.5:
-                text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
-                yield Finding("success", name, text)
+                text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}"
+                alone = "" if outside else ALONE
+                level, change = ("success", "") if other else ("good", alone and OUTSIDE)
+                yield Finding(level, name, f"{text}{alone}.", change)
             elif wins and own and gained:
                 if share.high < wins.low and not _open(share):
                     text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
@@ -192,7 +209,8 @@ def winning(facts: Facts) -> Found:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
                 yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
         yield from _only_by_length(facts, name, f"{who} wins against {start}")
-        shares = [(wins, "the reward model"), *judged] if wins else judged
+        shares = [(wins, "the reward model")] if wins else []
+        shares += [(share, called) for share, called, _ in judged]
         yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
 
 
@@ -238,13 +256,23 @@ def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]])
             yield Finding("doubt", "evaluation", text, more)
 
 
+def judges_agree(facts: Facts) -> Found:
+    """How far each judge's scores follow the reward model's among a prompt's answers."""
+    for key, spec in zip(("judged", "judged2"), _specs(facts), strict=False):
+        follows, prompts = facts.within_prompts("scores", key)
+        if follows is not None:
+            text = "Among a prompt's answers, the scores of the reward model and of "
+            text += f"{_called(str(spec))} correlate by {follows:.2f} ({prompts} prompts)."
+            yield Finding("note", "evaluation", text.replace("-", "−"))
+
+
 def over_base(facts: Facts) -> Found:
     """The last policy against the model that all began with."""
     starts = facts.starts()
     for name in [*starts][-1:]:
         over = "_over_base" if starts[name] != "base" else ""
         own = [(share, "the reward model")] if (share := _wins(facts, name, "", over)) else []
-        for share, called in [*_judges(facts, name, over)] or own:
+        for share, called in [both[:2] for both in _judges(facts, name, over)] or own:
             text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
             if share.low > 0.5:
                 yield Finding("good", name, f"{text}by {called}.")
@@ -284,4 +312,13 @@ def _error(facts: Facts, key: str) -> float:
     return (high - low) / 3.92 / value if value and low is not None and high is not None else 0.0
 
 
-RULES = (went_far, collapsed, never_ends, blind_critic, winning, over_base, against_best_of)
+RULES = (
+    went_far,
+    collapsed,
+    never_ends,
+    blind_critic,
+    winning,
+    judges_agree,
+    over_base,
+    against_best_of,
+)
