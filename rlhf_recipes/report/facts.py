@@ -87,8 +87,10 @@ class Facts:
         xx = yy = xy = 0.0
         prompts = 0
         for row in self.answers:
-            x, y = (row.get(key) if isinstance(row.get(key), dict) else {} for key in (one, other))
-            both = [(number(x, who), number(y, who)) for who in x]
+            told, also = row.get(one), row.get(other)
+            if not isinstance(told, dict) or not isinstance(also, dict):
+                continue
+            both = [(number(told, who), number(also, who)) for who in told]
             pairs = [(a, b) for a, b in both if a is not None and b is not None]
             if len(pairs) > 1:
                 prompts += 1

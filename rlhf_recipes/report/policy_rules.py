@@ -190,12 +190,12 @@ def winning(facts: Facts) -> Found:
             yield Finding(level, name, text, change)
         elif wins and not _open(wins):
             yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
-        outside = any(other for *_, other in judged)
-        for share, called, other in judged:
+        outside = any(apart for *_, apart in judged)
+        for share, called, apart in judged:
             if share.low > 0.5:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}"
                 alone = "" if outside else ALONE
-                level, change = ("success", "") if other else ("good", alone and OUTSIDE)
+                level, change = ("success", "") if apart else ("good", alone and OUTSIDE)
                 yield Finding(level, name, f"{text}{alone}.", change)
             elif wins and own and gained:
                 if share.high < wins.low and not _open(share):

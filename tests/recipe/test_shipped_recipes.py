@@ -86,7 +86,7 @@ def test_an_answer_a_little_longer_than_the_longest_can_still_end(name: str) -> 
 
 @pytest.mark.parametrize("name", ["8b-24gb", "hh-helpful", "qwen-16gb", "ultrafeedback"])
 def test_ppo_that_nobody_ran_takes_steps_of_a_length_that_was_measured(name: str) -> None:
-    """By their summed length, one to two and a quarter times chat's 4.7e-3, which moved 5.8 nats."""
+    """Summed, one to two and a quarter times chat's 4.7e-3, which moved it 5.8 nats."""
     recipe = load_recipe(RECIPES[name])
     ppo, data = recipe.table("ppo").options, recipe.dataset
     assert ppo["adam_epsilon"] == 1e-5
