@@ -162,7 +162,7 @@ def plan(
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
     with quietly():
-        session = Session(made.recipe, made.model)
+        session = Session(made.recipe, made.model, made.runs)
         found = data_lint(made, session)
     _print("\n".join(["", *map(str, found)]))
     if pending := [stage for stage in made.stages if not stage.done]:

@@ -44,7 +44,7 @@ from rlhf_recipes.store.digests import digest
 
 BATCH = 1000  # rows that are tokenized together
 NEEDS = (
-    "sft needs answers; reward, dpo, judge pairs; kto labels; the evaluation test prompts: "
+    "sft needs answers; dpo pairs; reward and judge pairs or labels; kto labels; the rest prompts: "
     "see `columns` and `test_fraction`"
 )
 LOOKED = 200  # rows, where only their shape is asked for
@@ -123,7 +123,9 @@ class Data(Sides):
         """
         match learns_from:
             case "answers":
-                return answered(self.train)
+                # Not the judge's pairs: it would judge a policy that was taught what it knows.
+                aside = {id(example) for example in pairs(self.judge)}
+                return [e for e in answered(self.train) if id(e) not in aside]
             case "pairs":
                 return pairs(self.reward_train)
             case "labels":

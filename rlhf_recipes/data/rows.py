@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,39 @@ from rlhf_recipes.data.tokens import Tokens, texts
 from rlhf_recipes.data.turns import Messages, Unusable
 
 
+class Ids:
+    """A field of token ids: a list to who reads it, and held in 4 bytes an id.
+
+    Python's own numbers take 36 bytes each: 2.4 GB of 60,000 pairs with 1,100 tokens.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, row: Any, owner: type) -> list[int] | None:
+        if row is None:
+            raise AttributeError(self.name)  # so that `dataclass` finds no default
+        held = vars(row)[self.name]
+        return None if held is None else held.tolist()
+
+    def __set__(self, row: Any, ids: Any) -> None:
+        compact = ids is None or isinstance(ids, array)
+        vars(row)[self.name] = ids if compact else array("i", ids)
+
+
+def _ids() -> Any:
+    return Ids()
+
+
 @dataclass(frozen=True)
 class Example:
     """One row, encoded. A demonstration has no rejected answer, a prompt alone has none at all, and
     a row that a label calls bad has no chosen one."""
 
     prompt: str  # the last user turn, for people
-    prompt_ids: list[int]
-    chosen_ids: list[int] | None  # ends in EOS
-    rejected_ids: list[int] | None  # ends in EOS
+    prompt_ids: list[int] = _ids()
+    chosen_ids: list[int] | None = _ids()  # ends in EOS
+    rejected_ids: list[int] | None = _ids()  # ends in EOS
     labelled: bool = False  # a label calls its one answer good or bad
     margin: float | None = None  # by how much the chosen answer is better, where the row says so
     weight: float = 1.0  # of the pair in a reward model's loss

@@ -4,17 +4,23 @@ two in one."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.lean_lora import LeanLora
+
+LARGE = 2**16  # words of a vocabulary, from where on logits are made in parts
+PART = 2**25  # logits at a time: 128 MiB in float32
+_WRITES_MORE: set[type] = set()  # models whose logits are not what their heads say
 
 
 def score(role: Role, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -50,7 +56,7 @@ def logprobs(
     The policy's old and new and the reference's log-probabilities all come from here, so that
     equal weights give a KL of exactly 0 and a ratio of exactly 1. Call under `active`.
     """
-    return LogProb.apply(_logits(role, ids, mask, answer), ids[:, -answer:], temperature)
+    return _picked(role.lm, lambda: _logits(role, ids, mask, answer), ids[:, -answer:], temperature)
 
 
 def logprobs_and_values(
@@ -66,23 +72,27 @@ def logprobs_and_values(
     Call under `policy.active(beside=value)`.
     """
     lm, states = policy.lm, []
-    hooks = [
-        # Not on the base model: OPT calls the decoder inside.
-        lm.get_decoder().register_forward_hook(
-            lambda _, __, out: states.append(out.last_hidden_state[len(ids) :])
-        ),
-        # The language head is asked about the policy's rows alone.
-        lm.get_output_embeddings().register_forward_pre_hook(
-            lambda _, args: (args[0][: len(ids)],), prepend=True
-        ),
-    ]
-    try:
-        out = _logits(policy, ids.repeat(2, 1), mask.repeat(2, 1), answer)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    guess = value.heads(states[0][:, -answer - 1 : -1])
-    return *LogProb.apply(out, ids[:, -answer:], temperature), guess
+    twice = ids.repeat(2, 1), mask.repeat(2, 1)
+
+    def both() -> torch.Tensor:
+        hooks = [
+            # Not on the base model: OPT calls the decoder inside.
+            lm.get_decoder().register_forward_hook(
+                lambda _, __, out: states.append(out.last_hidden_state[len(ids) :])
+            ),
+            # The language head is asked about the policy's rows alone.
+            lm.get_output_embeddings().register_forward_pre_hook(
+                lambda _, args: (args[0][: len(ids)],), prepend=True
+            ),
+        ]
+        try:
+            return _logits(policy, *twice, answer)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    found = _picked(lm, both, ids[:, -answer:], temperature)
+    return *found, value.heads(states[-1][:, -answer - 1 : -1])
 
 
 def _logits(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> torch.Tensor:
@@ -96,6 +106,48 @@ def _logits(role: Role, ids: torch.Tensor, mask: torch.Tensor, answer: int) -> t
         logits_to_keep=torch.arange(before - 1, before + answer - 1, device=ids.device),
     )
     return out.logits
+
+
+def _picked(
+    lm: PreTrainedModel, logits_of: Callable[[], torch.Tensor], chosen: torch.Tensor, heat: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`LogProb` of what `lm` writes. Of a large vocabulary, the logits are never there as a whole.
+
+    Then the language head runs on some positions at a time, and in the backward once more. So many
+    logits of 64 answers of 512 tokens would take 10 GB in 16 bit at 152,000 words.
+    """
+    head = lm.get_output_embeddings()
+    words, seen = head.weight.shape[0], list[torch.Tensor]()
+    plain = not isinstance(head, BaseTunerLayer) and type(lm) not in _WRITES_MORE
+    if not plain or words < LARGE or chosen.numel() * words <= PART:
+        return LogProb.apply(logits_of(), chosen, heat)
+
+    def one_position(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        seen.append(args[0])
+        return (args[0][:1, :1],)
+
+    hooks = [
+        head.register_forward_pre_hook(one_position),
+        head.register_forward_hook(lambda _, __, out: seen.append(out)),
+    ]
+    try:
+        out = logits_of()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hidden, said = seen
+    if out is not said:  # it caps or scales what the head says
+        _WRITES_MORE.add(type(lm))
+        return LogProb.apply(logits_of(), chosen, heat)
+
+    def some(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return LogProb.apply(head(states)[None], tokens[None], heat)
+
+    count = max(1, PART // words)
+    parts = zip(hidden.flatten(0, 1).split(count), chosen.flatten().split(count), strict=True)
+    run = partial(checkpoint, some, use_reentrant=False) if torch.is_grad_enabled() else some
+    picked, entropy = zip(*(run(*part) for part in parts), strict=True)
+    return torch.cat(picked, 1).view_as(chosen), torch.cat(entropy, 1).view_as(chosen)
 
 
 class LogProb(torch.autograd.Function):

@@ -120,7 +120,7 @@ class _Run:
         self.screen = screen
         self.waiting = screen.line if wait else None
         self.since = layout.begun(plan.run_folder) if fresh else ""
-        self.session = Session(plan.recipe, plan.model)
+        self.session = Session(plan.recipe, plan.model, plan.runs)
         self.done: dict[str, StageOutcome] = {}
         self.started = provenance.now()
         self.needs: dict[str, Counter[str]] = {}  # by stage: bytes by role, by the rule
@@ -291,7 +291,7 @@ class _Run:
         aside = layout.beside(folder, "fresh")
         files.remove(aside)
         # Lets go of the base: merging loads it whole.
-        self.session = Session(self.plan.recipe, self.plan.model)
+        self.session = Session(self.plan.recipe, self.plan.model, self.plan.runs)
         with self._failing_as("writing the model"), self.screen.quiet():
             from rlhf_recipes.pipeline.export import write_model
 

@@ -125,7 +125,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "sft",
-            version=3,
+            version=4,
             module="rlhf_recipes.stages.sft",
             config="trl:SFTConfig",
             makes="policy",

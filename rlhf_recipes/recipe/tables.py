@@ -132,7 +132,7 @@ class DatasetTable:
     judge_fraction: float = _key(
         0.25,
         range="at least 0 and below 1",
-        learners=("pairs", "labels", "feedback", "judge_feedback"),
+        learners=("answers", "pairs", "labels", "feedback", "judge_feedback"),
     )
     system: str | None = _key(None)
     weight: float | None = _key(None, range="above 0, at most 1")

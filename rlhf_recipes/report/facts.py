@@ -11,6 +11,7 @@ import json
 import math
 import tomllib
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.recipe.kinds import KINDS, makes
@@ -78,6 +79,27 @@ class Facts:
         elif of < SMALL or low == high:
             low, high = min(low, least), max(high, most)
         return Share(value, low, high, int(of))
+
+    def within_prompts(self, one: str, other: str) -> tuple[float | None, int]:
+        """The correlation of two kinds of score of the answers, each less its prompt's mean.
+
+        With the number of prompts that have both scores of two answers or more.
+        """
+        xx = yy = xy = 0.0
+        prompts = 0
+        for row in self.answers:
+            told, also = row.get(one), row.get(other)
+            if not isinstance(told, dict) or not isinstance(also, dict):
+                continue
+            both = [(number(told, who), number(also, who)) for who in told]
+            pairs = [(a, b) for a, b in both if a is not None and b is not None]
+            if len(pairs) > 1:
+                prompts += 1
+                a, b = (fmean(values) for values in zip(*pairs, strict=True))
+                xx += sum((x - a) ** 2 for x, _ in pairs)
+                yy += sum((y - b) ** 2 for _, y in pairs)
+                xy += sum((x - a) * (y - b) for x, y in pairs)
+        return (xy / math.sqrt(xx * yy) if xx and yy else None), prompts
 
     def learned_from(self, stage: str) -> str:
         """How much a stage learned from: pairs, labels, rows or, in PPO, answers of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from rlhf_recipes.findings import Finding, Found, interval, percent, said
 from rlhf_recipes.recipe.tables import INDEPENDENT
@@ -26,6 +27,8 @@ REPEATING = 0.3  # of an answer's 3-grams
 ENDING = 0.5  # of the answers; under it most are cut off
 CUT_MORE = 0.15  # more of the answers cut off than before
 UPDATES = 3  # fewer say nothing of a value model
+ALONE = ": it may err where the reward model errs, so this is not yet a success"
+OUTSIDE = "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
 # With 95 % intervals of the bootstrap.
 MORE_PROMPTS = "200 prompts tell 60 % from chance in four cases of five, 780 tell 55 %."
 
@@ -137,23 +140,39 @@ def _wins(facts: Facts, name: str, by: str = "", over: str = "") -> Share | None
     return facts.share(f"{name}.{by}win_rate{over}", "evaluation.prompts")
 
 
-def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str]]:
+def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str, bool]]:
     """The win rates by judges that a policy was not trained against, and what each is called.
 
-    But those of a judge that ranks test pairs no better than chance, or than length does.
+    But those of a judge that ranks test pairs no better than chance, or than length does. Last,
+    whether the judge is of another make than the reward model. The independent judge is not: on
+    smoke's answers to a prompt, its scores and the reward model's correlate by 0.7 to 0.8.
     """
     trained = facts.share("judge.accuracy", "judge.test_pairs")
     alone = facts.number("judge.length_accuracy") or 0.0
     blind = trained and (trained.low <= 0.5 or trained.value <= alone)
-    specs = (facts.recipe.get("evaluation") or {}).get("judge")
-    specs = list(specs or ()) if isinstance(specs, list) else [specs]
-    for by, spec in zip(("judge_", "judge2_"), [*specs, "", ""], strict=False):
+    for by, spec in zip(("judge_", "judge2_"), [*_specs(facts), "", ""], strict=False):
         share = _wins(facts, name, by, over)
-        rule = spec.get("rule") or spec.get("python") if isinstance(spec, dict) else spec
-        rule = rule if rule is not spec or str(spec).startswith("python:") else ""
-        called = f"the rule `{str(rule).rpartition('/')[2].removeprefix('python:')}`" * bool(rule)
         if share and not (blind and spec == INDEPENDENT):
-            yield share, called or "a judge it was not trained against"
+            yield share, _called(str(spec)), spec != INDEPENDENT
+
+
+def _specs(facts: Facts) -> list[str]:
+    """The judges, as the recipe names them; rules as "python:…"."""
+    specs = (facts.recipe.get("evaluation") or {}).get("judge") or []
+    return [_spec(one) for one in (specs if isinstance(specs, list) else [specs])]
+
+
+def _spec(judge: Any) -> str:
+    rule = judge.get("rule") or judge.get("python") if isinstance(judge, dict) else ""
+    return f"python:{rule}" if rule else str(judge)
+
+
+def _called(judge: str) -> str:
+    if judge == INDEPENDENT:
+        return "a second reward model on the same base"
+    if judge.startswith("python:"):
+        return f"the rule `{judge.rpartition('/')[2].removeprefix('python:')}`"
+    return "a judge it was not trained against"
 
 
 def _open(share: Share) -> bool:
@@ -178,10 +197,13 @@ def winning(facts: Facts) -> Found:
             yield Finding(level, name, text, change)
         elif wins and not _open(wins):
             yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
-        for share, called in judged:
+        outside = any(apart for *_, apart in judged)
+        for share, called, apart in judged:
             if share.low > 0.5:
-                text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}."
-                yield Finding("success", name, text)
+                text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}"
+                alone = "" if outside else ALONE
+                level, change = ("success", "") if apart else ("good", alone and OUTSIDE)
+                yield Finding(level, name, f"{text}{alone}.", change)
             elif wins and own and gained:
                 if share.high < wins.low and not _open(share):
                     text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
@@ -195,7 +217,8 @@ def winning(facts: Facts) -> Found:
                 text = f"{who} wins against {start} on {said(share, 'prompts')} by {called}: "
                 yield Finding("fault", name, f"{text}it became worse.", f"{facts.slower(name)}.")
         yield from _only_by_length(facts, name, f"{who} wins against {start}")
-        shares = [(wins, facts.scorer), *judged] if wins else judged
+        shares = [(wins, facts.scorer)] if wins else []
+        shares += [(share, called) for share, called, _ in judged]
         yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
 
 
@@ -241,13 +264,23 @@ def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]])
             yield Finding("doubt", "evaluation", text, more)
 
 
+def judges_agree(facts: Facts) -> Found:
+    """How far each judge's scores follow the reward model's among a prompt's answers."""
+    for key, spec in zip(("judged", "judged2"), _specs(facts), strict=False):
+        follows, prompts = facts.within_prompts("scores", key)
+        if follows is not None:
+            text = "Among a prompt's answers, the scores of the reward model and of "
+            text += f"{_called(str(spec))} correlate by {follows:.2f} ({prompts} prompts)."
+            yield Finding("note", "evaluation", text.replace("-", "−"))
+
+
 def over_base(facts: Facts) -> Found:
     """The last policy against the model that all began with."""
     starts = facts.starts()
     for name in [*starts][-1:]:
         over = "_over_base" if starts[name] != "base" else ""
         own = [(share, facts.scorer)] if (share := _wins(facts, name, "", over)) else []
-        for share, called in [*_judges(facts, name, over)] or own:
+        for share, called in [both[:2] for both in _judges(facts, name, over)] or own:
             text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
             if share.low > 0.5:
                 yield Finding("good", name, f"{text}by {called}.")
@@ -287,4 +320,13 @@ def _error(facts: Facts, key: str) -> float:
     return (high - low) / 3.92 / value if value and low is not None and high is not None else 0.0
 
 
-RULES = (went_far, collapsed, never_ends, blind_critic, winning, over_base, against_best_of)
+RULES = (
+    went_far,
+    collapsed,
+    never_ends,
+    blind_critic,
+    winning,
+    judges_agree,
+    over_base,
+    against_best_of,
+)

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 class Session:
     """Holds nothing that a stage's result depends on beyond the recipe itself."""
 
-    def __init__(self, recipe: Recipe, model: Mapping[str, str]):
+    def __init__(self, recipe: Recipe, model: Mapping[str, str], runs: Path | None = None):
         self.recipe = recipe
         self.model = model  # the base model's identity, which says where it is loaded from
+        self.runs = runs  # where encoded rows are kept; None: nowhere
         self._data: dict[str, Data] = {}
 
     @cached_property
@@ -88,14 +89,14 @@ class Session:
 
     def data(self, table: DatasetTable) -> Data:
         """The rows of a [dataset] table, encoded and split."""
-        from rlhf_recipes.data.dataset import load_data
+        from rlhf_recipes.data.kept_rows import load_rows
 
         key = repr(table)
         if key not in self._data:
             whole = self.recipe.dataset
-            tested = () if table == whole else self.data(whole).tested
+            tested = set() if table == whole else self.data(whole).tested
             columns = {c for name in self.recipe.all_stages for c in columns_of(self.recipe, name)}
-            self._data[key] = load_data(table, self.tokens, tested, sorted(columns))
+            self._data[key] = load_rows(table, self.tokens, tested, sorted(columns), self.runs)
         return self._data[key]
 
     def put_data(self, table: DatasetTable, data: Data) -> None:

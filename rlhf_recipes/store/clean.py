@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 from rlhf_recipes.errors import BusyError
 from rlhf_recipes.store import files, layout, locks
 from rlhf_recipes.store.history import run_folders, stage_folders
+from rlhf_recipes.store.kept import ROWS, value_of
 
 STAGE = re.compile(r"[a-z_]+-[0-9a-f]{12}")
 ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
-HALF_A_FILE = r"\.[a-z]+\.(json|jsonl|toml|html|md)\.\d+"
+HALF_A_FILE = r"\.[0-9a-z]+\.(json|jsonl|toml|html|md|arrow)\.\d+"
 Spare = tuple[Path, str, Path]  # what can go, why, and the run or stage whose lock it takes
 
 
@@ -41,12 +43,13 @@ def remove(spare: Spare, runs: Path) -> bool:
 
 
 def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
-    found, doubts, used, stages = [], [], set(), runs / ".stages"
+    found, doubts, used, stages, read = [], [], set(), runs / ".stages", []
     goes_on = set()  # what a `--fresh` that was cut off goes on with
     for folder, manifest in run_folders(runs):
         names = {stage.name for stage in stage_folders(runs, manifest)}
         used |= names
         goes_on |= names if (folder / ".fresh").exists() else set()
+        read.append((manifest or {}).get("dataset"))
         live = locks.held(folder)
         ours = live or any((folder / name).exists() for name in (layout.MANIFEST, "recipe.toml"))
         if ours:
@@ -77,7 +80,20 @@ def _unused(runs: Path) -> tuple[list[Spare], list[str]]:
             idle = not whole and stage.name not in goes_on and layout.read_record(stage)
             if {"fresh": idle, "old": stage.is_dir(), "gone": True}[aside[2]]:
                 found.append((path, "left over", stage))
+    read += [(layout.read_record(stages / name) or {}).get("payload") for name in sorted(used)]
+    found += _left(stages / ROWS, HALF_A_FILE, stages / ROWS)
+    found += [] if doubts else _spare_rows(stages / ROWS, json.dumps(read))
     return found, doubts
+
+
+def _spare_rows(folder: Path, read: str) -> list[Spare]:
+    """The files of kept rows that no run reads: `read` has the identities of what runs read."""
+    found = []
+    for file in [] if folder.is_symlink() else sorted(folder.glob("[!.]*")):
+        sources = (value_of(file.with_suffix(".json")) or {}).get("sources", [])
+        if not any(str(value) in read for source in sources for value in source.values()):
+            found.append((file, "no run reads these rows", folder))
+    return found
 
 
 def _left(folder: Path, names: str, owner: Path) -> list[Spare]:

@@ -9,13 +9,25 @@ from typing import Any
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.files import read_json, write_json
 
+ROWS = "rows"  # in .stages: where encoded rows are kept
+
+
+def name_of(about: dict[str, Any]) -> str:
+    """The name, less its suffix, of every file that is kept for exactly this."""
+    return digest(about)
+
 
 def recall(folder: Path, about: dict[str, Any]) -> Any:
     """The value that was kept for exactly this; None where there is none that is whole."""
-    found = read_json(folder / f"{digest(about)}.json") or {}
+    return value_of(folder / f"{name_of(about)}.json")
+
+
+def value_of(file: Path) -> Any:
+    """The value in a file of `keep`; None where the file is not whole."""
+    found = read_json(file) or {}
     value = found.get("value")
     return value if found.get("digest") == digest(value) else None
 
 
 def keep(folder: Path, about: dict[str, Any], value: Any) -> None:
-    write_json(folder / f"{digest(about)}.json", {"value": value, "digest": digest(value)})
+    write_json(folder / f"{name_of(about)}.json", {"value": value, "digest": digest(value)})

@@ -270,3 +270,14 @@ def test_a_prompt_of_one_test_split_is_learned_from_no_dataset(
     own = load_data(table(tiny_pairs, test_fraction=0.0), tokens, load_data(held, tokens).tested)
     assert own.dropped == {"prompt is in the test split": 1} and not own.test
     assert not keys(own.train + own.validation) & keys(data.test)
+
+
+def test_sft_does_not_learn_the_judge_s_pairs(tmp_path: Path, tokens: Tokens) -> None:
+    """Else the judge has seen what the policy was taught: its chosen answers, word for word."""
+    rows = [{"prompt": f"red {n}", "chosen": "blue", "rejected": "cat"} for n in range(60)]
+    shown = [{"prompt": f"sun {n}", "completion": "blue"} for n in range(60)]
+    data = load_data(table(write(tmp_path, rows + shown), judge_fraction=0.5), tokens)
+    learned, judged = data.learned("answers"), data.learned("judge_pairs")
+    assert len(judged) > 10 and not {e.prompt for e in judged} & {e.prompt for e in learned}
+    assert len(learned) == len(data.train) - len(judged)
+    assert sum(e.rejected_ids is None for e in data.judge) > 10  # demonstrations are no pairs

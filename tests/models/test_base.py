@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.models import attention
+from rlhf_recipes.models import role as role_module
 from rlhf_recipes.models.attention import MatmulBackward
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm, new_head
@@ -304,3 +308,60 @@ def test_a_target_that_the_model_lacks_is_named_with_those_it_has(tiny_model: Pa
     with pytest.raises(ModelError) as error:
         base.open("policy", None, seed=0, trainable=True)
     assert "target_modules names W_pack" in str(error.value) and "v_proj" in error.value.hint
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor):
+                self.most = max(self.most, one.numel())
+        return made
+
+
+@pytest.mark.parametrize(("together", "caps"), [(False, False), (True, False), (True, True)])
+def test_the_logits_of_a_large_vocabulary_are_never_there_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool, caps: bool
+) -> None:
+    words, rows, answer = 152_000, 3, 12
+    shape = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=2, vocab_size=words, head_dim=4)
+    config = Gemma2Config(**shape) if caps else LlamaConfig(**shape)
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    base = Base(lambda _: lm, {"r": 2, "target_modules": ["q_proj"]}, torch.float32)
+    policy, value = (base.open(name, None, seed=1, trainable=True) for name in ("policy", "value"))
+    value.add_head(new_head(value.lm, bias=True))
+    ids = torch.randint(1, words, (rows, answer + 2))
+    given = ids, torch.ones_like(ids), answer, 0.7
+    monkeypatch.setattr(role_module, "PART", 2**21)
+
+    def run(large: int) -> tuple[list[torch.Tensor], int]:
+        monkeypatch.setattr(role_module, "LARGE", large)
+        with Largest() as seen:
+            if together:
+                with policy.active(beside=value):
+                    picked, entropy, _ = logprobs_and_values(policy, value, *given)
+                    picked.sum().backward()
+            else:
+                with policy.active():
+                    picked, entropy = logprobs(policy, *given)
+                    picked.sum().backward()
+            with policy.active(), torch.no_grad():
+                assert (logprobs(policy, *given)[0] - picked).abs().max() < 1e-5
+        found = [picked, entropy, *(p.grad for p in policy.trainable())]
+        for weight in policy.trainable():
+            weight.grad = None
+        return [one.detach() for one in found if one is not None], seen.most
+
+    whole, most = run(large=2**20)
+    parts, less = run(large=2**16)
+    assert most == rows * answer * words
+    assert less == most if caps else less <= 2**21 < most
+    assert len(whole) == len(parts) >= 4  # with the gradients of A and B
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

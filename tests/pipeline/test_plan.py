@@ -47,7 +47,7 @@ def test_stages_and_what_serves_their_roles(tmp_path: Path) -> None:
         (["ppo.total_episodes=128"], ["ppo", "evaluation"]),
         (["evaluation.prompts=16"], ["evaluation"]),
         (["reward.learning_rate=2e-5"], ["reward", "ppo", "evaluation"]),
-        (["dataset.judge_fraction=0.5"], ["reward", "ppo", "evaluation"]),
+        (["dataset.judge_fraction=0.5"], STAGES),
         (["dataset.max_answer_tokens=64"], STAGES),
         (["seed=1"], STAGES),
         (["lora.r=8"], STAGES),

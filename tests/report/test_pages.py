@@ -127,7 +127,7 @@ def test_the_page_of_a_whole_run(shown: tuple[Path, str, Page]) -> None:
     assert order == "verdict answers price ppo reward sft cost data recipe".split()
     text = " ".join(found.text)
     for words in (
-        "It worked", "PPO beat SFT on 71 % of 128 prompts (63–79)",
+        "What came of it", "PPO beat SFT on 71 % of 128 prompts (63–79)",
         "PPO gained 85 % of what the best of 16 answers does, at 3.4 times the KL",
         "gain +1.90", "cut off after 48 tokens",
         "PPO's answers are preferred to SFT's on 71 % of the prompts",
@@ -308,7 +308,7 @@ def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_pat
         'base_model_relation: finetune\nmodel-index: [{"name": "told-ppo", "results": ['
     )
     assert "# A \\[title\\](x) \\| &lt;b&gt;\n" in card.replace("&lt\\;", "&lt;")
-    assert "- PPO beat SFT on 71 % of 128 prompts (63–79) by a judge" in card
+    assert "- PPO beat SFT on 71 % of 128 prompts (63–79) by a second" in card
     assert "| preferred by the judge | — |" in card and "Data: pairs.jsonl. Seed 42." in card
     assert "/home/me" not in card
     local = {"model": {"name": "/home/me/mine"}, "dataset": {"path": "~/rows"}}

@@ -26,18 +26,62 @@ def said(findings: list[Finding]) -> list[tuple[str, str]]:
 def test_a_run_in_which_all_went_well(tmp_path: Path) -> None:
     findings = found(tmp_path)
     assert [one.text for one in findings] == [
-        "PPO beat SFT on 71 % of 128 prompts (63–79) by a judge it was not trained against, at "
-        "6.2 nats.",
         "SFT's validation loss went from 4.724 to 3.673.",
         "The reward model ranks 90 % of 200 test pairs right (86–94), length alone 56 %.",
         "PPO beat SFT on 90 % of 128 prompts (85–95) by the reward model that it was trained "
         "against, at 6.2 nats.",
+        "PPO beat SFT on 71 % of 128 prompts (63–79) by a second reward model on the same base, at "
+        "6.2 nats: it may err where the reward model errs, so this is not yet a success.",
         "The independent judge ranks 80 % of 200 test pairs right (75–85), length alone 56 %.",
     ]
     assert said(findings) == [
-        ("success", "ppo"), ("good", "sft"), ("good", "reward"), ("good", "ppo"), ("good", "judge")
+        ("good", "sft"), ("good", "reward"), ("good", "ppo"), ("good", "ppo"), ("good", "judge")
     ]  # fmt: skip
+    assert [one.change for one in findings if one.change] == [
+        "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
+    ]
+
+
+OTHERS = {"python:/home/me/oracle.py:score": "the rule `oracle.py:score`"}
+OTHERS |= dict.fromkeys(("a/judge", "./judge"), "a judge it was not trained against")
+
+
+@pytest.mark.parametrize("judge", OTHERS)
+def test_success_takes_a_judge_of_another_make(tmp_path: Path, judge: str) -> None:
+    (first, *_) = findings = found(tmp_path / "alone", recipe={"evaluation": {"judge": judge}})
+    assert (first.level, first.about) == ("success", "ppo")
+    assert (
+        first.text
+        == f"PPO beat SFT on 71 % of 128 prompts (63–79) by {OTHERS[judge]}, at 6.2 nats."
+    )
     assert not any(one.change for one in findings)
+    both = found(
+        tmp_path / "both",
+        shares("ppo.judge2_win_rate", 0.5, 0.02),
+        recipe={"evaluation": {"judge": ["independent", judge]}},
+    )
+    assert "success" not in [one.level for one in both]
+    assert not any("not yet a success" in one.text for one in both)
+
+
+def test_how_far_a_judge_follows_the_reward_model_is_said(tmp_path: Path) -> None:
+    """Within a prompt: what one prompt's answers score above another's counts for nothing."""
+    rows = [
+        {
+            "scores": {"base": n, "sft": n + 1, "ppo": n + 2},
+            "judged": {"base": 0, "sft": 2, "ppo": 1},
+        }
+        for n in (0, 50, 10)
+    ]
+    rows.append({"scores": {"base": 1.0, "sft": None}, "judged": {"base": 1.0, "sft": 2.0}})
+    answers = "".join(json.dumps(row) + "\n" for row in rows)
+    findings = found(tmp_path, outputs={"evaluation": {"answers.jsonl": answers}})
+    (one,) = [one for one in findings if "correlate" in one.text]
+    assert (one.level, one.about) == ("note", "evaluation")
+    assert one.text == (
+        "Among a prompt's answers, the scores of the reward model and of a second reward model on "
+        "the same base correlate by 0.50 (3 prompts)."
+    )
 
 
 def test_a_reward_model_of_labels_says_what_it_was_measured_on(tmp_path: Path) -> None:
@@ -158,13 +202,14 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     ),
     "a policy that fooled its reward model": (
         shares("ppo.judge_win_rate", 0.38, 0.08), "fault", "reward",
-        "PPO beat SFT on 90 % of 128 prompts by its reward model, and on 38 % (30–46) by a judge "
-        "it was not trained against: it learned to please its reward model", "`ppo.kl_coef`",
+        "PPO beat SFT on 90 % of 128 prompts by its reward model, and on 38 % (30–46) by a "
+        "second reward model on the same base: it learned to please its reward model",
+        "`ppo.kl_coef`",
     ),
     "too few prompts": (
         shares("ppo.judge_win_rate", 0.6, 0.15) | {"evaluation.prompts": 40}, "doubt", "evaluation",
-        "PPO wins against SFT on 60 % of 40 prompts (45–75) by a judge it was not trained "
-        "against: too few prompts to tell.", "`dataset.test_fraction` (0.1 now)",
+        "PPO wins against SFT on 60 % of 40 prompts (45–75) by a second reward model on "
+        "the same base: too few prompts to tell.", "`dataset.test_fraction` (0.1 now)",
     ),
     "too few prompts were asked for": (
         shares("ppo.judge_win_rate", 0.56, 0.08), "doubt", "evaluation",
@@ -172,8 +217,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     ),
     "a judge sees that it became worse, and the reward model nothing": (
         shares("ppo.win_rate", 0.56, 0.08) | shares("ppo.judge_win_rate", 0.3, 0.08), "fault",
-        "ppo", "PPO wins against SFT on 30 % of 128 prompts (22–38) by a judge it was not trained "
-        "against: it became worse.", "`ppo.kl_coef`",
+        "ppo", "PPO wins against SFT on 30 % of 128 prompts (22–38) by a second reward model "
+        "on the same base: it became worse.", "`ppo.kl_coef`",
     ),
     "a reward model that tells no more than length": (
         {"reward.length_accuracy": 0.92}, "doubt", "reward",
@@ -209,8 +254,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     ),
     "worse than the base": (
         shares("ppo.judge_win_rate_over_base", 0.3, 0.08), "doubt", "ppo",
-        "PPO wins against the base model on 30 % of 128 prompts (22–38) by a judge it was not "
-        "trained against: it became worse.", "demonstrations",
+        "PPO wins against the base model on 30 % of 128 prompts (22–38) by a second reward model "
+        "on the same base: it became worse.", "demonstrations",
     ),
     "a lowered gate that had no test pairs": (
         {key: None for key in GOOD if key.startswith("reward.")} | {"ppo.minimum_accuracy": 0},
@@ -228,7 +273,7 @@ def test_what_is_wrong_is_said_of_its_stage_and_with_its_numbers(tmp_path: Path,
 
 
 def test_one_answer_to_all_is_a_collapse_whatever_the_numbers_say(tmp_path: Path) -> None:
-    for same, level in ((0, "success"), (6, "fault")):
+    for same, level in ((0, "good"), (6, "fault")):
         rows = [
             {"answers": {"sft": f"{n}", "ppo": "No." if n < same else f"{n}"}} for n in range(8)
         ]
@@ -243,8 +288,7 @@ def test_a_bootstrap_of_few_prompts_is_not_believed(tmp_path: Path) -> None:
     changes = shares("ppo.judge_win_rate", 0.81, 0.2) | {"evaluation.prompts": 8}
     texts = [one.text for one in found(tmp_path, changes) if one.level == "doubt"]
     assert (
-        "PPO wins against SFT on 81 % of 8 prompts (46–101) by a judge it was not trained"
-        in texts[0]
+        "PPO wins against SFT on 81 % of 8 prompts (46–101) by a second reward model on" in texts[0]
     )
 
 
@@ -264,8 +308,8 @@ def test_what_is_no_fault_is_not_called_one(tmp_path: Path) -> None:
 
 def test_the_last_policy_is_held_against_the_base(tmp_path: Path) -> None:
     for name, share, level, end in [
-        ("won", 0.9, "good", "by a judge it was not trained against."),
-        ("open", 0.5, "note", "by a judge it was not trained against: no difference to tell."),
+        ("won", 0.9, "good", "by a second reward model on the same base."),
+        ("open", 0.5, "note", "by a second reward model on the same base: no difference to tell."),
     ]:
         changes = shares("ppo.judge_win_rate_over_base", share, 0.08)
         (one,) = [f for f in found(tmp_path / name, changes) if "the base model" in f.text]
@@ -280,11 +324,12 @@ def test_a_written_rule_is_named_and_a_second_judge_counts(tmp_path: Path) -> No
     judges = ["python:/home/me/oracle.py:score", "independent"]
     second = shares("ppo.judge2_win_rate", 0.66, 0.08)
     findings = found(tmp_path, second, recipe={"evaluation": {"judge": judges}})
-    assert [one.text for one in findings[:2]] == [
-        "PPO beat SFT on 71 % of 128 prompts (63–79) by the rule `oracle.py:score`, at 6.2 nats.",
-        "PPO beat SFT on 66 % of 128 prompts (58–74) by a judge it was not trained against, at "
-        "6.2 nats.",
-    ]
+    assert [(one.level, one.text) for one in findings if "nats" in one.text][::2] == [
+        ("success", "PPO beat SFT on 71 % of 128 prompts (63–79) by the rule `oracle.py:score`, at "
+         "6.2 nats."),
+        ("good", "PPO beat SFT on 66 % of 128 prompts (58–74) by a second reward model on the same "
+         "base, at 6.2 nats."),
+    ]  # fmt: skip
 
 
 # ---- a list of rewards

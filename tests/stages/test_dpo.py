@@ -127,6 +127,6 @@ def test_the_chain_runs_and_is_evaluated(dpo_recipe: Path, tmp_path: Path, chang
 
 
 def test_the_judges_share_is_part_of_its_key(dpo_recipe: Path, tmp_path: Path) -> None:
-    sft, dpo, _ = plan_run(load_recipe(dpo_recipe), tmp_path).stages
-    assert "judge_fraction" not in sft.payload["dataset"]
-    assert dpo.payload["dataset"]["judge_fraction"] == 0.2
+    *learners, _ = plan_run(load_recipe(dpo_recipe), tmp_path).stages
+    assert [stage.kind for stage in learners] == ["sft", "dpo"]
+    assert all(stage.payload["dataset"]["judge_fraction"] == 0.2 for stage in learners)

@@ -188,7 +188,7 @@ def test_ppo_does_not_train_against_what_learned_the_opposite(
     other.run("sft", {})
     assert other.run("reward", POLICY).metrics["accuracy_high"] < 0.5
     told = len(other.progress.updates)
-    with pytest.raises(GateError, match=r"0\.0% of 15 test pairs right .*worse than chance"):
+    with pytest.raises(GateError, match=r"[01]?\d\.\d% of 15 test pairs right .*worse than chance"):
         other.run("ppo", SCORED)
     assert len(other.progress.updates) == told  # not one update
     other.recipe = load_recipe(chain.recipe.path, set=[*words, "reward.minimum_accuracy=0"])

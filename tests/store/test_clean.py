@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ import pytest
 from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.store import clean, locks
+from rlhf_recipes.store.digests import digest
 from tests.helpers.counting import Counting
 from tests.helpers.runs import call, go, stages_of, two_runs
 
@@ -81,6 +83,7 @@ def test_what_killed_processes_left_goes_and_what_they_go_on_from_stays(
     (ppo / "stage.json").unlink()
     beside = runs / ".stages"
     left = [
+        beside / "rows/0a.arrow", beside / "rows/0a.json", beside / "rows/.0b.arrow.77",
         runs / "toy/.model/x", runs / "toy/.results.json.123", ppo / "work/partial/x",
         ppo / "work/damaged-000004/x", ppo / "work/damaged-000004-1/x", ppo / ".stage.json.77",
         sft / "work/checkpoint-000002/x", beside / f".{sft.name}.old/stage.json",
@@ -89,11 +92,15 @@ def test_what_killed_processes_left_goes_and_what_they_go_on_from_stays(
     kept = [
         ppo / "work/checkpoint-000006/x", runs / "toy/.fresh.txt", beside / "digests.json",
         beside / f".{ppo.name}.fresh/stage.json", runs / "toy/partial/x", beside / "a folder/x",
-        runs / "notes/.model/x", runs / "notes/.results.json.123",
+        runs / "notes/.model/x", runs / "notes/.results.json.123", beside / "rows/0c.arrow",
     ]  # fmt: skip
     for file in (*left, *kept):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('{"format": 1}')
+    used = json.loads((runs / "toy" / "manifest.json").read_text())["dataset"]["content"]
+    value = {"sources": [{"content": used}]}
+    kept.append(beside / "rows/0c.json")
+    kept[-1].write_text(json.dumps({"format": 1, "value": value, "digest": digest(value)}))
     names = {path.parent if path.name in ("x", "stage.json") else path for path in left}
     assert spares(runs) == {str(path.relative_to(runs)) for path in names}
     (runs / "other" / ".fresh").write_text("")  # its pass of --fresh is not over

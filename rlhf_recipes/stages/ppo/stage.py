@@ -139,7 +139,7 @@ def run(context: StageContext, method: Method) -> StageResult:
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
 
-    if reward.told:
+    if reward is not None and reward.told:
         context.progress.note(reward.told)
     if trainer.skipped:
         said = f"{trainer.skipped} optimizer steps were skipped: gradients beyond float16"
