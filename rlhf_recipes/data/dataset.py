@@ -124,7 +124,8 @@ class Data(Sides):
         match learns_from:
             case "answers":
                 # Not the judge's pairs: it would judge a policy that was taught what it knows.
-                aside = {id(example) for example in pairs(self.judge)}
+                judged = (e for e in self.judge if e.labelled or e.rejected_ids is not None)
+                aside = {id(example) for example in judged}
                 return [e for e in answered(self.train) if id(e) not in aside]
             case "pairs":
                 return pairs(self.reward_train)
@@ -271,7 +272,7 @@ def check_rows(recipe: Any) -> None:
     tables = {repr(table): table for table in map(recipe.dataset_of, recipe.stages)}
     for key, table in tables.items():
         found: list[Any] = []
-        whole, hint, names = True, "", set[str]()
+        whole, hint, names, labels = True, "", set[str](), False
         for one in (table, *table.more):
             data = Data()
             rows = _load_split(one, one.split or "train", data.read_as) if one.is_local else ()
@@ -279,7 +280,8 @@ def check_rows(recipe: Any) -> None:
                 hint = hint or guess(columns)
                 names |= columns.keys()
                 with data.counted(one, number, columns):
-                    found.append(understand(Row(columns, one.columns)))
+                    found.append(understand(row := Row(columns, one.columns)))
+                    labels |= "label" in row.used
             whole = whole and 0 < data.rows < LOOKED
             if data.rows or one.is_local:
                 _check_share(data, one)
@@ -287,6 +289,7 @@ def check_rows(recipe: Any) -> None:
             "answers": any(chosen is not None for _, chosen, _ in found),
             "pairs": any(None not in answers for _, *answers in found),
         }
+        held["feedback"] = held["pairs"] or labels
         readers = [s for s in recipe.all_stages if repr(recipe.dataset_of(s)) == key]
         wanted = {column for name in readers for column in columns_of(recipe, name)}
         if names and (what := lacking(names, sorted(wanted))):

@@ -277,7 +277,7 @@ def test_sft_does_not_learn_the_judge_s_pairs(tmp_path: Path, tokens: Tokens) ->
     rows = [{"prompt": f"red {n}", "chosen": "blue", "rejected": "cat"} for n in range(60)]
     shown = [{"prompt": f"sun {n}", "completion": "blue"} for n in range(60)]
     data = load_data(table(write(tmp_path, rows + shown), judge_fraction=0.5), tokens)
-    learned, judged = data.learned("answers"), data.learned("judge_pairs")
+    learned, judged = data.learned("answers"), data.learned("judge_feedback")
     assert len(judged) > 10 and not {e.prompt for e in judged} & {e.prompt for e in learned}
     assert len(learned) == len(data.train) - len(judged)
     assert sum(e.rejected_ids is None for e in data.judge) > 10  # demonstrations are no pairs

@@ -109,7 +109,7 @@ def test_asked_for_later_they_redo_nothing_before_them(
         ("reward.logging_steps=3", []),
         ("evaluation.best_of=8", ["best_of"]),
         ("evaluation.judge=none", ["evaluation", "best_of"]),
-        ("dataset.judge_fraction=0.5", ["reward", "ppo", "judge", "evaluation", "best_of"]),
+        ("dataset.judge_fraction=0.5", [*CHAIN, "judge", "evaluation", "best_of"]),
     ],
 )
 def test_a_change_redoes_what_takes_it(recipe: Path, change: str, redone: list[str]) -> None:

@@ -136,7 +136,13 @@ def test_every_module_exports_the_contract() -> None:
 
 @pytest.mark.parametrize(
     ("learns_from", "changes"),
-    [("pairs", True), ("judge_feedback", True), ("feedback", True), ("answers", False)],
+    [
+        ("pairs", True),
+        ("judge_feedback", True),
+        ("feedback", True),
+        ("answers", True),
+        ("prompts", False),
+    ],
 )
 def test_judge_fraction_is_of_what_learns_from_pairs(
     tmp_path: Path,

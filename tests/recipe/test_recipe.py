@@ -56,7 +56,11 @@ def test_stages_resolved(tmp_path: Path) -> None:
     assert "output_dir" not in sft.options and "packing" not in sft.options
     assert sft.extras == {}
     assert reward.given == {"learning_rate": 1e-4, "center_rewards_coefficient": 0.01} | SAVING
-    assert reward.extras == {"head_learning_rate": 1e-4, "minimum_accuracy": 0.55}
+    assert reward.extras == {
+        "head_learning_rate": 1e-4,
+        "minimum_accuracy": 0.55,
+        "use_margin": False,
+    }
     assert ppo.extras == {
         "value_learning_rate": 1e-4,
         "value_warmup_epochs": 0,

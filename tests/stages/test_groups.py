@@ -57,11 +57,8 @@ class Worth(nn.Module):
     def active(self) -> Iterator[None]:
         yield
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return ids
-
-    def heads(self, ids: torch.Tensor) -> torch.Tensor:
-        return TABLE[ids]
+    def scored(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        return TABLE[ids[torch.arange(len(ids)), last]]
 
 
 def given(prompts: list[list[int]], update: int) -> list[list[int]]:

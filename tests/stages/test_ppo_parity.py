@@ -181,11 +181,8 @@ class TableReward(nn.Module):
     def active(self) -> Iterator[None]:
         yield
 
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return ids
-
-    def heads(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.table[ids]
+    def scored(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        return self.table[ids[torch.arange(len(ids)), last]]
 
 
 def test_a_one_token_bandit_converges_to_its_optimum(tiny_model: Path, tmp_path: Path) -> None:
