@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup smoke chat unit train test torture fuzz lint types ci bench gpu
+.PHONY: setup smoke chat unit train test torture fuzz lint types docs ci bench gpu
 
 setup: $(VENV)/.ready
 
@@ -57,6 +57,11 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site; a link that leads nowhere ends it.
+docs: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/zensical build --strict
 
 ci: lint types test
 

@@ -1,6 +1,6 @@
 """Recipes as tables, with the files around them, and the rule: which stages is a key or a file of?
 
-The rule is what the README and `fields.json` say, said once more for `test_edits.py`.
+The rule is what docs/design.md and `fields.json` say, said once more for `test_edits.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Random edits of recipes, data and models: exactly the stages at and below an edit run again.
 
-What is expected comes from the edit alone: which stages a key or a file is of, as the README and
-`fields.json` have it, and which stages take their input from those. Nothing here trains.
+What is expected comes from the edit alone: which stages a key or a file is of, as docs/design.md
+and `fields.json` have it, and which stages take their input from those. Nothing here trains.
 """
 
 from __future__ import annotations
