@@ -225,6 +225,10 @@ def test_check_says_which_stages_find_no_rows(
         assert call(monkeypatch, "check", "toy.toml") == 1
         out = capsys.readouterr().out
         assert out.startswith(f"toy.toml: rows: ./pairs.jsonl has {said}"), out
+    many = "".join(json.dumps(columns) + "\n" for _ in range(300))  # more than `check` looks at
+    (here / "pairs.jsonl").write_text(many)
+    assert call(monkeypatch, "check", "toy.toml") == 1
+    assert "no rows for sft, reward (--set 'dataset.columns=" in capsys.readouterr().out
     (here / "model" / "tokenizer.json").unlink()
     assert call(monkeypatch, "check", "toy.toml", "--json") == 1
     [found] = json.loads(capsys.readouterr().out)["recipes"]

@@ -176,7 +176,8 @@ class Facts:
         if name == "base":
             return "the base model"
         stage = self.stage(name)
-        return name.upper() if stage and name == stage.kind and len(name) < 4 else f"`{name}`"
+        short = stage and name == stage.kind and makes(name, "policy")
+        return name.upper() if short else f"`{name}`"
 
     def plain_title(self, name: str) -> str:
         return self.title(name).strip("`")

@@ -183,6 +183,7 @@ def _open(share: Share) -> bool:
 
 def winning(facts: Facts) -> Found:
     """By the reward model, and by the judges that it was not trained against."""
+    warned = False  # that the judge is on the same base: once is enough
     for name, _, who, start in _trained(facts):
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
         own, judged = facts.reward_model(name), list(_judges(facts, name))
@@ -201,9 +202,10 @@ def winning(facts: Facts) -> Found:
         for share, called, apart in judged:
             if share.low > 0.5:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}"
-                alone = "" if outside else ALONE
-                level, change = ("success", "") if apart else ("good", alone and OUTSIDE)
-                yield Finding(level, name, f"{text}{alone}.", change)
+                why, change = ("", "") if outside or warned else (ALONE, OUTSIDE)
+                warned = warned or not outside
+                level = "success" if apart else "good"
+                yield Finding(level, name, f"{text}{why}.", change)
             elif wins and own and gained:
                 if share.high < wins.low and not _open(share):
                     text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "

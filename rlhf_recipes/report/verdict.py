@@ -23,11 +23,20 @@ LEARNED = 0.01  # of the loss: what SFT has to take off it
 
 
 def verdict(facts: Facts) -> list[Finding]:
-    """What the rules found: faults first, in the order of the stages; then success, then doubts."""
+    """What the rules found: faults first, in the order of the stages; then success, then doubts.
+
+    A policy that won without a success, for which something is left to do, leads what is good.
+    """
     place = {stage.name: at for at, stage in enumerate(facts.stages)}
     rules = (*RULES, *policy_rules.RULES, *reward_rules.RULES)
     found = [finding for rule in rules for finding in rule(facts)]
-    found.sort(key=lambda f: (LEVELS.index(f.level), place.get(f.about, len(place))))
+    found.sort(
+        key=lambda f: (
+            LEVELS.index(f.level),
+            f.level == "good" and not f.change,
+            place.get(f.about, len(place)),
+        )
+    )
     return found
 
 

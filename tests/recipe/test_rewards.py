@@ -38,7 +38,7 @@ def keys(recipe: Recipe, **rules: str) -> dict[str, str]:
     ("entry", "says"),
     [
         ('{ rule = "word", at_most = 3 }', '(did you mean "words"?)'),
-        ('{ rule = "words", atmost = 3 }', '(did you mean "at_most"?)'),
+        ('{ rule = "words", at_moost = 3 }', '(did you mean "at_most"?)'),
         ('{ rule = "words" }', 'rule = "words" needs at_least = … or at_most = …'),
         ('{ rule = "words", at_most = 0 }', "at_most: must be at least 1, not 0"),
         ('{ rule = "words", at_least = 9, at_most = 3 }', "at_least: is over at_most = 3"),

@@ -117,7 +117,7 @@ def test_the_command_writes_it_again_and_opens_it(
     for _ in range(2):
         words = ["report", "told", "--runs", str(folder.parent), "--open"]
         out, err = call(monkeypatch, capfd, *words)
-        assert out[0].startswith("✓ SFT's validation loss went from 4.724 to 3.673.")
+        assert out[0].startswith("✓ PPO beat SFT on 71 % of 128 prompts (63–79) by a second ")
         assert out[-1] == f"report   {folder}/report.html" and err == []
         (folder / "report.html").unlink()
     assert opened == [f"file://{folder}/report.html"] * 2

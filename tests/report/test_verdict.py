@@ -26,16 +26,16 @@ def said(findings: list[Finding]) -> list[tuple[str, str]]:
 def test_a_run_in_which_all_went_well(tmp_path: Path) -> None:
     findings = found(tmp_path)
     assert [one.text for one in findings] == [
+        "PPO beat SFT on 71 % of 128 prompts (63–79) by a second reward model on the same base, at "
+        "6.2 nats: it may err where the reward model errs, so this is not yet a success.",
         "SFT's validation loss went from 4.724 to 3.673.",
         "The reward model ranks 90 % of 200 test pairs right (86–94), length alone 56 %.",
         "PPO beat SFT on 90 % of 128 prompts (85–95) by the reward model that it was trained "
         "against, at 6.2 nats.",
-        "PPO beat SFT on 71 % of 128 prompts (63–79) by a second reward model on the same base, at "
-        "6.2 nats: it may err where the reward model errs, so this is not yet a success.",
         "The independent judge ranks 80 % of 200 test pairs right (75–85), length alone 56 %.",
     ]
     assert said(findings) == [
-        ("good", "sft"), ("good", "reward"), ("good", "ppo"), ("good", "ppo"), ("good", "judge")
+        ("good", "ppo"), ("good", "sft"), ("good", "reward"), ("good", "ppo"), ("good", "judge")
     ]  # fmt: skip
     assert [one.change for one in findings if one.change] == [
         "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
