@@ -1,7 +1,8 @@
 """For each planned stage: take it as done, or run it and write its record; then the model.
 
 The runner knows no stage's work: it hands each a `StageContext` and keeps what comes back. A stage
-that was killed has no record: its folder is cleared but for its checkpoints, and it runs again.
+that was killed has no record. `layout.clear_stage` leaves its checkpoints, metrics and samples, and
+its trainer goes on from `Resumable.newest` (stages/checkpoints.py), or starts over without one.
 
 `fresh` takes no stage as done that was begun before. What is complete stays so until another is
 that takes its place. A pass that was cut off goes on when `fresh` is asked for again, with the

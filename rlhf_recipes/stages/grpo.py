@@ -50,10 +50,10 @@ class GRPOTrainer(groups.GroupTrainer):
 
     def _weight(self, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
         """How much of the mini-batch's loss each token of a micro-batch is."""
-        answers, kind = len(rows.mini), self.own["loss_type"]
-        if kind == "grpo":
+        answers, loss_type = len(rows.mini), self.own["loss_type"]
+        if loss_type == "grpo":
             return mask / (mask.sum(1, keepdim=True) * answers)
-        if kind == "dr_grpo":
+        if loss_type == "dr_grpo":
             return mask / float(answers * self.args.response_length)
         return mask / (rows.rollout.mask.sum() * answers / len(rows.rollout.mask))
 

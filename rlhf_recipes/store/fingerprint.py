@@ -4,6 +4,9 @@ One rule for every key of a recipe: the field where the key is defined says its 
 keys of effect "result" whose value differs from the default are in a fingerprint, beside the kind's
 version. So a new optional key changes no fingerprint, and a changed default needs a new version.
 What a key of effect "source" names is in it by content.
+
+`sources/resolve.identify` makes the `Identities`: a commit, or a digest of the content.
+`pipeline/plan.make_plan` puts the inputs' keys in place of their names and digests all: the key.
 """
 
 from __future__ import annotations
