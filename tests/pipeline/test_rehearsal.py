@@ -19,7 +19,7 @@ from rlhf_recipes.pipeline import fit, rehearsal, runner
 from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import contract, reward
-from rlhf_recipes.stages.ppo import stage as ppo
+from rlhf_recipes.stages.ppo import trainer as ppo
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store.files import read_json
 
@@ -239,11 +239,12 @@ def test_each_stage_is_cut_to_two_steps_of_its_longest_rows(tiny_recipe: Path) -
     options = less.table("sft").given
     assert (options["max_steps"], options["gradient_accumulation_steps"]) == (2, 2)
     rows = rehearsal.longest(data, sft, trial).train
-    most = max(len(e.prompt_ids) + len(e.chosen_ids) for e in data.train)
+    learned = data.learned("answers")
+    most = max(len(e.prompt_ids) + len(e.chosen_ids) for e in learned)
     assert len(rows) == 2 * 2 * 8
     assert {len(e.prompt_ids) + len(e.chosen_ids) for e in rows[1::2]} == {most}
     assert len(set(map(id, rows))) == 16
-    assert rehearsal.work_of(recipe, sft, data).steps == -(-len(data.train) // 32) * 3
+    assert rehearsal.work_of(recipe, sft, data).steps == -(-len(learned) // 32) * 3
 
     kept = rehearsal.longest(data, rewards, rehearsal.trial_of(recipe, rewards))
     assert set(map(id, kept.train)) <= set(map(id, data.reward_train))
@@ -277,6 +278,7 @@ SIZES += ["num_ppo_epochs", "local_rollout_forward_batch_size"]
 def test_an_update_of_ppo_is_cut_to_what_takes_its_memory(
     sizes: tuple[int, ...], some: int, fewer: int, updates: int
 ) -> None:
-    cut = ppo.one_update(dict(zip(SIZES, sizes, strict=True), whiten_rewards=False))
+    options = dict(zip(SIZES, sizes, strict=True), whiten_rewards=False)
+    cut = ppo.one_update(SimpleNamespace(options=options))
     assert (cut["gradient_accumulation_steps"], cut["num_mini_batches"]) == (some, fewer)
     assert cut["total_episodes"] == sizes[0] * some * updates

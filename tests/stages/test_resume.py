@@ -264,9 +264,7 @@ def test_what_is_no_number_ends_the_stage_and_no_checkpoint_holds_it(
 ) -> None:
     """Weights after the fourth step, at whose end a checkpoint is due; then a loss."""
     chain = {**CHAIN, "stages": ["sft", "reward"]}
-    chain = {
-        key: value for key, value in chain.items() if key.split(".")[0] not in ("ppo", "dpo", "kto")
-    }
+    chain = {key: value for key, value in chain.items() if key.split(".")[0] not in KINDS[2:]}
 
     def spoil(self: Any, *rest: Any) -> Any:
         loss = stock(self, *rest)
