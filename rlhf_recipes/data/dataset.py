@@ -292,7 +292,7 @@ def check_rows(recipe: Any) -> None:
         held["feedback"] = held["pairs"] or labels
         readers = [s for s in recipe.all_stages if repr(recipe.dataset_of(s)) == key]
         wanted = {column for name in readers for column in columns_of(recipe, name)}
-        if names and (what := lacking(names, sorted(wanted))):
+        if whole and names and (what := lacking(names, sorted(wanted))):
             raise DataError(f"{table.path}: {what}")
         stages = [name for name in recipe.stages if repr(recipe.dataset_of(name)) == key]
         none = [name for name in stages if not held.get(recipe.kind(name).learns_from, True)]

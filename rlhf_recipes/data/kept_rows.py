@@ -52,7 +52,8 @@ def load_rows(
     if found is None:
         found = load_data(table, tokens, tested, columns)
         if found.rows >= FEWEST:
-            with contextlib.suppress(OSError):  # a full disk costs time, and nothing else
+            # A full disk, or a column that JSON has no form for, costs time and nothing else.
+            with contextlib.suppress(OSError, TypeError):
                 _keep(folder, about, found)
     return found
 

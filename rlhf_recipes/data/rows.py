@@ -201,6 +201,8 @@ def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tok
         for chosen, rejected in [(answers[fits[pair.better]], answers[fits[pair.worse]])]
         if chosen != rejected
     ]
+    if not every:
+        raise Unusable("both answers are the same")
     return replace(every[0], others=(*every[1:],))
 
 

@@ -252,6 +252,8 @@ def _is_good(row: Row) -> bool:
     label = row.take("label")
     if label is None and "completion" in row.used:
         label = row.take("chosen", where=says)
+        if label is not None:
+            row.used["label"] = row.used.pop("chosen")
     if label is not None:
         return is_good(label)
     names = () if "label" in row.named else NAMES["label"]

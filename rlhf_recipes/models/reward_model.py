@@ -126,7 +126,8 @@ def floor_of(reward: Role, rows: Sequence[Example], pad: int, batch: int) -> flo
 def read_floor(output: Path) -> float:
     """`floor_of` the training pairs, in units; inf where a reward stage of before wrote none."""
     mean, std = read_unit(output)
-    return (json.loads((output / UNIT).read_text()).get("floor", math.inf) - mean) / std
+    floor = json.loads((output / UNIT).read_text()).get("floor")
+    return math.inf if floor is None else (floor - mean) / std  # null: no row was worse
 
 
 def fined(

@@ -160,7 +160,8 @@ class StageChecker(Checker):
     ) -> list[StageTable]:
         """The independent judge's table, where there is to be one: a reward model from the base."""
         if evaluation.best_of and not any(stage.of.explores for stage in stages):
-            self.problem(("evaluation", "best_of"), "is PPO's yardstick, and no stage is of PPO")
+            what = "is a yardstick of policies that learn on their own answers: no stage makes one"
+            self.problem(("evaluation", "best_of"), what)
         if tables.INDEPENDENT not in [judge.model for judge in evaluation.judges.values()]:
             return []
         if not share:

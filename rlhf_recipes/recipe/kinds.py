@@ -78,7 +78,7 @@ _PPO: Keys = {
 _PENALTY = Field(("float",), 1.0, range="at least 0")  # else it learns to talk until cut off
 _REWARD = Kind(
     "reward",
-    version=5,
+    version=6,
     module="rlhf_recipes.stages.reward",
     config="trl:RewardConfig",
     makes="reward_model",
@@ -154,7 +154,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "kto",
-            version=1,
+            version=2,
             module="rlhf_recipes.stages.kto",
             config="trl:KTOConfig",
             makes="policy",
@@ -169,7 +169,7 @@ KINDS: dict[str, Kind] = {
             config="trl:GRPOConfig",
         ),
         replace(
-            _REWARD, name=JUDGE, version=6, learns_from="judge_feedback", roles=(), listed=False
+            _REWARD, name=JUDGE, version=7, learns_from="judge_feedback", roles=(), listed=False
         ),
         _EVALUATION,
         replace(

@@ -214,8 +214,9 @@ def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
         words["gradient_accumulation_steps"] = options["gradient_accumulation_steps"] * part
     if options.get("gradient_checkpointing") is False:
         words["gradient_checkpointing"] = "true"
-    if (rollout := options.get("local_rollout_forward_batch_size", 1)) > 1:
-        words["local_rollout_forward_batch_size"] = rollout // 2
+    scored = recipe.tables[stage].called("local_rollout_forward_batch_size") if options else ""
+    if (rollout := options.get(scored, 1)) > 1:
+        words[scored] = rollout // 2
     if not words:
         return "end what else holds memory, and the same command goes on"
     changes = " ".join(f"--set {stage}.{key}={value}" for key, value in words.items())

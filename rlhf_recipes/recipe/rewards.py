@@ -6,6 +6,7 @@ rule computes is in `stages/rewards/rule.py`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -100,8 +101,8 @@ def terms(entries: Iterable[str | Mapping[str, Any]] | None) -> list[Term]:
     """The rewards of a list, each with a name of its own: words, words-2, …"""
     found: dict[str, Term] = {}
     for one in map(term, entries or ()):
-        count = 1 + sum(re.fullmatch(rf"{one.name}(-\d+)?", name) is not None for name in found)
-        name = one.name if count == 1 else f"{one.name}-{count}"
+        names = itertools.chain([one.name], (f"{one.name}-{n}" for n in itertools.count(2)))
+        name = next(name for name in names if name not in found)
         found[name] = replace(one, name=name)
     return list(found.values())
 

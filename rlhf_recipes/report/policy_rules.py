@@ -49,7 +49,7 @@ def went_far(facts: Facts) -> Found:
         limit = min(OVER * (number(guard, "max_kl") or HIGH_KL), HIGH_KL)
         if kl is not None and kl > limit:
             text = f"{who} went {kl:.1f} nats an answer away from {start}, over {limit:g}: so far "
-            text += "from what the reward model has seen, its scores mean little."
+            text += "from what it has been judged on, its scores mean little."
             yield Finding("fault", name, text, f"{facts.slower(name)}.")
             if why.startswith("KL"):
                 continue
@@ -84,7 +84,7 @@ def collapsed(facts: Facts) -> Found:
         stage = facts.stage(name)
         if stage and (entropy := stage.series("val/entropy_per_token")[1]):
             what += f"; entropy went from {entropy[0]:.2f} to {entropy[-1]:.2f} nats a token"
-        change = f"{facts.slower(name)}; and see what the reward model likes so much."
+        change = f"{facts.slower(name)}; and see what its reward asks for."
         yield Finding("fault", name, f"{what}.", change)
 
 
@@ -150,10 +150,15 @@ def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, st
     trained = facts.share("judge.accuracy", "judge.test_pairs")
     alone = facts.number("judge.length_accuracy") or 0.0
     blind = trained and (trained.low <= 0.5 or trained.value <= alone)
+    own = {INDEPENDENT: INDEPENDENT, facts.reward_model(name): "the reward model's own folder"}
+    for one in facts.rewards(name):
+        spec = "python:" + (one.rule or ":".join(one.code or ()))
+        own[spec] = f"{_called(spec)} that it was trained on"
     for by, spec in zip(("judge_", "judge2_"), [*_specs(facts), "", ""], strict=False):
         share = _wins(facts, name, by, over)
         if share and not (blind and spec == INDEPENDENT):
-            yield share, _called(str(spec)), spec != INDEPENDENT
+            called = own.get(spec) if spec not in ("", INDEPENDENT) else None
+            yield share, called or _called(spec), spec not in own
 
 
 def _specs(facts: Facts) -> list[str]:

@@ -38,14 +38,21 @@ def open_repo(name: str) -> None:
         hint = f"set HF_TOKEN, or run `hf auth login`: {TOKENS}"
         raise UsageError("there is no token to push with", hint)
     bound()
+    public = False
     try:
         try:
-            siblings = HfApi().repo_info(name, timeout=TIMEOUT).siblings or []
+            found = HfApi().repo_info(name, timeout=TIMEOUT)
+            siblings, public = found.siblings or [], found.private is False
         except errors.RepositoryNotFoundError:
             siblings = []
             HfApi().create_repo(name, private=True)
     except Exception as error:
         raise _trouble(name, error) from error
+    if public:
+        hint = "make it private there, or name another repository"
+        raise UsageError(
+            f"{name} is public on the hub, and a model is pushed to private ones", hint
+        )
     if files := {one.rfilename for one in siblings} - EMPTY:
         what = f"{name} on the hub has files already, such as {min(files)}"
         raise UsageError(what, "name another repository, or upload the folder with `hf upload`")

@@ -33,7 +33,6 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from rlhf_recipes import stats
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, answered, feedback
-from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.base import UNIT
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, training
 from rlhf_recipes.models.load import new_head
@@ -50,6 +49,7 @@ from rlhf_recipes.store.files import write_json
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
+NO_MARGIN = "use_margin is set, and no pair has a margin: name its column, or rank the answers"
 UNIT_ROWS = 1024  # the deviation of so many scores is right to 2 %
 FEW_PAIRS = 1000  # in all, or as many as the reward model reads: a judge of fewer reads them again,
 REREAD = 4  # but at most so often
@@ -59,8 +59,8 @@ def run(context: StageContext) -> StageResult:
     recipe, session = context.recipe, context.session
     table = recipe.table(context.name)
     data, train = load_rows(context)
-    if table.extras["use_margin"]:
-        _check_margins(context.name, train)
+    if table.extras["use_margin"] and all(one.margin is None for one in train):
+        context.progress.note(f"{context.name}: {NO_MARGIN}")
     validation = feedback(data.judged("validation"))
     good = sum(one.rejected_ids is None for one in train)
     bad = sum(one.chosen_ids is None for one in train)
@@ -144,15 +144,6 @@ def _rereads(kind: str, data: Data) -> float:
 
 def _some(rows: list[Example]) -> list[Example]:
     return rows[:: -(-len(rows) // UNIT_ROWS)] if rows else []
-
-
-def _check_margins(name: str, train: list[Example]) -> None:
-    if all(one.margin is None for one in train):
-        raise StageError(
-            f"{name}.use_margin is set, and no pair has a margin",
-            "name its column: --set 'dataset.columns={margin = \"…\"}', or score_chosen and "
-            "score_rejected; or rank the answers",
-        )
 
 
 class Collator(DataCollatorForPreference):

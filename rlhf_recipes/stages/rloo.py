@@ -16,6 +16,8 @@ __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.St
 
 
 class RLOOTrainer(groups.GroupTrainer):
+    whole_answers = True
+
     def learned(self, rollout: Rollout) -> Learned:
         kl = self.kl(rollout)
         rewards = self.grouped(rollout.scores - self.args.kl_coef * kl.sum(1))

@@ -335,7 +335,8 @@ def test_a_label_that_says_neither_stops_with_the_words_to_use(label: object) ->
 @pytest.mark.parametrize(("good", "bad"), [(True, False), ("TRUE", "FALSE"), ("1", "0")])
 def test_a_label_beside_an_answer_is_not_an_answer(name: str, good: object, bad: object) -> None:
     row = {"prompt": "red", "completion": "blue"}
-    assert normalise(Row(row | {name: good})) == (ASK, "blue", None)
+    labelled = Row(row | {name: good})
+    assert normalise(labelled) == (ASK, "blue", None) and "label" in labelled.used
     assert normalise(Row(row | {name: bad})) == (ASK, None, "blue")
     assert normalise(Row({"prompt": "red", name: "yes"})) == (ASK, "yes", None)
 

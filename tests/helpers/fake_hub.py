@@ -109,7 +109,8 @@ class _Answer(BaseHTTPRequestHandler):
         words = {"rfilename": "path", "size": "size", "blobId": "oid", "lfs": "lfs"}
         shown = list(words) if "blobs=true" in flags else ["rfilename"]
         siblings = [{word: entry.get(words[word]) for word in shown} for entry in entries]
-        info = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}
+        private = f"{owner}/{name}" in self.server.private
+        info = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings, "private": private}
         self._send(200, json.dumps(info).encode())
 
     do_HEAD = do_GET

@@ -61,7 +61,7 @@ ROWS = {
     + ppo.rewards = [{ python = "x" }] | 2 ppo.rewards.python: "FILE.py:FUNCTION"
     + evaluation.judge = "oracle" | "python:FILE.py:FUNCTION"
     + evaluation.judge = ["a/b", "a/b"] | two that differ
-    stages = ["sft", "dpo"]; evaluation.best_of = 16 | no stage is of PPO
+    stages = ["sft", "dpo"]; evaluation.best_of = 16 | no stage makes one
     + title = "a\\nb" | one line
     + ppo.kl_coef = inf | finite
     + sft.lr_scheduler_type = "cosin" | did you mean "cosine"?

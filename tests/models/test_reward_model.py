@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf_recipes.data.tokens import Tokens, settle
 from rlhf_recipes.errors import ModelError
-from rlhf_recipes.models.reward_model import check_foreign, open_foreign
+from rlhf_recipes.models.base import UNIT
+from rlhf_recipes.models.reward_model import check_foreign, open_foreign, read_floor
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.pipeline.data_lint import data_lint
 from rlhf_recipes.pipeline.plan import plan_run
@@ -81,3 +82,8 @@ def test_who_cannot_score_is_refused_by_plan_and_before_the_first_stage(
     with pytest.raises(ModelError, match="gives 2 numbers an answer"):
         run(recipe, runs=runs)
     assert list((runs / ".stages").glob("sft-*")) == []
+
+
+def test_a_floor_that_no_row_gave_is_none(tmp_path: Path) -> None:
+    (tmp_path / UNIT).write_text('{"mean": 1.0, "std": 2.0, "floor": null}')
+    assert read_floor(tmp_path) == float("inf")

@@ -373,6 +373,10 @@ def test_rules_alone_need_no_other_judge_to_be_good(tmp_path: Path) -> None:
     judge = {"evaluation": {"judge": {"rule": "number", "column": "answer"}}, "ppo": rules}
     findings = found(tmp_path / "judged", None, recipe=judge)
     assert "by the rule `number`, at 6.2 nats." in findings[0].text
+    assert findings[0].level == "success"
+    judge["evaluation"] = {"judge": {"rule": "ended"}}
+    [same] = [one for one in found(tmp_path / "same", None, recipe=judge) if "71 %" in one.text]
+    assert same.level == "good" and "the rule `ended` that it was trained on" in same.text
 
 
 def test_a_reward_model_that_knows_its_training_pairs_by_heart(tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_a_new_model_is_private_and_holds_the_folder(fake: FakeHub, model: Path)
         push.open_repo("me/new")
 
 
+def test_an_empty_public_repository_is_refused(fake: FakeHub, model: Path) -> None:
+    push.open_repo("me/new")
+    fake.private.clear()
+    with pytest.raises(UsageError, match="me/new is public on the hub, .*make it private there"):
+        push.open_repo("me/new")
+
+
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "./mine", "me/", "me/a b"])
 def test_a_name_is_a_user_and_a_name(fake: FakeHub, model: Path, name: str) -> None:
     with pytest.raises(UsageError, match="--push takes user/name, not"):

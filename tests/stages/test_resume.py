@@ -215,7 +215,7 @@ def test_so_does_ppo_on_rules_with_its_counts(
     [ppo_stage] = [
         lines for name, lines in found.items() if name.startswith("ppo") and "/" not in name
     ]
-    assert ppo_stage[-1]["over.json"] > 0
+    assert ppo_stage[-1]["ppo.over.json"] > 0
 
 
 def test_a_request_to_stop_is_no_end_of_the_epoch(whole: Go, go: Go, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_answers_over_a_bound_are_counted_in_the_results(
     rewards = 'ppo.rewards=[{ rule = "ended" }, { rule = "json" }]'
     chain = chain_of('stages=["sft", "ppo"]', rewards)
     result = chain.run("ppo", {"policy": "sft"})
-    count = result.metrics["over.json"]
+    count = result.metrics["ppo.over.json"]
     assert 0 < count < 32 + 2 * 13
     assert f"json: {count} answers over 0 KiB got 0" in chain.progress.notes
-    assert "over.ended" not in result.metrics
+    assert "ppo.over.ended" not in result.metrics

@@ -218,6 +218,7 @@ def test_each_reward_has_a_name_of_its_own() -> None:
     listed = ["reward", words, {"python": "./a.py:words"}, {"model": "org/big.model"}, words]
     names = [one.name for one in terms(listed)]
     assert names == ["reward", "words", "words-2", "reward_model", "words-3"]
+    assert [one.name for one in terms(["words-2", words, words])] == ["words-2", "words", "words-3"]
 
 
 def test_what_a_rule_cannot_be_without() -> None:

@@ -35,14 +35,20 @@ def reference(policy: Role, rollout: Rollout) -> None:
 
 
 def unmoved(
-    step: Mapping[str, Any], policy: Role, rows: Rows, reread: Callable[[bool, Rows], None]
+    step: Mapping[str, Any],
+    policy: Role,
+    rows: Rows,
+    reread: Callable[[bool, Rows], None],
+    whole_answers: bool = False,
 ) -> None:
     """Before its first step the policy reads its answers as it did when it sampled them.
 
-    `reread(learning, rows)` has it read them as it learns, or as it samples.
+    `reread(learning, rows)` has it read them as it learns, or as it samples. Where `whole_answers`
+    are clipped, their share says nothing: rounding adds up over an answer's tokens.
     """
     kl, clipped = (float(step[f"policy/{name}_avg"]) for name in ("approxkl", "clipfrac"))
-    if max(kl, clipped) > rounding(policy)[0]:  # what is no number is the guard's to say
+    most = max(kl, 0.0 if whole_answers else clipped)
+    if most > rounding(policy)[0]:  # what is not a number is the guard's to say
         what = "the policy reads its own answers otherwise as it learns than as it samples"
         numbers = f"approxkl {kl:.2g}, {clipped:.0%} clipped before the first step"
         raise StageError(f"{what}: {numbers}; {_first_apart(policy, rows, reread)}", REPORT)

@@ -77,6 +77,8 @@ class OnPolicyTrainer(Resumable, Trainer):
     `mixed.Prompt`s, and there need be no reward model.
     """
 
+    whole_answers = False  # whether the ratio that is clipped is a whole answer's
+
     def __init__(
         self,
         args: PPOConfig,
@@ -169,7 +171,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             self._load_rng_state(folder)  # of a base's own dropout
         args, state = self.args, self.state
         state.max_steps = self.updates
-        state.num_train_epochs = self.episodes / len(self.train_dataset)
+        state.num_train_epochs = self.episodes / (len(self.train_dataset) * self.copies)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
         started, before = time.time(), state.global_step
         if not state.global_step:
@@ -184,7 +186,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             metrics = self.optimize(rollout, update)
             state.global_step = update
             metrics["episode"] = update * self.batch_size
-            state.epoch = metrics["episode"] / len(self.train_dataset)
+            state.epoch = metrics["episode"] / (len(self.train_dataset) * self.copies)
             metrics["eps"] = (update - before) * self.batch_size / (time.time() - started)
             self.stopped = self.guard.why_stop(metrics) or ""
             self._check_not_lost()
@@ -355,7 +357,8 @@ class OnPolicyTrainer(Resumable, Trainer):
                     for name, number in learn(rows).items():
                         step[name] += number
                 if update == 1 and epoch == 0 and not stats["policy/approxkl_avg"]:
-                    checks.unmoved(step, self.policy_model, rows, self._reread)
+                    once = (step, self.policy_model, rows, self._reread)
+                    checks.unmoved(*once, self.whole_answers)
                 self._step()
                 for name, number in step.items():
                     stats[name].append(float(number))

@@ -107,6 +107,9 @@ def run(context: StageContext, method: Method) -> StageResult:
         learners.append(value)
     training.float32(*(weights for role in learners for weights in role.trainable()))
 
+    if rewards:
+        rewards.check([*prompts, *validation, *data.test])
+
     # ---- training
     report = Report(context, prompts)
     if math.isinf(floor):
@@ -169,7 +172,8 @@ def run(context: StageContext, method: Method) -> StageResult:
         metrics |= {"validation_objective": trainer.best.objective}
         metrics["kept_by"] = f"score - {trainer.args.kl_coef:g} × KL on validation prompts"
     if rewards:
-        metrics |= {f"over.{rule}": sum(n.values()) for rule, n in rewards.over.items()}
+        over = rewards.over.items()
+        metrics |= {f"{context.name}.over.{rule}": sum(n.values()) for rule, n in over}
         for phrase in told_over(rewards.over):
             context.progress.note(phrase)
     before, now = metrics["train_score_first"], metrics["train_score"]
@@ -245,7 +249,10 @@ def cut(given: Options) -> dict[str, int]:
 
 
 def work(recipe: Recipe, name: str, data: Data, method: Method) -> Work:
-    options, asked = method.options(recipe.table(name)), data.learned("prompts")
+    options, asked = (
+        method.options(recipe.table(name)),
+        data.learned("prompts", columns_of(recipe, name)),
+    )
     size = training.batch(options)
     copies = recipe.table(name).options.get("num_generations", 1)
     steps = math.ceil(episodes(options, len(asked) * copies) / size)

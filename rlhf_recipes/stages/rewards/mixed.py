@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 
 from rlhf_recipes.data.rows import Example
-from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.data.tokens import THINK, Tokens
 from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.recipe.rewards import Term
 from rlhf_recipes.recipe.wiring import rewards_of
@@ -32,7 +32,8 @@ class Prompt(list[int]):
 def said_of(answered: tuple[Example, Sequence[int]], tokens: Tokens) -> Said:
     example, ids = answered
     ended = list(ids[-1:]) == [tokens.eos_id]
-    return Said(example.prompt, example.row, tokens.decode(list(ids)), ids, ended)
+    begun = tokens.decode(example.prompt_ids).rstrip().endswith(THINK)
+    return Said(example.prompt, example.row, tokens.decode(list(ids)), ids, ended, begun)
 
 
 class Rewards:
@@ -65,6 +66,12 @@ class Rewards:
             if all(number is None for number in given):
                 raise silent(list(found), each)
         return found
+
+    def check(self, rows: Sequence[Example]) -> None:
+        """Raise StageError for a row of which no rule speaks, before hours go into the others."""
+        if self.rules and all(one.rule for one in self.terms):
+            self.parts([(row, [self.tokens.eos_id]) for row in rows], None)
+            self.carry({})
 
     def totals(self, parts: Parts) -> list[float]:
         """The weighted sums; a reward that does not speak of a row adds nothing."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_recipes.data.tokens import THINK
 from rlhf_recipes.errors import StageError, UsageError
 from rlhf_recipes.recipe.rewards import Term
 from rlhf_recipes.stages.rewards.code import load_function
@@ -38,6 +39,7 @@ class Said(NamedTuple):
     text: str
     ids: Sequence[int]
     ended: bool
+    begun: bool = False  # the template has begun the thoughts, so the answer lacks their mark
 
 
 class Over(Exception):
@@ -148,7 +150,8 @@ def _ended(said: Said, words: Words) -> float:
 def _think(said: Said, words: Words) -> float:
     from trl.rewards import think_format_reward
 
-    return think_format_reward([[{"content": said.text}]])[0]
+    text = f"{THINK}\n{said.text}" if said.begun else said.text
+    return think_format_reward([[{"content": text}]])[0]
 
 
 def _repetition(said: Said, words: Words) -> float:
