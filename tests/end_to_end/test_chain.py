@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.helpers.tiny import RECIPE
 from tests.helpers.whole import command, digests
 
 pytestmark = pytest.mark.train
@@ -47,11 +49,20 @@ STAGE_FILES = {
 }
 
 
-@pytest.fixture
-def done(tiny_recipe: Path, tmp_path: Path) -> Path:
-    """A folder in which the tiny recipe has run."""
-    first = command("run", tiny_recipe, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny recipe has run, once for all tests."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.toml").write_text(RECIPE.format(model=tiny_model, data=tiny_pairs))
+    first = command("run", "tiny.toml", cwd=folder)
     assert first.returncode == 0, first.stderr
+    return folder
+
+
+@pytest.fixture
+def done(finished: Path, tiny_recipe: Path, tmp_path: Path) -> Path:
+    """A copy of it, beside a recipe that is a test's own."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
     return tmp_path
 
 
