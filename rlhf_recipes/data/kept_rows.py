@@ -42,7 +42,7 @@ def load_rows(
 ) -> Data:
     """What `load_data` returns, from `runs` where it was kept there. None: nothing is kept.
 
-    Of a dropped row that is shown to people only its number and what can be done are kept.
+    Of a dropped row that people are shown, its number and the cure are kept, and not the row.
     """
     about = runs and _about(table, tokens, tested, columns, runs)
     if runs is None or about is None:

@@ -1,9 +1,9 @@
 """The rehearsal: one step of every stage that is to run, on its longest rows, before the first.
 
-Each stage's own `run` does it, on a recipe cut down to a step, in a folder that is gone afterwards,
-from what the stages before it rehearsed. It is two optimizer
-steps, for an optimizer has a state from the first one on. What breaks, breaks now; peak memory and
-seconds a step are measured. No stage draws from what this draws from, nor sees its model.
+Each stage's own `run` does it, on a recipe cut down to two optimizer steps (an optimizer has a
+state after the first), in a folder that is gone afterwards, from what the stages before it
+rehearsed. What breaks, breaks now. Peak memory and seconds a step are measured. No stage draws from
+what this draws from, nor sees its model.
 
 What it measured is kept in the runs folder, by all that decides it (`_about`).
 """

@@ -25,7 +25,7 @@ LEARNED = 0.01  # of the loss: what SFT has to take off it
 def verdict(facts: Facts) -> list[Finding]:
     """What the rules found: faults first, in the order of the stages; then success, then doubts.
 
-    A policy that won without a success, for which something is left to do, leads what is good.
+    Of what is good, a policy that won comes first if something is left to do for a success.
     """
     place = {stage.name: at for at, stage in enumerate(facts.stages)}
     rules = (*RULES, *policy_rules.RULES, *reward_rules.RULES)

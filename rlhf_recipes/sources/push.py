@@ -23,7 +23,7 @@ ADVICE = {  # by the status that the hub answers with
 
 
 def open_repo(name: str) -> None:
-    """Make the private repository `name`, or find it empty: nothing else is asked of a push later.
+    """Make the private repository `name`, or find that it is there and empty.
 
     Raises UsageError where the name, the token or the network is missing or the repository has
     files; ModelError where the hub refuses.

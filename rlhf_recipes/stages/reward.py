@@ -8,8 +8,8 @@ Departs from TRL's own script in that
 - a pair of a row that rates n answers weighs 2/(n(n−1)) in the loss, over the mean weight;
 - an answer that a label calls good or bad, at a prompt that has no other kind, is held against a
   threshold: the loss is −log σ of its score plus a bias, or of minus that. Each row counts once in
-  one mean, pair or single answer. The bias is the head's own as it trains: pairs do not feel it,
-  and it is taken off before the unit is measured, so that it is in no score;
+  one mean, pair or single answer. The bias is the head's own: it cancels in a
+  pair, and it is taken off before the unit is measured, so that it is in no score;
 - mean and deviation of its scores over the training chosen answers are stored: the unit in which
   every later stage reads it; and what an answer that was cut off scores at most;
 - what it is worth is measured on test pairs: PPO looks at that before it starts.

@@ -42,8 +42,8 @@ WANTED = {  # by what a kind learns from
     "answers": "answers on the train side",
     "pairs": "pairs on the train side",
     "labels": "answers with a label, and no pairs, on the train side",
-    "feedback": "pairs on the train side, nor labels of both kinds",
-    "judge_feedback": "pairs in the judge's share of the train side, nor labels of both kinds",
+    "feedback": "pairs, and no labels of both kinds, on the train side",
+    "judge_feedback": "pairs, and no labels of both kinds, in the judge's share of the train side",
     "prompts": "prompts on the train side",
     "test_prompts": "prompts on the test side",
 }

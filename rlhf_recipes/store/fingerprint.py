@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve
 from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind, extras_of
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.rewards import Term
+from rlhf_recipes.recipe.rewards import RULES, Term
 from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, keys_of, top_keys
 from rlhf_recipes.recipe.wiring import rewards_of, wiring, written_rules
 from rlhf_recipes.store.digests import canonical
@@ -142,7 +142,9 @@ def _term(term: Term, known: Identities) -> Values:
     what: Values = {**(_MODEL if term.model else {"rule": term.rule})}
     if term.code:
         what = {"function": term.code[1], "content": known.rules[term.code[0]]}
-    return {**what, **term.words, **({"weight": term.weight} if term.weight != 1 else {})}
+    usual = {"weight": 1.0, **{k: _default(f) for k, f in RULES.get(term.rule, {}).items()}}
+    said = {**term.words, "weight": term.weight}
+    return what | {key: value for key, value in said.items() if value != usual.get(key)}
 
 
 def defaults(kind: Kind, lora: bool) -> Values:

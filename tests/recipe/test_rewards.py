@@ -148,6 +148,9 @@ def test_what_of_a_list_determines_the_result(tmp_path: Path) -> None:
     changed = {stage for stage in plain if plain[stage] != words[stage]}
     assert changed == {"ppo", "evaluation"}
     assert made('["reward", { rule = "words", at_most = 9, weight = 1 }]') == words
+    number = made('[{ rule = "number", column = "a" }]')
+    assert made('[{ rule = "number", column = "a", tolerance = 0 }]') == number  # its default
+    assert made('[{ rule = "number", column = "a", tolerance = 1 }]') != number
     others: list[Any] = [
         made('["reward", { rule = "words", at_most = 8 }]'),
         made('["reward", { rule = "words", at_most = 9, weight = 2 }]'),

@@ -65,7 +65,7 @@ def test_a_policy_that_reads_otherwise_as_it_learns_stops_and_names_the_module(
     layer.register_forward_hook(lambda module, _, out: out * (1.1 if module.training else 1))
     with pytest.raises(StageError) as error:
         trainer.train()
-    assert "reads its own answers otherwise as it learns" in str(error.value)
+    assert "other probabilities in learning than in sampling" in str(error.value)
     assert f"the first module that differs is {name}" in str(error.value)
 
 

@@ -206,7 +206,7 @@ def test_code_that_fails_is_an_error_that_names_the_function(tmp_path: Path) -> 
 
 
 def test_a_judge_has_to_speak_of_every_row() -> None:
-    with pytest.raises(StageError, match="number: nothing to say of the row .*'a question' and no"):
+    with pytest.raises(StageError, match=r"\(number\) can judge the row .*'a question': it has no"):
         rule(rule="number", column="gold").verdict(said("7"))
 
 

@@ -88,7 +88,7 @@ def test_a_killed_ppo_stage_goes_on_and_ends_with_the_same_bytes(
         (
             ["prompt", "completion"],
             "reward",
-            "reward: no pairs on the train side, nor labels of both kinds",
+            "reward: no pairs, and no labels of both kinds, on the train side",
         ),
         (["prompt", "completion"], "dpo", "dpo: no pairs on the train side"),
         ([], "ppo", "ppo: no prompts on the train side"),

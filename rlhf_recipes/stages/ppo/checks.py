@@ -49,7 +49,7 @@ def unmoved(
     kl, clipped = (float(step[f"policy/{name}_avg"]) for name in ("approxkl", "clipfrac"))
     most = max(kl, 0.0 if whole_answers else clipped)
     if most > rounding(policy)[0]:  # what is not a number is the guard's to say
-        what = "the policy reads its own answers otherwise as it learns than as it samples"
+        what = "the policy gives its answers other probabilities in learning than in sampling"
         numbers = f"approxkl {kl:.2g}, {clipped:.0%} clipped before the first step"
         raise StageError(f"{what}: {numbers}; {_first_apart(policy, rows, reread)}", REPORT)
 

@@ -248,8 +248,8 @@ def silent(names: Sequence[str], said: Said) -> StageError:
     """The error of a row that no reward speaks of."""
     held = ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in said.row.items())
     return StageError(
-        f"{', '.join(names)}: nothing to say of the row with the prompt {said.prompt[:60]!r} and "
-        f"{held or 'none of the columns that are asked for'}",
+        f"no reward ({', '.join(names)}) can judge the row with the prompt {said.prompt[:60]!r}: "
+        f"it has {held or 'none of the columns that the rewards name'}",
         "take the row out, fill its column, or add a reward that speaks of every row",
     )
 
