@@ -28,6 +28,8 @@ ENDING = 0.5  # of the answers; under it most are cut off
 CUT_MORE = 0.15  # more of the answers cut off than before
 UPDATES = 3  # fewer say nothing of a value model
 ALONE = ": it may err where the reward model errs, so this is not yet a success"
+OWN = ": it did what it was paid for, and this is not yet a success"
+TRAINED = "that it was trained on"
 OUTSIDE = "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
 # With 95 % intervals of the bootstrap.
 MORE_PROMPTS = "200 prompts tell 60 % from chance in four cases of five, 780 tell 55 %."
@@ -153,7 +155,7 @@ def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, st
     own = {INDEPENDENT: INDEPENDENT, facts.reward_model(name): "the reward model's own folder"}
     for one in facts.rewards(name):
         spec = "python:" + (one.rule or ":".join(one.code or ()))
-        own[spec] = f"{_called(spec)} that it was trained on"
+        own[spec] = f"{_called(spec)} {TRAINED}"
     for by, spec in zip(("judge_", "judge2_"), [*_specs(facts), "", ""], strict=False):
         share = _wins(facts, name, by, over)
         if share and not (blind and spec == INDEPENDENT):
@@ -208,6 +210,7 @@ def winning(facts: Facts) -> Found:
             if share.low > 0.5:
                 text = f"{who} beat {start} on {said(share, 'prompts')} by {called}{price}"
                 why, change = ("", "") if outside or warned else (ALONE, OUTSIDE)
+                why = why and (OWN if called.endswith(TRAINED) else why)
                 warned = warned or not outside
                 level = "success" if apart else "good"
                 yield Finding(level, name, f"{text}{why}.", change)
@@ -273,6 +276,8 @@ def _too_few_prompts(facts: Facts, versus: str, shares: list[tuple[Share, str]])
 
 def judges_agree(facts: Facts) -> Found:
     """How far each judge's scores follow the reward model's among a prompt's answers."""
+    if "reward model" not in facts.scorer:
+        return
     for key, spec in zip(("judged", "judged2"), _specs(facts), strict=False):
         follows, prompts = facts.within_prompts("scores", key)
         if follows is not None:

@@ -245,7 +245,9 @@ def test_a_row_that_no_reward_speaks_of_is_named(
     """One that some speak of is scored by those."""
     number = '{ rule = "number", column = "gold" }'
     chain = chain_of(f"ppo.rewards=[{number}]", recipe=keyed)
-    with pytest.raises(StageError, match=r"\(number\) can judge .* prompt '\w+ \w+': it has gold = "):
+    with pytest.raises(
+        StageError, match=r"\(number\) can judge .* prompt '\w+ \w+': it has gold = "
+    ):
         chain.run("ppo", {"policy": "sft"})
     with_ended = f'ppo.rewards=[{number}, {{ rule = "ended" }}]'
     other = chain_of(with_ended, recipe=keyed, name="other")
