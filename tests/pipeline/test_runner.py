@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_the_run_s_folder(tmp_path: Path, count: Counting) -> None:
     assert (manifest["format"], manifest["outcome"]) == (1, "finished")
     assert manifest["recipe"] == str(recipe)
     assert [(s["name"], s["outcome"]) for s in manifest["stages"]] == [(n, "ran") for n in STAGES]
-    assert manifest["versions"]["trl"] == "1.12.0"
+    assert manifest["versions"]["trl"] == version("trl")
     assert len(manifest["model"]["content"]) == len(manifest["dataset"]["content"]) == 64
     for entry in manifest["stages"]:
         record = json.loads((tmp_path / "runs" / entry["folder"] / "stage.json").read_text())

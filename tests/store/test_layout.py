@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,7 @@ def test_where_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_provenance() -> None:
     import torch
 
-    assert provenance.versions()["trl"] == "1.12.0"
+    assert provenance.versions()["trl"] == version("trl")
     assert provenance.versions()["torch"] == torch.__version__  # with its build: +cpu, +cu130
     assert set(provenance.hardware()) == {"system", "cores", "threads", "memory_bytes", "gpus"}
     assert provenance.hardware()["memory_bytes"] > 2**30
