@@ -33,7 +33,7 @@ unit: setup
 	$(BIN)/python -m pytest -q -m unit
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The tests whose outcome hangs on what was learned. `.ci/run` repeats them for other processors.
 LEARNED := test_stages test_evaluation test_gate test_dpo

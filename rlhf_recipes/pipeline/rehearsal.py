@@ -228,7 +228,8 @@ def longest(data: Data, stage: PlannedStage, trial: Trial) -> Data:
         usable = [example for example in found if sequences(example, learns_from)]
         return sorted(usable, key=lambda e: max(sequences(e, learns_from)), reverse=True)
 
-    few = first([replace(one, others=()) for one in data.learned(learns_from)])
+    learned = data.learned(learns_from)  # every pair stands by itself there
+    few = first([replace(one, others=()) if one.others else one for one in learned])
     # The longest in every batch, and others: the unit of a reward is the spread of what differs.
     if not kind.samples and few:
         few = [few[0] if place % 2 else few[place // 2 % len(few)] for place in range(trial.train)]

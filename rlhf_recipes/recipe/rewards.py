@@ -88,9 +88,10 @@ def term(entry: str | Mapping[str, Any]) -> Term:
     weight = float(entry.get("weight", 1.0))
     if "model" in entry:
         return Term(_called(entry["model"]), weight, entry["model"])
-    if code := function_in(entry.get("python", "")):
+    if code := function_in(str(entry.get("python", ""))):
         return Term(code[1], weight, code=code, words=words)
-    return Term(entry["rule"], weight, rule=entry["rule"], words=words)
+    rule = str(entry.get("rule", ""))  # none: `check` has said so
+    return Term(rule, weight, rule=rule, words=words)
 
 
 def _called(model: str) -> str:

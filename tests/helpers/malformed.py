@@ -34,6 +34,8 @@ ROWS = {
     stages = ["rloo"]; rloo.reward_model = "a/b"; rloo.num_generations = 3 | does not divide
     stages = ["grpo"]; grpo.reward_model = "a/b"; grpo.generation_batch_size = 12 | not a multiple
     stages = ["grpo"]; grpo.reward_model = "a/b"; grpo.top_p = 0.9 | another distribution
+    + evaluation.judge = {} | needs one of rule
+    + evaluation.judge = { python = 5 } | 2 evaluation.judge.python: must be text
     + ppo.num_generations = 4 | a stage of kind rloo or grpo has it
     + lora.target_modules = ["q_proj", "model.embed_tokens"] | embed_tokens holds the vocabulary
     + lora.target_modules = "(" | no regular expression
