@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The tests whose outcome hangs on what was learned. `.ci/run` repeats them for other processors.
-LEARNED := test_stages test_evaluation test_gate test_dpo
+LEARNED := test_stages test_evaluation test_gate test_dpo test_groups test_labels test_rewards
 train: setup
 	$(BIN)/python -m pytest -q -n 2 -m train tests/pipeline/test_induced.py \
 	  $(LEARNED:%=tests/stages/%.py)
