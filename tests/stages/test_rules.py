@@ -192,6 +192,12 @@ def test_a_function_takes_prompt_and_answer_and_if_it_asks_the_row(tmp_path: Pat
     assert function(tmp_path, own, column=["gold", "gone"])(said("red", gold=1, other=2)) == 1
 
 
+def test_thoughts_that_the_template_has_begun_are_thoughts() -> None:
+    answer = said("some thoughts\n</think>\nblue")
+    assert rule(rule="think")(answer) == 0.0
+    assert rule(rule="think")(answer._replace(begun=True)) == 1.0
+
+
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
 def test_what_is_no_number_is_an_error_that_names_the_function(tmp_path: Path, number: str) -> None:
     asked = function(tmp_path, f"def own(prompt, answer):\n    return float('{number}')\n")

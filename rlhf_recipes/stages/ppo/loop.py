@@ -47,7 +47,7 @@ from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.losses import Learned, Loss, Rollout, Rows, masked_mean
 from rlhf_recipes.stages.rewards.mixed import Rewards
-from rlhf_recipes.stages.training import two_rates
+from rlhf_recipes.stages.training import batch, two_rates
 from rlhf_recipes.store.digests import derive_seed
 
 # Of the losses in float16, whose least number is 6e-8: a token's share of 32,768 would lose its
@@ -113,7 +113,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         self.skipped = 0  # optimizer steps
         self.rewards = rewards
         self.copies = copies  # answers to a prompt in an update
-        self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.batch_size = batch(vars(args))
         self.mini_batch_size, rest = divmod(self.batch_size, args.num_mini_batches)
         if rest:
             raise ValueError("`num_mini_batches` must divide an update's answers")

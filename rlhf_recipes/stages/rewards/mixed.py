@@ -17,6 +17,7 @@ from rlhf_recipes.recipe.wiring import rewards_of
 from rlhf_recipes.stages.contract import StageContext
 from rlhf_recipes.stages.rewards.rule import Said, load_rule, silent
 
+TAIL = 8  # tokens at a prompt's end, in which "<think>" stands where the template begins it
 Answered = Sequence[tuple[Example, list[int]]]
 Parts = dict[str, list[float | None]]  # by the reward's name, before its weight
 
@@ -32,7 +33,7 @@ class Prompt(list[int]):
 def said_of(answered: tuple[Example, Sequence[int]], tokens: Tokens) -> Said:
     example, ids = answered
     ended = list(ids[-1:]) == [tokens.eos_id]
-    begun = tokens.decode(example.prompt_ids).rstrip().endswith(THINK)
+    begun = tokens.decode(example.prompt_ids[-TAIL:]).rstrip().endswith(THINK)
     return Said(example.prompt, example.row, tokens.decode(list(ids)), ids, ended, begun)
 
 
