@@ -97,7 +97,7 @@ class _Talk:
         context = getattr(config, "max_position_embeddings", sys.maxsize)
         length = min(recipe.dataset.max_answer_tokens, context // 2)
         self.room = context - length  # for a conversation, in tokens
-        temperature = recipe.explorer.options["temperature"] if recipe.explorer else 0.7
+        temperature = recipe.asked_with("temperature")
         self.settings = sampling(length, temperature, eos=tokens.eos_id, pad=tokens.pad_id)
         system = recipe.dataset.system
         self.start = [] if system is None else [{"role": "system", "content": system}]

@@ -119,7 +119,7 @@ def write_as(
     to_gguf.write(lm, session.tokens, file, kind=kind, name=name)
     check_template(session, folder, file.name)
     recipe = session.recipe
-    words = {"temperature": recipe.asked_with("temperature") or 0.7}
+    words = {"temperature": recipe.asked_with("temperature")}
     words |= {"system": recipe.dataset.system}
     text = modelfile(session.tokens, file.name, **words)
     (folder / "Modelfile").write_text(text, encoding="utf-8")

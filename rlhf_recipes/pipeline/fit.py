@@ -252,7 +252,7 @@ def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[dict[str, Any]]:
     """What may help, the least harmful first: the same result, then slower, then another result."""
     name = recipe.written_as(stage.name)
     if name:
-        options = recipe.tables[name].options
+        options = recipe.tables[stage.name].options
         size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
         rows, micros = options[size], options[micro]
         for part in range(2, rows + 1):

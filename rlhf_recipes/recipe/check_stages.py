@@ -13,7 +13,7 @@ from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
 from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
-from rlhf_recipes.recipe.kinds import JUDGE, KINDS, ROLES, extras_of, kind_of, listed, makes
+from rlhf_recipes.recipe.kinds import JUDGE, KINDS, REWARD, ROLES, extras_of, kind_of, listed, makes
 from rlhf_recipes.recipe.rewards import python_judge
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
@@ -40,6 +40,8 @@ LOSSES_OF_DIVERGENCES = {*"sigmoid sigmoid_norm hinge ipo exo_pair robust discop
 
 
 class StageChecker(Checker):
+    judge = ""  # the table that only the judge's settings come from
+
     def stages(self, written: list[str]) -> list[str]:
         """The stages that can be gone through; what is wrong with the others is noted."""
         valid: list[str] = []
@@ -66,7 +68,9 @@ class StageChecker(Checker):
         for name, table in self.data.items():
             if name in stages or name in tables.top_keys():
                 continue
-            if name in self.kinds:
+            if name in self.kinds and name == self.judge:
+                self.notes.append(f"[{name}] is the judge's alone: stages does not name it")
+            elif name in self.kinds:
                 self.notes.append(f"[{name}] is not used: stages does not name it")
                 self.table(table, tables.stage_keys(self.kinds[name]), (name,))
             elif not isinstance(table, dict):
@@ -93,7 +97,9 @@ class StageChecker(Checker):
         for key, what in _clashes(options, extras):
             self.problem((*at, key), what)
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
-        roles = {role: self.role(role, name, values, stages) for role in ROLES}
+        roles = dict.fromkeys(ROLES)
+        if name in stages:
+            roles = {role: self.role(role, name, values, stages) for role in ROLES}
         return StageTable(
             name, kind, **roles, dataset=own, extras=extras, options=options, given=given
         )
@@ -156,24 +162,25 @@ class StageChecker(Checker):
         return models[0] if models else None
 
     def implied(
-        self, evaluation: EvaluationTable, stages: list[StageTable], lora: bool, share: float
+        self, evaluation: EvaluationTable, stages: list[StageTable], lora: bool, data: list[Values]
     ) -> list[StageTable]:
-        """The independent judge's table, where there is to be one: a reward model from the base."""
+        """The independent judge's table, where there is to be one: a reward model from the base.
+
+        It has the settings of the last reward stage, else those of `[reward]`.
+        """
         if evaluation.best_of and not any(stage.of.explores for stage in stages):
             what = "is a yardstick of policies that learn on their own answers: no stage makes one"
             self.problem(("evaluation", "best_of"), what)
         if tables.INDEPENDENT not in [judge.model for judge in evaluation.judges.values()]:
             return []
-        if not share:
+        if not data[0].get("judge_fraction", DatasetTable.judge_fraction):
             what = "judge_fraction = 0 in [dataset]; 0.25 keeps a quarter of the training pairs"
             self.problem(("evaluation", "judge"), f"has no pairs to learn from: {what}")
         rewards = [stage for stage in stages if stage.of.makes == "reward_model"]
-        if rewards:
-            return [replace(rewards[-1], name=JUDGE, kind=JUDGE, policy=None)]
-        kind, none = kind_of(JUDGE), dict.fromkeys([*ROLES, "dataset"])
-        options, given = resolve(fields_for(kind.config), {}, lora)
-        extras = extras_of(kind, {}, options["learning_rate"])
-        return [StageTable(JUDGE, JUDGE, **none, extras=extras, options=options, given=given)]
+        if not rewards:
+            self.judge, self.kinds[REWARD] = REWARD, REWARD
+            rewards = [self.stage(REWARD, [], lora, data)]
+        return [replace(rewards[-1], name=JUDGE, kind=JUDGE, policy=None)]
 
 
 def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecker]:
@@ -197,8 +204,7 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
                 what = 'put a "reward" stage before it, or say reward_model = "…" or rewards = […]'
                 checker.problem(key, f"{stage.name} has nothing to score with: {what}")
         if evaluation:
-            share = datasets[0].get("judge_fraction", DatasetTable.judge_fraction)
-            stages += checker.implied(evaluation, stages, lora is not None, share)
+            stages += checker.implied(evaluation, stages, lora is not None, datasets)
     checker.stray_tables(written)
     if checker.problems:
         return {}, checker

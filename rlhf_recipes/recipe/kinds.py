@@ -19,6 +19,7 @@ from rlhf_recipes.recipe.fields import Field, Keys, fields_of
 LORA, BITSANDBYTES = "peft:LoraConfig", "transformers:BitsAndBytesConfig"
 # Kinds and names of the stages that no recipe lists: [evaluation] asks for them.
 JUDGE, EVALUATION, BEST_OF = "judge", "evaluation", "best_of"
+REWARD = "reward"  # whose table the judge's settings are in, where no stage makes a reward model
 # What serves a role: a stage whose kind makes this.
 ROLES = {"policy": "policy", "reward_model": "reward_model", "reference": "policy"}
 
@@ -77,7 +78,7 @@ _PPO: Keys = {
 }
 _PENALTY = Field(("float",), 1.0, range="at least 0")  # else it learns to talk until cut off
 _REWARD = Kind(
-    "reward",
+    REWARD,
     version=6,
     module="rlhf_recipes.stages.reward",
     config="trl:RewardConfig",
@@ -145,7 +146,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "dpo",
-            version=3,
+            version=4,
             module="rlhf_recipes.stages.dpo",
             config="trl:DPOConfig",
             makes="policy",
@@ -154,7 +155,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "kto",
-            version=2,
+            version=3,
             module="rlhf_recipes.stages.kto",
             config="trl:KTOConfig",
             makes="policy",
@@ -178,7 +179,7 @@ KINDS: dict[str, Kind] = {
             version=4,
             module="rlhf_recipes.stages.best_of",
             reads=(*_EVALUATION.reads, "best_of"),
-            borrows=("response_length", "temperature", "missing_eos_penalty"),
+            borrows=("missing_eos_penalty",),
         ),
     )
 }

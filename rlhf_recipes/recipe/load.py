@@ -16,7 +16,7 @@ from rlhf_recipes.recipe.check import Key, dotted
 from rlhf_recipes.recipe.check_stages import check
 from rlhf_recipes.recipe.edit import Edited, edit, rebase
 from rlhf_recipes.recipe.fields import fields_for, suggest
-from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, Kind, kind_of
+from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, REWARD, Kind, kind_of
 from rlhf_recipes.recipe.tables import located, move_paths, written
 from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
 from rlhf_recipes.text import cut, masked
@@ -56,15 +56,14 @@ class Recipe:
         return self.tables[stage].of if stage in self.tables else kind_of(stage)
 
     def written_as(self, stage: str) -> str:
-        """The table to change a stage's settings in: the judge has those of the last reward stage.
+        """The table to change a stage's settings in; "" where there is none.
 
-        "" where the recipe has none.
+        The judge has the settings of the last reward stage, else those of `[reward]`.
         """
         if stage in self.stages:
             return stage
-        made = self.kind(stage).makes
-        alike = [name for name in self.stages if made == self.kind(name).makes == "reward_model"]
-        return alike[-1] if alike else ""
+        alike = [name for name in self.stages if self.kind(name).makes == "reward_model"]
+        return [REWARD, *alike][-1] if stage == JUDGE else ""
 
     def dataset_of(self, stage: str) -> DatasetTable:
         """The rows that a stage reads: its own, else the recipe's."""
@@ -78,9 +77,10 @@ class Recipe:
         return found[-1] if found else None
 
     def asked_with(self, key: str) -> Any:
-        """The evaluation's own word, else that of the last stage that samples, else None."""
+        """The evaluation's own word, else that of the last stage that samples, else the usual."""
         trained = self.explorer.said(key) if self.explorer else None
-        return getattr(self.evaluation, key, None) or trained
+        usual = {"temperature": 0.7, "response_length": self.dataset.max_answer_tokens}
+        return getattr(self.evaluation, key, None) or trained or usual.get(key)
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]
@@ -90,16 +90,19 @@ class Recipe:
         listed = [written(table) for table in (self.dataset, *self.dataset.more)]
         if any(table["test_split"] for table in listed):
             listed = [table | {"test_fraction": None} for table in listed]
+        asked = {key: self.asked_with(key) for key in ("temperature", "response_length")}
         keys: dict[str, Any] = {
             "title": self.title,
             "stages": list(self.stages),
             "seed": self.seed,
-            "evaluation": written(self.evaluation) if self.evaluation else False,
+            "evaluation": bool(self.evaluation) and written(self.evaluation) | asked,
             "lora": False if self.lora is None else self.lora,
             "model": written(self.model),
             "dataset": listed if self.dataset.more else listed[0],
             **{name: self.tables[name].written() for name in self.stages},
         }
+        if JUDGE in self.tables and (place := self.written_as(JUDGE)) not in self.stages:
+            keys[place] = self.tables[JUDGE].written() | {"kind": REWARD}
         move_paths(keys, lambda place: str(located(place, self.model.base)))
         return _without_none(keys)
 
@@ -205,7 +208,6 @@ def layout_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
     """What to type where a stage of a run lacks memory: layout settings that ask for less."""
-    stage = recipe.written_as(stage)
     options = recipe.tables[stage].options if stage in recipe.tables else {}
     rows, words = layout_settings(recipe, stage).get("per_device_train_batch_size", 1), {}
     if rows > 1:
@@ -219,7 +221,8 @@ def smaller_layout(recipe: Recipe, stage: str, run: str) -> str:
         words[scored] = rollout // 2
     if not words:
         return "end what else holds memory, and the same command goes on"
-    changes = " ".join(f"--set {stage}.{key}={value}" for key, value in words.items())
+    table = recipe.written_as(stage)
+    changes = " ".join(f"--set {table}.{key}={value}" for key, value in words.items())
     # With `--set` alone the run would have another name, and be another pass of `--fresh`.
     named = f"{changes} --name {shlex.quote(run)}"
     return f"the same command with {named} needs less, and goes on from the last checkpoint"

@@ -16,9 +16,9 @@ from rlhf_recipes.stats import Share
 WIDE, PERHAPS = 0.2, 0.55
 HIGH_KL = 50.0  # nats an answer: over-optimised policies were seen from there (arXiv 2403.17031)
 OVER = 1.5  # times what its guard allows, on prompts that the guard does not see
-STILL = 0.5  # nats an answer: a policy that has hardly moved
+STILL = 0.5  # nats an answer: under it a policy has hardly moved
 LITTLE = 0.5  # of what the best of most answers gains
-SAME = 0.5  # of the answers
+SAME = 0.5  # of the answers: one answer to more prompts, or more answers as before
 FEWEST, SOME = 8, 30  # answers to say that of; and of a part of them
 SHRUNK = 0.2  # of the length of the policy before's answers
 WORDLESS = 2.0  # tokens, the end's included
@@ -108,8 +108,8 @@ def never_ends(facts: Facts) -> Found:
         sampling = [stage.name for stage in facts.making("policy", explores=True)]
         ppo = name if name in sampling else next(iter(sampling), "")
         text = f"{percent(now)} of {facts.title(name)}'s answers end within their tokens"
-        own = not ppo or facts.of("evaluation", "response_length")
-        room = facts.setting("evaluation" if own else ppo, "response_length")
+        own, asked = (facts.of(one, "response_length") for one in (ppo, "evaluation"))
+        room = facts.setting("evaluation" if own != (asked or own) else ppo, "response_length")
         if before != "base" and then is not None:
             text += f", {percent(then)} of {facts.title(before)}'s"
         cure = f"Raise {facts.setting(name, 'missing_eos_penalty')}, or {room}."
@@ -136,6 +136,28 @@ def blind_critic(facts: Facts) -> Found:
 
 
 # ---- who wins -----------------------------------------------------------------------------------
+
+
+def hardly_moved(facts: Facts) -> Found:
+    """A policy that is nearly its start, whoever judged: a win over itself proves nothing."""
+    for name, _, who, start in _trained(facts):
+        if told := _still(facts, name, start):
+            text = f"{who} has hardly moved: {told}. Whether it is better cannot be told."
+            change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps."
+            yield Finding("doubt", name, text, change)
+
+
+def _still(facts: Facts, name: str, start: str) -> str:
+    """How little a policy moved, in a phrase; empty where it moved, or its start was kept."""
+    same, kl = facts.number(f"{name}.unchanged"), facts.number(f"{name}.kl")
+    if facts.number(f"{name}.kept_update") == 0:
+        return ""
+    told = []
+    if same is not None and same > SAME:
+        told.append(f"{percent(same)} of its answers are {start}'s word for word")
+    if kl is not None and kl < STILL:
+        told.append(f"its KL is {kl:.2f} nats, under {STILL:g}")
+    return ", and ".join(told)
 
 
 def _wins(facts: Facts, name: str, by: str = "", over: str = "") -> Share | None:
@@ -192,6 +214,8 @@ def winning(facts: Facts) -> Found:
     """By the reward model, and by the judges that it was not trained against."""
     warned = False  # that the judge is on the same base: once is enough
     for name, _, who, start in _trained(facts):
+        if _still(facts, name, start):
+            continue
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
         own, judged = facts.reward_model(name), list(_judges(facts, name))
         own = own or (name if facts.rewards(name) else None)
@@ -204,7 +228,11 @@ def winning(facts: Facts) -> Found:
             level, change = ("good", "") if judged or own == name else ("doubt", other)
             yield Finding(level, name, text, change)
         elif wins and not _open(wins):
-            yield _no_gain(facts, name, f"{who} wins against {start}", wins, kl)
+            yield _no_gain(facts, name, f"{who} wins against {start}", wins, facts.scorer)
+        elif wins is None and judged and not any(share.low > 0.5 for share, *_ in judged):
+            share, called, _ = judged[0]
+            if share.high >= 0.5 and not _open(share):
+                yield _no_gain(facts, name, f"{who} wins against {start}", share, called)
         outside = any(apart for *_, apart in judged)
         for share, called, apart in judged:
             if share.low > 0.5:
@@ -232,14 +260,11 @@ def winning(facts: Facts) -> Found:
         yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
 
 
-def _no_gain(facts: Facts, name: str, versus: str, wins: Share, kl: float | None) -> Finding:
-    """None that even the reward model sees."""
-    text, change = f"{versus} on {said(wins, 'prompts')} by {facts.scorer}", facts.slower(name)
+def _no_gain(facts: Facts, name: str, versus: str, wins: Share, called: str) -> Finding:
+    """None that even the reward model sees; or none that a judge does, where there is none."""
+    text, change = f"{versus} on {said(wins, 'prompts')} by {called}", facts.slower(name)
     if facts.number(f"{name}.kept_update") == 0:
         text += ": no update beat its start on the validation prompts, so its start was kept."
-    elif kl is not None and kl < STILL:
-        text += f", at {kl:.2f} nats: it has hardly moved."
-        change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps"
     elif wins.high < 0.5:
         text += ": training made it worse."
     else:
@@ -337,6 +362,7 @@ RULES = (
     collapsed,
     never_ends,
     blind_critic,
+    hardly_moved,
     winning,
     judges_agree,
     over_base,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf_recipes.findings import LEVELS, Finding, Found, percent, said
-from rlhf_recipes.recipe.kinds import JUDGE
+from rlhf_recipes.recipe.kinds import JUDGE, REWARD
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY as MINIMUM
 from rlhf_recipes.report import policy_rules, reward_rules
 from rlhf_recipes.report.facts import Facts
@@ -158,9 +158,9 @@ def _untrained(facts: Facts, name: str, level: str, text: str, chance: bool) -> 
     stage = facts.stage(name)
     text += ": that is chance." if chance else ": hardly better than chance."
     seen = stage.series("accuracy")[1][-3:] if stage else []
-    # A judge's settings are the last reward stage's.
-    rewards = [other.name for other in facts.making("reward_model", listed=True)]
-    table = rewards[-1] if name == JUDGE and rewards else name
+    # A judge's settings are the last reward stage's, else those of [reward].
+    rewards = [REWARD, *(other.name for other in facts.making("reward_model", listed=True))]
+    table = rewards[-1] if name == JUDGE else name
     change = f"Raise {facts.setting(table, 'learning_rate')} or {facts.steps(table)}; and "
     change += "read some pairs: is the better answer the chosen one?"
     if seen and (trained := sum(seen) / len(seen)) > 0.8:

@@ -61,19 +61,16 @@ class Setting:
 
 
 def asked(context: StageContext) -> tuple[list[Example], Setting]:
-    """The first prompts of the test side, and how they are asked.
-
-    That is by the evaluation's own words, else those that the last PPO stage samples with.
-    """
+    """The first prompts of the test side, and how they are asked."""
     recipe, (_, prompts) = context.recipe, load_rows(context)
     length, temperature = answer_length(recipe, context.name), recipe.asked_with("temperature")
-    setting = Setting(length, temperature or 0.7, context.seed())
+    setting = Setting(length, temperature, context.seed())
     return prompts[: recipe.evaluation.prompts], setting
 
 
 def answer_length(recipe: Recipe, name: str) -> int:
     """The most tokens of an answer."""
-    return recipe.asked_with("response_length") or recipe.dataset.max_answer_tokens
+    return recipe.asked_with("response_length")
 
 
 def ask(

@@ -124,7 +124,7 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         if _batch(table.options) != _batch(usual):
             found["batch_size"] = _batch(table.options)
     if kind.reads:
-        asked = {key: getattr(recipe.evaluation, key) for key in kind.reads}
+        asked = {key: recipe.asked_with(key) for key in kind.reads}
         found |= changed(keys_of("evaluation"), asked)
         if lent := recipe.explorer:
             found |= {key: lent.said(key) for key in kind.borrows if asked.get(key) is None}

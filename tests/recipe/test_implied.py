@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tomlkit
 
+from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import Recipe, load_recipe, smaller_layout
 from rlhf_recipes.sources.fetch import _models
@@ -59,6 +60,43 @@ def test_they_come_in_order_and_only_where_asked(recipe: Path) -> None:
     both = 'evaluation.judge=["python:./rule.py:score", "independent"]'
     assert names(both, "evaluation.best_of=2") == ["judge", "evaluation", "best_of"]
     assert names("evaluation=false") == []
+
+
+def test_the_judge_has_the_settings_of_reward_even_where_no_stage_uses_them(recipe: Path) -> None:
+    words = (INDEPENDENT, "reward.learning_rate=0.002", "reward.max_steps=7")
+    used = plan(recipe, *words)
+    alone = plan(recipe, *words, 'stages=["sft", "dpo"]')
+    judges = [{s.name: s for s in made.stages}["judge"] for made in (used, alone)]
+    assert judges[0].key == judges[1].key
+    loaded = alone.recipe
+    assert "[reward] is the judge's alone: stages does not name it" in loaded.notes
+    assert loaded.tables["judge"].options["max_steps"] == 7
+    assert loaded.written_as("judge") == "reward"
+    assert "--set reward.per_device_train_batch_size=" in smaller_layout(loaded, "judge", "run")
+    file = recipe.with_name("resolved.toml")
+    file.write_text(tomlkit.dumps(loaded.resolved()))
+    assert loaded.resolved()["reward"]["learning_rate"] == 0.002
+    again = plan(file)
+    assert [(s.name, s.key) for s in again.stages] == [(s.name, s.key) for s in alone.stages]
+    wrong = (*words, 'stages=["sft", "dpo"]', "reward.max_step=3")
+    with pytest.raises(RecipeError, match="max_step: unknown key"):
+        load_recipe(recipe, set=wrong)
+
+
+def test_how_policies_are_asked_is_in_the_resolved_recipe_and_in_the_fingerprint(
+    recipe: Path,
+) -> None:
+    asked = load_recipe(recipe, set=["ppo.temperature=0.9"]).resolved()["evaluation"]
+    assert (asked["temperature"], asked["response_length"]) == (0.9, 16)
+    sft = load_recipe(recipe, set=['stages=["sft"]'])
+    length = sft.dataset.max_answer_tokens
+    asked = sft.resolved()["evaluation"]
+    assert (asked["temperature"], asked["response_length"]) == (0.7, length)
+    as_ppo, said, other = (
+        plan(recipe, "ppo.temperature=0.9", *words).stages[-1].key
+        for words in ([], ["evaluation.temperature=0.9"], ["evaluation.temperature=0.7"])
+    )
+    assert as_ppo == said != other
 
 
 def test_what_serves_their_roles(recipe: Path) -> None:

@@ -193,9 +193,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "",
     ),
     "PPO has not moved": (
-        shares("ppo.win_rate", 0.5, 0.08) | {"ppo.kl": 0.12}, "fault", "ppo",
-        "PPO wins against SFT on 50 % of 128 prompts (42–58) by the reward model, at 0.12 "
-        "nats: it has hardly moved.", "Raise `ppo.learning_rate`",
+        shares("ppo.win_rate", 0.5, 0.08) | {"ppo.kl": 0.12}, "doubt", "ppo",
+        "PPO has hardly moved: its KL is 0.12 nats, under 0.5.", "Raise `ppo.learning_rate`",
     ),
     "PPO made it worse": (
         shares("ppo.win_rate", 0.3, 0.08), "fault", "ppo", "training made it worse", "",
@@ -456,6 +455,50 @@ def test_dpo_is_judged_too_and_told_of_its_own_keys(tmp_path: Path) -> None:
         first = found(tmp_path / rate, changes, kinds=kinds, recipe=dpo)[0]
         assert (first.level, first.about) == ("fault", "dpo")
         assert text in first.text and change in first.change
+
+
+HARDLY: dict[str, tuple[str, dict[str, float], str]] = {
+    kind: (spec, {"unchanged": 0.82, "kl": kl}, word)
+    for (kind, spec), kl, word in zip(
+        [("dpo", "independent"), ("kto", "a/judge"), ("rloo", "python:/a/oracle.py:score")],
+        [0.01, 1.2, 0.49],
+        ["learning_rate` (1e-05 now)"] * 3,
+        strict=True,
+    )
+} | {"grpo": ("none", {"unchanged": 0.1, "kl": 0.4}, "learning_rate` (1e-05 now)")}
+
+
+@pytest.mark.parametrize("kind", HARDLY)
+def test_a_policy_that_hardly_moved_did_not_work_whoever_judges(tmp_path: Path, kind: str) -> None:
+    judge, moved, change = HARDLY[kind]
+    changes = {key: None for key in GOOD if key.startswith(("ppo.", "reward.", "best_of."))}
+    changes |= shares(f"{kind}.judge_win_rate", 0.7, 0.05)
+    changes |= shares(f"{kind}.win_rate", 0.9, 0.05) if judge == "none" else {}
+    changes |= {f"{kind}.{key}": value for key, value in moved.items()}
+    recipe = {kind: {"kind": kind, "learning_rate": 1e-5, "policy": "sft"}}
+    recipe |= {"evaluation": {"judge": judge}}
+    findings = found(tmp_path, changes, kinds=["sft", kind, "evaluation"], recipe=recipe)
+    assert (findings[0].level, findings[0].about) == ("doubt", kind)
+    assert findings[0].text.startswith(f"{kind.upper()} has hardly moved: ")
+    assert f"Raise `{kind}.{change}" in findings[0].change
+    assert not any(one.level == "success" or "beat SFT" in one.text for one in findings)
+
+
+def test_a_start_that_was_kept_is_said_as_such(tmp_path: Path) -> None:
+    changes = shares("ppo.win_rate", 0.5, 0.02) | {"ppo.kept_update": 0, "ppo.kl": 0.0}
+    findings = found(tmp_path, changes | {"ppo.unchanged": 1.0})
+    assert [one.text for one in findings if "hardly moved" in one.text] == []
+    assert "no update beat its start" in findings[0].text
+
+
+def test_a_judge_alone_that_sees_no_gain_is_said(tmp_path: Path) -> None:
+    changes = {key: None for key in GOOD if key.startswith(("ppo.", "reward."))}
+    changes |= shares("dpo.judge_win_rate", 0.51, 0.05) | {"dpo.kl": 3.0}
+    recipe = {"dpo": {"kind": "dpo", "beta": 0.1, "learning_rate": 1e-5, "policy": "sft"}}
+    recipe |= {"evaluation": {"judge": "independent"}}
+    first = found(tmp_path, changes, kinds=["sft", "dpo", "evaluation"], recipe=recipe)[0]
+    assert (first.level, first.about) == ("fault", "dpo")
+    assert "by a second reward model on the same base: it gained nothing that can" in first.text
 
 
 @pytest.mark.parametrize(
