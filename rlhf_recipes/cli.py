@@ -55,6 +55,9 @@ Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults
 New = Annotated[Path, Argument(metavar="NEW", help="The file to write.")]
 SomeRuns = Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")]
 Page = Annotated[Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")]
+HeadToHead = Annotated[
+    bool, Option("--head-to-head", help="Ask both last policies the same, before one judge.")
+]
 Open = Annotated[bool, Option("--open", help="Show it in a browser.")]
 Yes = Annotated[bool, Option("--yes", help="Remove without asking.")]
 All = Annotated[bool, Option("--all", help="The base and every policy, one after another.")]
@@ -276,21 +279,49 @@ def runs_(runs: Runs = RUNS, json: Json = False) -> None:
 
 
 @app.command()
-def compare(run: SomeRuns, page: Page = None, runs: Runs = RUNS, json: Json = False) -> None:
+def compare(
+    run: SomeRuns,
+    page: Page = None,
+    head_to_head: HeadToHead = False,
+    runs: Runs = RUNS,
+    json: Json = False,
+) -> None:
     """Say what differs between runs, in their recipes and in their results."""
     from rlhf_recipes.report import compare as comparison
 
     if len(run) < 2:
         raise UsageError("one run differs from nothing", "name another")
     folders = [_find(word, runs) for word in run]
-    parts = comparison.compare(folders)
+    if head_to_head:
+        if page or len(run) > 2:
+            raise UsageError("--head-to-head takes two runs and no --page", "leave out the rest")
+        return _head_to_head(folders[0], folders[1], json)
+    parts, rulers = comparison.compare(folders), comparison.rulers(folders)
     if page:
         comparison.write(folders, page)
     if json:
-        return _print_json({"runs": [str(folder) for folder in folders], **parts})
+        said = {"runs": [str(folder) for folder in folders], "not_comparable": rulers}
+        return _print_json(said | parts)
+    if rulers:
+        _print(f"not comparable: {', '.join(rulers)}")
+        _print(f"  → rlhf-recipes compare {run[0]} {run[1]} --head-to-head\n")
     _print(cli_tables.comparison([folder.name for folder in folders], parts))
     if page:
         _print(f"\npage  {page}")
+
+
+def _head_to_head(first: Path, second: Path, json: bool) -> None:
+    """Ask two runs' last policies the same, and print whom the first run's judge prefers."""
+    from rlhf_recipes.screen import Screen
+
+    with Screen(first / "log.txt") as screen, screen.quiet():
+        from rlhf_recipes.pipeline.head_to_head import head_to_head as ask
+
+        found = ask(first, second, screen)
+    if not json:
+        return _print(str(found))
+    shares = {who: share._asdict() for who, share in found.shares.items()}
+    _print_json({"policies": found.policies, "win_rates": shares})
 
 
 @app.command()

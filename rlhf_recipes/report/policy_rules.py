@@ -191,6 +191,11 @@ def _specs(facts: Facts) -> list[str]:
     return [_spec(one) for one in (specs if isinstance(specs, list) else [specs])]
 
 
+def judges_called(facts: Facts) -> list[str]:
+    """What a sentence calls the judges of a run's evaluation."""
+    return [_called(spec) for spec in _specs(facts) if spec != "none"]
+
+
 def _spec(judge: Any) -> str:
     rule = judge.get("rule") or judge.get("python") if isinstance(judge, dict) else ""
     return f"python:{rule}" if rule else str(judge)
