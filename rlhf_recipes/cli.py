@@ -152,7 +152,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say of each stage whether it would run, and why; and what memory and time it takes."""
-    from rlhf_recipes.pipeline.data_lint import data_lint
+    from rlhf_recipes.pipeline.data_lint import data_lint, provable
     from rlhf_recipes.pipeline.plan import plan_run
     from rlhf_recipes.screen import quietly
     from rlhf_recipes.stages.session import Session
@@ -167,6 +167,8 @@ def plan(
     with quietly():
         session = Session(made.recipe, made.model, made.runs)
         found = data_lint(made, session)
+        if not any(line.level == "fault" for line in found):
+            found += provable(made, session)
     _print("\n".join(["", *map(str, found)]))
     if pending := [stage for stage in made.stages if not stage.done]:
         from rlhf_recipes.pipeline.estimate import reckoning

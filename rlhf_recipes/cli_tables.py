@@ -30,13 +30,17 @@ def runs(found: dict[str, Any], folder: Path) -> str:
     rows = [["run", "ended", "outcome", "stages", "accuracy", "win rate", "KL", "size", "+ stages"]]
     for run in found["runs"]:
         numbers = {key.rpartition(".")[2]: value for key, value in run["numbers"].items()}
+        if (judged := numbers.get("judge_win_rate")) is not None:
+            numbers["win_rate"] = judged  # by whom it was not trained against
         forms = {"accuracy": ".1%", "win_rate": ".0%", "kl": ".2f"}
         said = [f"{numbers[key]:{form}}" if key in numbers else "" for key, form in forms.items()]
         stages = f"{run['stages_done']} of {run['stages']}"
         sizes = [size(run["bytes"]), size(run["stages_bytes"])]
         rows.append([run["name"], _when(run["ended"]), run["outcome"], stages, *said, *sizes])
+    running = [run for run in found["runs"] if run["progress"]]
     own, shared = size(sum(run["bytes"] for run in found["runs"])), size(found["stages_bytes"])
     lines = [table(rows, right=(4, 5, 6, 7, 8)), ""] if found["runs"] else []
+    lines += [f"{plain(run['name'])} is at {run['progress']}" for run in running]
     count = len(found["runs"])
     lines.append(f"runs in {folder}: {count}, {own}; their stages, each once: {shared}")
     lines += [f"{folder / plain(other['name'])} {other['why']}" for other in found["others"]]

@@ -169,7 +169,8 @@ class StageProgress:
         self._numbers |= numbers
         if numbers:
             seconds = round(self._clock() - self._started, 3)
-            self._append("metrics.jsonl", {"step": done, **numbers, "seconds": seconds})
+            row = {"step": done, **numbers, "of": total, "seconds": seconds}
+            self._append("metrics.jsonl", row)
         shown = _shown(self._numbers)
         self._bar.update(self._task, completed=done, total=total, numbers=shown)
         if self._bar.disable:

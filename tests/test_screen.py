@@ -46,7 +46,8 @@ def test_a_line_every_tenth(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     metrics = jsonl(tmp_path / "metrics.jsonl")
     assert len(metrics) == 100
     assert metrics[3] == {
-        "step": 4, "loss": 0.5, "kl_per_token": 0.5, "score": 12.345, "length": 7, "seconds": 4.0
+        "step": 4, "loss": 0.5, "kl_per_token": 0.5, "score": 12.345, "length": 7, "of": 100,
+        "seconds": 4.0,
     }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def test_an_update_without_numbers_keeps_the_last(
         "  2/4  10 s left     loss nan",
         "  half way",
     ]
-    assert jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "seconds": 0.0}]
+    assert jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "of": 4, "seconds": 0.0}]
 
 
 def test_samples_are_one_harmless_line_and_kept_whole(

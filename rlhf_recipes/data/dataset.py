@@ -48,6 +48,8 @@ NEEDS = (
     "see `columns` and `test_fraction`"
 )
 LOOKED = 200  # rows, where only their shape is asked for
+COPY = "copy of an earlier row"  # dropped where `dedup` asks for it
+ASKED_FOR = (BAD, COPY)  # reasons for dropping that are nothing wrong with the rows
 
 
 @dataclass
@@ -194,7 +196,7 @@ class _Read(Data):
 
 def _read(table: Any, tokens: Tokens, keep: Sequence[str]) -> _Read:
     """The usable rows of one table, and what became of all."""
-    data, left_out = _Read(), 0
+    data, left_out, seen = _Read(), 0, set[str]()
     sides: list[tuple[str, str | None]] = [(table.split or "train", None)]
     sides += [(table.test_split, "test")] if table.test_split else []
     found: dict[str, None] = {}  # the columns, in order
@@ -207,6 +209,11 @@ def _read(table: Any, tokens: Tokens, keep: Sequence[str]) -> _Read:
                 if isinstance(made, Exception):
                     raise made
                 prompt, example = made
+                if table.dedup:
+                    whole = (example.chosen_ids, example.rejected_ids, example.labelled)
+                    if (one := digest([prompt, *whole, repr(example.row)])) in seen:
+                        raise Unusable(COPY)
+                    seen.add(one)
                 if not (example.chosen_ids or example.rejected_ids) and row.unused():
                     data.first.setdefault(ALONE, (number, columns, guess(columns)))
                 data.columns.update(row.used.items())
@@ -393,12 +400,12 @@ def _part(
 
 
 def _check_share(data: Data, table: Any) -> None:
-    dropped = data.dropped.total() - data.dropped[BAD]
+    dropped = data.dropped.total() - sum(data.dropped[why] for why in ASKED_FOR)
     if data.rows == 0:
         raise DataError(f"{table.path} holds no rows")
     if dropped * 2 > data.rows:
         reasons = ", ".join(f"{n} × {why}" for why, n in data.dropped.most_common(3))
-        most = next(why for why, _ in data.dropped.most_common() if why != BAD)
+        most = next(why for why, _ in data.dropped.most_common() if why not in ASKED_FOR)
         number, columns, way = data.first[most]
         held = "; ".join(f"{name}: {_cut(value)}" for name, value in list(columns.items())[:8])
         raise DataError(

@@ -12,12 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.dataset import NEEDS, lacking
+from rlhf_recipes.data.dataset import COPY, NEEDS, lacking
 from rlhf_recipes.data.rows import answered
 from rlhf_recipes.data.shapes import ALONE
 from rlhf_recipes.data.tokens import THINK, TODAY, render
 from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
+from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
@@ -34,6 +35,8 @@ LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
 BIASED = 0.65  # of pairs prefer the longer answer; then length alone is a judge
 MANY = 0.05
+SURE = 10.0  # points, that a win rate may be wrong by
+TESTED = 0.25  # of the prompts, at most, that a small file can give to its test
 ROOM = 1.2  # times the longest answer, for the policy to be a little longer and still end
 WEIGHT = "beyond the dataset's weight"  # as data.py says it
 MARKUP = re.compile(
@@ -70,6 +73,31 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
         return [Finding("fault", about, error.message, error.hint.partition("; or the shapes")[0])]
 
 
+def provable(plan: Plan, session: Session) -> Found:
+    """How sure a win rate of the evaluation can be: what its test prompts can prove."""
+    recipe, table = plan.recipe, plan.recipe.dataset
+    if recipe.evaluation is None or away(plan):
+        return
+    columns = columns_of(recipe, EVALUATION)
+    held = len(session.data(table).learned("test_prompts", columns))
+    asked = min(held, recipe.evaluation.prompts)
+    if not asked:
+        return
+    text = f"{asked} test prompts: a win rate is right to ±{_points(asked):.0f} points"
+    change, own = "", [one.test_split for one in (table, *table.more) if one.test_split]
+    if asked < held:
+        change = f"--set evaluation.prompts={held} for ±{_points(held):.0f}"
+    elif not own and table.test_fraction < TESTED:
+        change = f"--set dataset.test_fraction={TESTED} for "
+        change += f"±{_points(held * TESTED / table.test_fraction):.0f}"
+    yield _noted(_points(asked) > SURE, "proof", text, change or "more test rows tell more")
+
+
+def _points(prompts: float) -> float:
+    """Half the width of a 95 % interval of a share near a half, in points."""
+    return 100 * 1.96 * 0.5 / math.sqrt(prompts)
+
+
 def away(plan: Plan) -> str:
     """What would have to be brought before rows can be looked at; nothing where all is here."""
     recipe = plan.recipe
@@ -90,10 +118,9 @@ def _counts(place: str, data: Data) -> Found:
     yield Finding("note", f"{place}rows", f"{data.rows:,} read: {', '.join(sides)}{held}")
     reasons = [f"{count:,} × {why}" for why, count in data.dropped.most_common(6) if count]
     if reasons:
-        many = data.dropped.total() - data.dropped[WEIGHT] > 0.2 * data.rows
-        first = next(
-            (data.first[why] for why, _ in data.dropped.most_common() if why in data.first), None
-        )
+        wrong = [(why, n) for why, n in data.dropped.most_common() if why not in (WEIGHT, COPY)]
+        many = sum(n for _, n in wrong) > 0.2 * data.rows
+        first = next((data.first[why] for why, _ in wrong if why in data.first), None)
         way = (first[2] or f"look at row {first[0]}") if first else ""
         yield _noted(many, f"{place}dropped", "; ".join(reasons), way)
     for words in data.spoken():
@@ -154,10 +181,13 @@ def _pairs(place: str, data: Data) -> Found:
     seen = Counter((*map(tuple, (e.prompt_ids, e.chosen_ids, e.rejected_ids)),) for e in pairs)
     twice = sum(count - 1 for count in seen.values())
     turned = sum(min(n, seen[(p, r, c)]) for (p, c, r), n in seen.items() if (p, r, c) in seen) // 2
-    for count, what in ((twice, "are copies of others"), (turned, "say the opposite of another")):
+    for count, what, cure in (
+        (twice, "are copies of others", f"--set {place or 'dataset.'}dedup=true"),
+        (turned, "say the opposite of another", "take them out"),
+    ):
         if count:
             text = f"{count:,} of {len(pairs):,} pairs {what}"
-            yield _noted(count > MANY * len(pairs), f"{place}pairs", text, "take them out")
+            yield _noted(count > MANY * len(pairs), f"{place}pairs", text, cure)
     longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
     shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
     share = 0.5 + (longer - shorter) / 2 / len(pairs)

@@ -126,6 +126,7 @@ class DatasetTable:
     max_prompt_tokens: int = _key(512, range="at least 1")
     max_answer_tokens: int = _key(512, range="at least 1")
     max_rows: int | None = _key(None, range="at least 1")
+    dedup: bool = _key(False)  # of rows with the same prompt and answers, the first alone
     validation_fraction: float = _key(0.05, range="at least 0 and below 1")
     test_fraction: float = _key(0.1, range="at least 0 and below 1")
     test_split: str | None = _key(None)

@@ -202,6 +202,23 @@ def loss(facts: Facts, stage: Stage) -> Iterator[Plot]:
     yield plot
 
 
+def compared(stage: Stage) -> Iterator[Plot]:
+    """Of DPO or KTO: what it told of as it went, on the rows that it trained on."""
+    for key, form in {"margin": "+.2f", "accuracy": ".0%"}.items():
+        xs, ys = stage.series(key)
+        if len(xs) < LEAST:
+            continue
+        told = f"The margin of its training rows {_went(ys, form)}"
+        if key == "accuracy":
+            told = f"Training pairs whose better answer it prefers: the share {_went(ys, form)}"
+        plot = Plot(f"{stage.name}-{key}", told, _alt(f"the {key}", xs, ys))
+        with plot.drawn() as axes:
+            svg.line(axes, xs, ys, PPO, "step", ([], []))
+            if key == "accuracy":
+                svg.percents(axes.yaxis)
+        yield plot
+
+
 # ---- reward models ------------------------------------------------------------------------------
 
 

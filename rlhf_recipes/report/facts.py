@@ -17,9 +17,10 @@ from typing import Any
 from rlhf_recipes.recipe.kinds import KINDS, makes
 from rlhf_recipes.recipe.rewards import Term, terms
 from rlhf_recipes.stats import Share, wilson
-from rlhf_recipes.store import files, layout
+from rlhf_recipes.store import files, layout, locks
 
 Json = dict[str, Any]
+SCORES = {"scores": "score", "judged": "judge", "judged2": "2nd judge"}  # in answers.jsonl
 SMALL = 30  # cases: a bootstrap of fewer is too sure of itself
 TYPES = {
     **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst"), list),
@@ -168,6 +169,20 @@ class Facts:
         if heat in (None, 1):
             return ""
         return f"KL is that of the policies at temperature {heat:g}, as they are sampled."
+
+    def running(self) -> bool:
+        """Whether a process is at it: its manifest was written as it began."""
+        with contextlib.suppress(OSError):
+            return self.manifest.get("outcome") == "unfinished" and locks.held(self.folder)
+        return False
+
+    @staticmethod
+    def scored(row: Json, who: str) -> str:
+        """Each scorer's number of a policy's answer."""
+        told = [(words, row.get(key)) for key, words in SCORES.items()]
+        found = [(words, number(one, who)) for words, one in told if isinstance(one, dict)]
+        said = [f"{words} {value:.2f}" for words, value in found if value is not None]
+        return " · ".join(said).replace("-", "−")
 
     # ---- how sentences name what stands here; words in `…` are keys
 

@@ -109,7 +109,8 @@ def never_ends(facts: Facts) -> Found:
         ppo = name if name in sampling else next(iter(sampling), "")
         text = f"{percent(now)} of {facts.title(name)}'s answers end within their tokens"
         own, asked = (facts.of(one, "response_length") for one in (ppo, "evaluation"))
-        room = facts.setting("evaluation" if own != (asked or own) else ppo, "response_length")
+        where = "evaluation" if not ppo or asked not in (None, own) else ppo
+        room = facts.setting(where, "response_length")
         if before != "base" and then is not None:
             text += f", {percent(then)} of {facts.title(before)}'s"
         cure = f"Raise {facts.setting(name, 'missing_eos_penalty')}, or {room}."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.findings import Finding, interval
-from rlhf_recipes.recipe.kinds import makes
+from rlhf_recipes.recipe.kinds import KINDS, makes
 from rlhf_recipes.report import card, charts
 from rlhf_recipes.report.facts import Facts, Json, Stage, number
 from rlhf_recipes.report.html import STYLE, TEMPLATES, page
@@ -63,7 +63,12 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     ways = [*charts.who_wins(facts, *last), *chain(*prices)] if last else []
     explored = facts.making("policy", explores=True)
     rewards = [s for s in facts.stages if makes(s.kind, "reward_model") or s.evidence]
-    losses = [charts.loss(facts, stage) for stage in facts.making("policy", explores=False)]
+    imitated, compared = list[Any](), list[Any]()
+    for stage in facts.making("policy", explores=False):
+        if KINDS[stage.kind].learns_from == "answers":
+            imitated.append((stage, [*charts.loss(facts, stage)]))
+        else:
+            compared.append((stage, [*charts.loss(facts, stage), *charts.compared(stage)]))
     return {
         **vars(facts),
         "name": name,
@@ -77,7 +82,8 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "policies": policies(facts),
         "ppo": [(s, [*charts.ppo(facts, s)]) for s in explored if s.curve],
         "rewards": [_reward(facts, s) for s in rewards],
-        "losses": [*chain(*losses)],
+        "losses": [one for one in imitated if one[1]],
+        "compared": [one for one in compared if one[1]],
         "text": _text(facts.folder / "recipe.toml"),
         "resolved": _text(facts.folder / "resolved.toml"),
     }

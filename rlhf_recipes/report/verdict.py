@@ -15,6 +15,7 @@ from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY as MINIMUM
 from rlhf_recipes.report import policy_rules, reward_rules
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.stats import Share, wilson
+from rlhf_recipes.store import history
 
 TELLING = 0.65  # an interval from under a half to over this may hold a good reward model
 FEWEST = 8  # pairs to say anything from
@@ -47,12 +48,18 @@ def ended(facts: Facts) -> Found:
     outcome, error = facts.manifest.get("outcome"), facts.manifest.get("error") or {}
     left = [stage.name for stage in facts.stages if stage.did == "not run"]
     stage, count = str(error.get("stage") or (left or [""])[0]), len(facts.stages)
-    done = f"{count - len(left)} of {count} stages are done"
+    whole = [one for one in facts.stages if one.record]
+    done = f"{len(whole)} of {count} stages are done"
     if outcome == "failed":
         why, hint = str(error.get("message") or "it failed"), str(error.get("hint") or "")
         yield Finding("fault", stage, f"The run ended early, {done}: {why}.", hint)
     elif outcome == "finished" and left:
         yield Finding("note", stage, f"{', '.join(left)} did not run: it was told to stop before.")
+    elif facts.running():
+        at = next((one for one in facts.stages if not one.record), None)
+        told = at and history.progress(at.folder)
+        where = f"; {at.name} is at {told}" if at and told else ""
+        yield Finding("doubt", at.name if at else stage, f"The run is running: {done}{where}.")
     elif outcome != "finished":
         again = "The same command goes on from what is finished and saved."
         yield Finding("doubt", stage, f"The run has not come to its end: {done}.", again)
@@ -148,7 +155,7 @@ def weak_unit(facts: Facts) -> Found:
         if margin is not None and margin < WEAK and readers:
             text = f"The chosen answer of a test pair leads by {margin:.2f} of `{name}`'s units, "
             text += f"under {WEAK:g}: its scores spread more than a better and a worse answer "
-            text += "differ, so PPO follows noise at a price that is low."
+            text += f"differ, so {facts.title(readers[-1])} follows noise at a price that is low."
             change = f"Raise {facts.setting(readers[-1], 'kl_coef')}, or give it cleaner pairs."
             yield Finding("doubt", name, text, change)
 

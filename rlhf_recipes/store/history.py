@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,9 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.recipe.kinds import JUDGE, makes
 from rlhf_recipes.store import layout, locks
 from rlhf_recipes.store.files import read_json
+from rlhf_recipes.text import duration
+
+RECENT = 12  # steps, that a pace is taken from
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -64,11 +69,14 @@ def list_runs(runs: Path) -> dict[str, Any]:
             continue
         stages = stage_folders(runs, manifest)
         known |= {stage: size(stage) for stage in stages if stage not in known}
+        at = [stage for stage in stages if not layout.read_record(stage)]
+        running = locks.held(folder)
         run = {
             "name": folder.name,
             "title": manifest.get("title"),
             "ended": str(manifest.get("ended") or ""),
-            "outcome": "running" if locks.held(folder) else manifest.get("outcome"),
+            "outcome": "running" if running else manifest.get("outcome"),
+            "progress": progress(at[0]) if running and at else "",
             "stages_done": sum(layout.read_record(stage) is not None for stage in stages),
             "stages": len(manifest["stages"]),
             "numbers": _headline(manifest, read_json(folder / "results.json") or {}),
@@ -80,9 +88,27 @@ def list_runs(runs: Path) -> dict[str, Any]:
     return {"runs": found, "others": others, "stages_bytes": sum(known.values())}
 
 
-def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> set[Path]:
-    """The folders of a run's stages."""
-    return {layout.entry_folder(runs, entry) for entry in (manifest or {}).get("stages", [])}
+def progress(folder: Path) -> str:
+    """How far a running stage is: "step 70 of 282, 1 min 20 s left"; "" where it does not say."""
+    rows = []
+    with contextlib.suppress(OSError):
+        for line in (folder / "metrics.jsonl").read_text(errors="replace").split("\n")[-RECENT:]:
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                row = json.loads(line)
+                rows.append([float(row[key]) for key in ("step", "of", "seconds")])
+    rows = [row for row in rows if all(map(math.isfinite, row))]
+    if not rows:
+        return ""
+    (first, _, began), (step, of, now) = rows[0], rows[-1]
+    said = f"step {step:.0f} of {of:.0f}"
+    pace = (now - began) / (step - first) if step > first and now > began else 0.0
+    return f"{said}, {duration(pace * (of - step))} left" if pace else said
+
+
+def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> dict[Path, None]:
+    """The folders of a run's stages, in order, each once."""
+    entries = (manifest or {}).get("stages", [])
+    return dict.fromkeys(layout.entry_folder(runs, entry) for entry in entries)
 
 
 def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, float]:
@@ -90,5 +116,6 @@ def _headline(manifest: dict[str, Any], results: dict[str, Any]) -> dict[str, fl
     accuracies = [key for key in results if key.endswith(".accuracy")]
     accuracy = [key for key in accuracies if key != f"{JUDGE}.accuracy"][-1:]
     made = [entry["name"] for entry in manifest["stages"] if makes(entry.get("kind", ""), "policy")]
-    keys = [*accuracy, *(f"{name}.{what}" for name in made[-1:] for what in ("win_rate", "kl"))]
+    wanted = ("judge_win_rate", "win_rate", "kl")
+    keys = [*accuracy, *(f"{name}.{what}" for name in made[-1:] for what in wanted)]
     return {key: results[key] for key in keys if isinstance(results.get(key), int | float)}

@@ -39,6 +39,10 @@ def write(folder: Path, rows: list[dict]) -> Path:
     return file
 
 
+def sides_of(data: Data) -> list:
+    return [*data.train, *data.validation, *data.test]
+
+
 def keys(examples: list) -> set[tuple[int, ...]]:
     return {tuple(e.prompt_ids) for e in examples}
 
@@ -107,6 +111,15 @@ def test_the_judges_share_is_of_the_training_pairs_and_moves_no_side(
     judge, reward = keys(with_judge.judge), keys(with_judge.reward_train)
     assert judge <= keys(with_judge.train) and not judge & reward
     assert len(judge) + len(reward) == 68
+
+
+def test_copies_are_dropped_where_that_is_asked_for(tmp_path: Path, tokens: Tokens) -> None:
+    rows = [{"prompt": f"red {n}", "chosen": "blue", "rejected": "cat"} for n in range(4)]
+    file = write(tmp_path, [*rows * 4, {**rows[0], "rejected": "dog"}])
+    assert len(sides_of(load_data(table(file), tokens))) == 17
+    data = load_data(table(file, dedup=True), tokens)
+    assert len(sides_of(data)) == 5
+    assert data.dropped == {"copy of an earlier row": 12}  # most of the rows, and nothing is wrong
 
 
 def test_max_rows_counts_what_is_kept(tmp_path: Path, tokens: Tokens) -> None:

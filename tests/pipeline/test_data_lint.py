@@ -61,6 +61,25 @@ def test_rows_that_are_as_they_should_be(look: Lint) -> None:
     assert found[-1].text.endswith("<|im_end|>") and "<|im_start|>" in found[-1].text
 
 
+def test_what_the_test_prompts_can_prove_is_said(look: Lint) -> None:
+    def proof(*words: str) -> tuple[str, str, str]:
+        look(PAIRS, *words)
+        made = plan_run(load_recipe(look.folder / "tiny.toml", set=words), look.folder / "runs")
+        (one,) = data_lint.provable(made, Session(made.recipe, made.model))
+        held = len(Session(made.recipe, made.model).data(made.recipe.dataset).test)
+        assert one.about == "proof"
+        return one.level, one.text, one.change.replace(f"={held} ", "=ALL ")
+
+    few = proof("evaluation.prompts=9")
+    assert few[:2] == ("doubt", "9 test prompts: a win rate is right to ±33 points")
+    assert few[2].startswith("--set evaluation.prompts=ALL for ±")
+    level, text, change = proof("evaluation.prompts=500", "dataset.test_fraction=0.1")
+    assert level == "doubt" and text.endswith(" points")
+    assert change.startswith("--set dataset.test_fraction=0.25 for ±")
+    level, _, change = proof("evaluation.prompts=500", "dataset.test_fraction=0.7")
+    assert (level, change) == ("note", "")
+
+
 def test_what_is_dropped_is_said_by_reason(look: Lint) -> None:
     rows = [*PAIRS[:40], *[{**row, "rejected": row["chosen"]} for row in PAIRS[40:60]]]
     rows += [{**row, "prompt": "red " * 20} for row in PAIRS[60:63]]

@@ -56,6 +56,15 @@ def test_what_makes_win_rates_another_measure_is_said_first(
     assert "Not comparable: another judge (learning_rate" in page.read_text()
 
 
+def test_the_page_names_no_place_on_this_machine(tmp_path: Path) -> None:
+    runs = []
+    for name, judge in (("a", "independent"), ("b", ["independent", "python:/home/me/o.py:score"])):
+        runs.append(told(tmp_path / name, recipe={"evaluation": {"judge": judge}}))
+    comparison.write(runs, page := tmp_path / "page.html")
+    text = page.read_text()
+    assert "o.py:score" in text and "/home" not in text and str(tmp_path) not in text
+
+
 def test_of_a_stage_that_one_run_lacks_only_what_its_recipe_says_is_shown(tmp_path: Path) -> None:
     one = told(tmp_path / "a")
     dpo = {"dpo": {"kind": "dpo", "learning_rate": 1e-4, "beta": 0.1, "policy": "sft"}}

@@ -13,9 +13,9 @@ import pytest
 from rlhf_recipes.report import compare as comparison
 from rlhf_recipes.report import run_page
 from rlhf_recipes.report.facts import TYPES, Facts
-from rlhf_recipes.report.html import placeless
+from rlhf_recipes.report.html import STYLE, placeless
 from rlhf_recipes.store.files import read_json
-from tests.helpers.told import shares, told
+from tests.helpers.told import GOOD, shares, told
 
 pytestmark = pytest.mark.train
 
@@ -140,6 +140,51 @@ def test_the_page_of_a_whole_run(shown: tuple[Path, str, Page]) -> None:
         assert words in text, words
     assert "What is not here" not in text and "/home" not in html
     assert len(html.encode()) < 300_000
+
+
+def test_dpo_has_words_plots_and_a_judge_of_its_own(tmp_path: Path) -> None:
+    steps = [
+        {"step": n, "loss": 0.7 - n / 50, "margin": n / 10, "accuracy": 0.6 + n / 50}
+        for n in range(1, 9)
+    ]
+    judged = [{k: v for k, v in row.items() if k != "scores"} for row in ROWS]
+    rows = [
+        {k: {"dpo": v["ppo"], **v} if isinstance(v, dict) else v for k, v in row.items()}
+        for row in judged
+    ]
+    none = {key: None for key in GOOD if key.startswith(("ppo.", "reward.", "best_of."))}
+    none |= shares("dpo.judge_win_rate", 0.7, 0.08) | {"dpo.length": 30.0, "dpo.kl": 3.0}
+    run = told(
+        tmp_path,
+        none,
+        kinds=["sft", "dpo", "judge", "evaluation"],
+        recipe={"dpo": {"kind": "dpo", "learning_rate": 1e-4, "policy": "sft"}},
+        curves={"sft": LOSS, "judge": LOSS, "dpo": steps},
+        outputs={
+            "judge": {"evidence.json": json.dumps(EVIDENCE)},
+            "evaluation": {"answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)},
+        },
+    )
+    _, found = page(run)
+    sections = [a["id"] for a in found.all("section")]
+    assert sections == "verdict answers price compared reward sft cost data recipe".split()
+    text = " ".join(" ".join(found.text).split())
+    for words in (
+        "How DPO went", "The margin of its training rows rose from +0.10 to +0.80",
+        "whose better answer it prefers: the share rose from 62 % to 76 %",
+        "Did the judge learn what people prefer?", "judge 1.00",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "Did the reward model" not in text and "· judge" not in text
+    imitated = text.partition("Did it learn from the examples?")[2].partition("Time and")[0]
+    assert "On rows it did not see, the loss fell from 4.72 to 3.67" in imitated
+    assert "training loss" not in imitated
+
+
+def test_a_mark_has_its_own_colour_in_every_box() -> None:
+    levels = "fault success good doubt note".split()
+    assert all(f"\nli.{level} .mark " in STYLE for level in levels)
+    assert not re.search(r"^\.\w+ \.mark", STYLE, re.MULTILINE)
 
 
 def test_every_plot_says_what_it_means_and_what_is_to_be_seen(
