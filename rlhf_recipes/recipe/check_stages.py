@@ -97,9 +97,8 @@ class StageChecker(Checker):
         for key, what in _clashes(options, extras):
             self.problem((*at, key), what)
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
-        roles = dict.fromkeys(ROLES)
-        if name in stages:
-            roles = {role: self.role(role, name, values, stages) for role in ROLES}
+        able = ROLES if name in stages else ()  # the judge's table serves no role
+        roles = dict.fromkeys(ROLES) | {r: self.role(r, name, values, stages) for r in able}
         return StageTable(
             name, kind, **roles, dataset=own, extras=extras, options=options, given=given
         )

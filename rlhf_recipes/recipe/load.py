@@ -95,7 +95,7 @@ class Recipe:
             "title": self.title,
             "stages": list(self.stages),
             "seed": self.seed,
-            "evaluation": bool(self.evaluation) and written(self.evaluation) | asked,
+            "evaluation": written(self.evaluation) | asked if self.evaluation else False,
             "lora": False if self.lora is None else self.lora,
             "model": written(self.model),
             "dataset": listed if self.dataset.more else listed[0],

@@ -228,15 +228,15 @@ def _write_answers(
 
 def _summary(metrics: dict[str, float], last: str, recipe: Recipe) -> str:
     prompts = f"{metrics['evaluation.prompts']} test prompts"
-    judged = metrics.get(f"{last}.judge_win_rate")
-    if last == BASE or (f"{last}.win_rate" not in metrics and judged is None):
+    rate, judged = (metrics.get(f"{last}.{by}win_rate") for by in ("", "judge_"))
+    if rate is None and judged is None:
         return prompts
     start, far = recipe.table(last).policy or BASE, f"KL {metrics[f'{last}.kl']:.2f} nats"
-    if f"{last}.win_rate" not in metrics:
+    if rate is None:
         return f"{last} over {start}: win rate by the judge {judged:.0%} of {prompts}, {far}"
     judge = "" if judged is None else f" (by the judge {judged:.0%})"
     return (
-        f"{last} over {start}: win rate {metrics[f'{last}.win_rate']:.0%}{judge}, "
+        f"{last} over {start}: win rate {rate:.0%}{judge}, "
         f"gain {metrics[f'{last}.score_gain']:+.2f}, {far}"
     )
 

@@ -69,14 +69,13 @@ def list_runs(runs: Path) -> dict[str, Any]:
             continue
         stages = stage_folders(runs, manifest)
         known |= {stage: size(stage) for stage in stages if stage not in known}
-        at = [stage for stage in stages if not layout.read_record(stage)]
-        running = locks.held(folder)
+        at = [one for one in stages if locks.held(folder) and not layout.read_record(one)][:1]
         run = {
             "name": folder.name,
             "title": manifest.get("title"),
             "ended": str(manifest.get("ended") or ""),
-            "outcome": "running" if running else manifest.get("outcome"),
-            "progress": progress(at[0]) if running and at else "",
+            "outcome": "running" if locks.held(folder) else manifest.get("outcome"),
+            "progress": "".join(map(progress, at)),
             "stages_done": sum(layout.read_record(stage) is not None for stage in stages),
             "stages": len(manifest["stages"]),
             "numbers": _headline(manifest, read_json(folder / "results.json") or {}),
@@ -100,9 +99,8 @@ def progress(folder: Path) -> str:
     if not rows:
         return ""
     (first, _, began), (step, of, now) = rows[0], rows[-1]
-    said = f"step {step:.0f} of {of:.0f}"
-    pace = (now - began) / (step - first) if step > first and now > began else 0.0
-    return f"{said}, {duration(pace * (of - step))} left" if pace else said
+    left = duration((now - began) / (step - first) * (of - step)) if step > first else ""
+    return f"step {step:.0f} of {of:.0f}" + (f", {left} left" if left and now > began else "")
 
 
 def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> dict[Path, None]:

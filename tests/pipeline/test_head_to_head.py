@@ -34,6 +34,8 @@ def test_the_answers_that_both_evaluations_kept_meet_before_the_first_s_judge(
     for name, rate in (("one", "1e-2"), ("two", "5e-2")):
         words = [*SHORT, f"dpo.learning_rate={rate}"]
         run(load_recipe(tiny_recipe, set=words), runs=runs, name=name, rehearse=False)
+    record = json.loads((stages_of(runs / "one")["evaluation"] / "stage.json").read_text())
+    assert record["summary"].startswith("dpo over sft: win rate by the judge ")
     monkeypatch.setattr(answers, "sample", None)  # nothing is left to ask
     words = ("compare", "one", "two", "--head-to-head", "--runs", str(runs))
     out, _ = call(monkeypatch, capfd, *words)
