@@ -181,7 +181,9 @@ def owners(tables: dict[str, Any], path: Key, field: Field) -> set[str]:
     if head == "evaluation":
         return {stage for stage, kind in kinds.items() if path[1] in kind.reads}
     if head not in ("dataset", *kinds):
-        return {str(head)}  # a stage that was dropped
+        # A stage that was dropped; the judge has what [reward] says where no stage uses it.
+        left = head == "reward" and not any(kinds[s].makes == "reward_model" for s in stages)
+        return {str(head), *(["judge"] if left else [])}
     if head != "dataset":
         # What [evaluation] asks for and trains has the settings of the last stage of its config.
         alike = [s for s in stages if kinds[s].config == kinds[str(head)].config]
@@ -236,15 +238,16 @@ class World:
         asked = next(one["evaluation"] for one in tables if one["evaluation"] is not False)
         return {k: value for k, value in asked.items() if explorer(self.tables) or k != "best_of"}
 
-    def sampled(self) -> tuple[Any, ...]:
-        """From what, how long, at which temperature the best of several is sampled, and chosen."""
-        last = explorer(self.tables)
+    def sampled(self) -> tuple[Any, Any]:
+        """How every policy is asked; and from what the best of several is, and how it is chosen."""
+        last, asked, rows = explorer(self.tables), self.asked(), self.tables["dataset"][0]
         trained = effective(self.load())[last] if last else {}
+        calls = kind_of(self.tables, last).calls if last else {}
+        usual = {"temperature": 0.7, "response_length": rows.get("max_answer_tokens", 512)}
+        words = {k: asked.get(k) or trained.get(calls.get(k, k)) or usual[k] for k in usual}
         borrowed = dict.fromkeys(key for kind in KINDS.values() for key in kind.borrows)
-        words = {key: trained.get(key) for key in borrowed}
-        asked = self.asked()
-        words |= {key: asked[key] for key in borrowed if key in asked}
-        return inputs(self.tables)["best_of"]["policy"], *words.values()
+        own = inputs(self.tables)["best_of"]["policy"], *(trained.get(key) for key in borrowed)
+        return words, own
 
     def load(self) -> Recipe:
         text = written(self.tables, self.draw)

@@ -143,8 +143,10 @@ def add_an_unused_table(world: World) -> set[str]:
 def say_the_roles(world: World) -> set[str]:
     """What a stage takes anyway, said."""
     stage = world.draw.choice(world.tables["stages"])
+    listed = "rewards" in world.tables.get(stage, {})  # then it names the reward model
     for role, source in inputs(world.tables)[stage].items():
-        put(world.tables, (stage, role), source)
+        if role != "reward_model" or not listed:
+            put(world.tables, (stage, role), source)
     return set()
 
 
@@ -232,13 +234,15 @@ def try_edits(case: int, folder: Path) -> None:
     steps: list[Any] = [*mine, *draw.choices(EDITS, k=4)]
     for step in draw.sample(steps, len(steps)):
         name = step.__name__ if callable(step) else ".".join(map(str, step[0]))
-        sampled = world.sampled()
+        asked, sampled = world.sampled()
         roots = step(world) if callable(step) else set_key(world, *step)
         if roots is None:
             assert step[0][-1] in ONE_VALUE, f"{name}: no other value is allowed"
             continue
-        if world.sampled() != sampled and step is not go_back:
-            roots = roots | {"best_of"}
+        if step is not go_back:
+            now = world.sampled()
+            roots = roots | ({"best_of"} if now[1] != sampled else set())
+            roots = roots | ({"evaluation", "best_of"} if now[0] != asked else set())
         made = world.plan()
         changed = below(world.tables, roots | world.waiting)
         there = {stage.name for stage in made.stages}
