@@ -93,7 +93,8 @@ def rulers(folders: Sequence[Path]) -> list[str]:
     for other in others:
         for what, (value, shown) in first.items():
             mine, its = other.get(what, (None, None))
-            if difference(value, mine):
+            older = None in (value, mine)  # a run of a version that did not say it
+            if difference(value, mine) and not older:
                 said = f" ({shown} → {its})" if shown and its else ""
                 if what == "judge" and isinstance(shown, dict) and isinstance(its, dict):
                     changes = [one.removeprefix("settings.") for one in differences(shown, its)]
@@ -110,17 +111,18 @@ def _ruler(folder: Path) -> dict[str, tuple[Any, Any]]:
     payload = (entries.get(EVALUATION) or {}).get("payload") or {}
     taken, said = payload.get("inputs", {}), payload.get("settings", {})
     judges = [[one.get(role) for role in (JUDGE, "judge2")] for one in (taken, payload, said)]
-    asked = {key: facts.of(EVALUATION, key) for key in ("temperature", "response_length")}
+    heat, length = (facts.of(EVALUATION, key) for key in ("temperature", "response_length"))
+    seed = facts.manifest.get("seed")
     start = [*facts.starts().values()][-1:]
     begun = [
         entries[name].get("key") if name in entries else payload.get("model") for name in start
     ]
     return {
         "judge": (judges, (entries.get(JUDGE) or {}).get("payload")),
-        "temperature": (asked["temperature"], asked["temperature"]),
-        "answer length": (asked["response_length"], asked["response_length"]),
+        "temperature": (heat, heat),
+        "answer length": (length, length),
         "set of test prompts": (payload.get("dataset"), None),
-        "seed": (payload.get("seed"), None),
+        "seed": (seed, seed),
         "start": (begun, None),
     }
 

@@ -39,18 +39,21 @@ def test_what_makes_win_rates_another_measure_is_said_first(
     one = measured(told(tmp_path / "a", recipe={"evaluation": asked}))
     same = measured(told(tmp_path / "b", recipe={"evaluation": asked, "ppo": {"kl_coef": 0.3}}))
     cooler = {"evaluation": asked | {"temperature": 0.7}}
-    other = measured(told(tmp_path / "c", recipe=cooler), judge=2, rows=2, rate=1e-4)
+    about = {"recipe": cooler, "manifest": {"seed": 7}}
+    other = measured(told(tmp_path / "c", **about), judge=2, rows=2, rate=1e-4)
     assert comparison.rulers([one, same]) == []
+    assert comparison.rulers([one, measured(told(tmp_path / "older"))]) == []
     assert comparison.rulers([one, same, other]) == [
         "another judge (learning_rate 0.001 → 0.0001)",
         "another temperature (1.0 → 0.7)",
         "another set of test prompts",
+        "another seed (42 → 7)",
     ]
     page = tmp_path / "page.html"
     out, _ = call(monkeypatch, capfd, "compare", str(one), str(other), "--page", str(page))
     assert out[:2] == [
         "not comparable: another judge (learning_rate 0.001 → 0.0001), another temperature "
-        "(1.0 → 0.7), another set of test prompts",
+        "(1.0 → 0.7), another set of test prompts, another seed (42 → 7)",
         f"  → rlhf-recipes compare {one} {other} --head-to-head",
     ]
     assert "Not comparable: another judge (learning_rate" in page.read_text()
