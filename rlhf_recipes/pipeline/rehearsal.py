@@ -70,8 +70,12 @@ class Ahead:
     failing: Callable[..., contextlib.AbstractContextManager[None]]
     needs: dict[str, Counter[str]] = field(default_factory=dict)  # by stage: bytes by role
 
+    def folder(self, stage: PlannedStage) -> Path:
+        """Of the base model that the stage is on."""
+        return self.session.of(stage.name).model_folder
+
     def data(self, stage: PlannedStage) -> Data:
-        return self.session.data(self.plan.recipe.dataset_of(stage.name))
+        return self.session.of(stage.name).data(self.plan.recipe.dataset_of(stage.name))
 
 
 def cost(ahead: Ahead) -> tuple[float, float]:
@@ -80,11 +84,10 @@ def cost(ahead: Ahead) -> tuple[float, float]:
     for stage in ahead.stages:
         with ahead.failing(stage):
             data = ahead.data(stage)
-        trial = trial_of(recipe, stage)
-        whole += work_of(recipe, stage, data).total
-        part += work_of(trial.recipe, stage, longest(data, stage, trial)).total
-    count = weights(ahead.session.model_folder)
-    return whole * count, part * count
+        trial, count = trial_of(recipe, stage), weights(ahead.folder(stage))
+        whole += count * work_of(recipe, stage, data).total
+        part += count * work_of(trial.recipe, stage, longest(data, stage, trial)).total
+    return whole, part
 
 
 def weights(folder: Path) -> float:
@@ -158,9 +161,10 @@ def _stage(
     whole = ahead.plan.recipe
     trial = trial_of(whole, stage)
     recipe = own.recipe = trial.recipe
+    read, on = ahead.session.of(stage.name), own.of(stage.name)
     for table in (whole.dataset, whole.dataset_of(stage.name)):
-        few = longest(ahead.session.data(table), stage, trial)
-        own.put_data(table, few)
+        few = longest(read.data(table), stage, trial)
+        on.put_data(table, few)
     layout.clear_stage(folder)
     clock = Clock()
     memory.begin()

@@ -170,6 +170,7 @@ class EvaluationTable:
     # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION", a table with a
     # rule; or two of them
     judge: str | dict[str, Any] | list[str | dict] = _key("none", effect="source", hash=False)
+    judge_model: str | None = _key(None, effect="source")  # None: the recipe's own base
     best_of: int | None = _key(None, choices=(2, 4, 8, 16, 32, 64))
 
     @property
@@ -308,10 +309,11 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
     for table in (data if isinstance(data, list) else [data]) + own:
         if DatasetTable(table["path"]).is_local:
             table["path"] = moved(table["path"])
-    for table, key in [(model, "name"), *((stage, "reward_model") for stage in stages)]:
+    asked = recipe.get("evaluation") or {}
+    models = [(model, "name"), (asked, "judge_model")]
+    for table, key in [*models, *((stage, "reward_model") for stage in stages)]:
         if is_path(table.get(key) or ""):
             table[key] = moved(table[key])
-    asked = recipe.get("evaluation") or {}
     for table, key in [(asked, "judge"), *((stage, "rewards") for stage in stages)]:
         if table.get(key):
             move_terms(table, key, moved)

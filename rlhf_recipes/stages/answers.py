@@ -22,6 +22,7 @@ from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import compute_dtype, empty, machine
+from rlhf_recipes.models.retold import reread
 from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import (
@@ -32,9 +33,10 @@ from rlhf_recipes.models.sampling import (
     sample,
     score_ids,
 )
-from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
+from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE, kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import PART, Term
+from rlhf_recipes.recipe.tables import INDEPENDENT
 from rlhf_recipes.recipe.wiring import wiring, written_rules
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.rewards.mixed import Answered, Rewards, said_of
@@ -224,17 +226,28 @@ def _judged(
 def _scores(
     context: StageContext, role: str, name: str, groups: Sequence[Answered], tell: Tell
 ) -> list[float]:
-    """By the stage that serves `role`, else by the folder or hub id that it names."""
-    tokens, found = context.session.tokens, []
-    output, model = context.inputs.get(role), None
+    """By the stage that serves `role`, else by the folder or hub id that it names.
+
+    A judge on a base of its own is told the answers in its own ids; the policy's base goes first.
+    """
+    session, output, model = context.session, context.inputs.get(role), None
+    on, found = session.of(JUDGE) if name == INDEPENDENT else session, list[float]()
+    tokens, apart = on.tokens, on is not session
     for group in groups:
         both = [(list(example.prompt_ids), list(ids)) for example, ids in group]
+        if apart:
+            both, cut = reread(group, session.tokens, tokens, on.model_folder)
+            if cut:
+                what = f"{cut} of {len(both)} answers, with their prompts, were cut"
+                context.progress.note(f"{what} to the positions of {on.recipe.model.name}")
         about = _about(context, output, rows=both, pad=tokens.pad_id)
         if (scores := _recall(output, about)) is None:
             if model is None and output is not None:
-                model = open_reward(context.session.base, output)
+                if apart:
+                    session.release()
+                model = open_reward(on.base, output)
             elif model is None:
-                model = context.session.foreign(name)
+                model = session.foreign(name)
             told = score_ids(model, both, tokens.pad_id, BATCH, tell).tolist()
             scores = [round(number, 4) for number in told]
             _keep(output, about, scores)
@@ -244,7 +257,9 @@ def _scores(
     if model is not None:
         if model.told:
             context.progress.note(model.told)
-        context.session.base.close(model)
+        on.base.close(model)
+    if apart:
+        on.release()
     return found
 
 
