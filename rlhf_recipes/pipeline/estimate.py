@@ -48,7 +48,8 @@ def _by_rule(
     recipe, took = plan.recipe, {}
     config = fit.architecture(sources.config_folder(recipe, plan.model))
     room = fit.Room(recipe, config, session, given, fit.judging(plan))
-    held = {stage.name: room.need(stage) for stage in stages}
+    recipe, said = room.settled(stages)
+    held = {stage.name: room.need(stage, recipe) for stage in stages}
     if session and room.speed():
         with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
             for stage in stages:
@@ -58,7 +59,7 @@ def _by_rule(
                 took[stage.name] = room.seconds(amount, count) or 0.0
     there = f"by rule{'' if session else ', at the longest rows that the recipe lets in'}"
     there += f"; {room.name} has {size(room.bytes)}"
-    shown = f"{needs(held, room.beside, took)}\n\n{there}"
+    shown = "\n".join([needs(held, room.beside, took), "", *said, there])
     if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:
         shown += f"; {wrong[0].name} does not fit: {room.words(wrong)}"
     return shown

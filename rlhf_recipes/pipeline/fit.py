@@ -30,6 +30,7 @@ from rlhf_recipes.pipeline.plan import Plan, PlannedStage
 from rlhf_recipes.pipeline.rehearsal import Ahead
 from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE
 from rlhf_recipes.recipe.load import Recipe, changed
+from rlhf_recipes.recipe.toml import parse
 from rlhf_recipes.screen import Screen
 from rlhf_recipes.sources.resolve import config_folder
 from rlhf_recipes.stages.answers import scoring_memory
@@ -41,6 +42,8 @@ from rlhf_recipes.text import duration, size
 KNOWN = "not repeated: the same layout was rehearsed on this machine, with these figures"
 SHALLOW, DEEP = 2, 4  # layers
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
+ROOMY = 0.7  # of the memory there is, that a stage may need for what only makes it faster
+CHECKPOINTS = "gradient_checkpointing"
 LOOSE = 1.04  # an allocator holds a little more than it hands out
 LIBRARIES = 0.4e9  # of a process, that are loaded only as it trains; and what malloc keeps
 # oneDNN keeps the code of the last 1,024 products that it made, each length of rows another: in 16
@@ -151,6 +154,34 @@ class Room:
     def holds(self, need: Counter[str]) -> bool:
         return self.beside(need) <= self.bytes
 
+    def settled(self, stages: Sequence[PlannedStage]) -> tuple[Recipe, list[str]]:
+        """The recipe with what it leaves to the memory there is, and a line for each choice.
+
+        Where ROOMY of the memory is enough, on a card a policy that learns is sampled from a merged
+        copy, and a stage keeps its activations. What a recipe says itself stays.
+        """
+        recipe, said, written = self.recipe, list[str](), parse(self.recipe.text)
+        roomy = [stage for stage in stages if recipe.kind(stage.name).explores]
+        if self.card and recipe.model.sampler == "auto" and roomy:
+            other = replace(recipe, model=replace(recipe.model, sampler="merged"))
+            if all(self._is_roomy(stage, other) for stage in roomy):
+                recipe = other
+                said.append('answers come from a merged copy (model.sampler = "adapters": none)')
+        for stage in stages:
+            name, table = stage.name, recipe.tables.get(stage.name)
+            own = written.get(recipe.written_as(name))
+            if not table or not table.options[CHECKPOINTS] or CHECKPOINTS in (own or {}):
+                continue
+            less = replace(table, options=table.options | {CHECKPOINTS: False})
+            other = replace(recipe, tables=recipe.tables | {name: less})
+            if self._is_roomy(stage, other):
+                recipe = other
+                said.append(f"{name} keeps its activations: {CHECKPOINTS} = false")
+        return recipe, said
+
+    def _is_roomy(self, stage: PlannedStage, recipe: Recipe) -> bool:
+        return self.beside(self.need(stage, recipe)) <= ROOMY * self.bytes
+
     def beside(self, need: Counter[str]) -> float:
         """Bytes of a stage's tensors, with what comes on top of them."""
         if self.card:
@@ -225,18 +256,19 @@ def architecture(folder: Path) -> Any:
     return config
 
 
-def check(ahead: Ahead, screen: Screen) -> None:
+def check(ahead: Ahead, screen: Screen, resumed: bool = False) -> None:
     """Refuse stages that do not fit, and rehearse them, unless all is short.
 
-    What they need goes into `ahead.needs`.
+    What they need goes into `ahead.needs`, and the session gets the recipe as `Room.settled` has
+    it. Where a stage is `resumed`, that is all.
     """
     ahead.session.check_foreign()
     whole, part = rehearsal.cost(ahead)
     _positions(ahead)
     if whole < rehearsal.SHORT:
         return
-    refuse(ahead, screen)
-    if part > rehearsal.SHARE * whole:
+    refuse(ahead, screen, resumed)
+    if resumed or part > rehearsal.SHARE * whole:
         return
     known, seconds = rehearsal.remembered(ahead), 0.0
     what = "a step of each stage, on its longest rows" if known is None else KNOWN
@@ -262,15 +294,27 @@ def _positions(ahead: Ahead) -> None:
                 raise ModelError(message, hint)
 
 
-def refuse(ahead: Ahead, screen: Screen) -> None:
-    """What does not fit by the rule is not begun; a model that the rule cannot read is."""
+def settle(ahead: Ahead, screen: Screen) -> Room | None:
+    """Settle the session's recipe by the memory there is; None of a model that cannot be read."""
     try:
         config = architecture(ahead.session.model_folder)
         own = judging(ahead.plan)
         room = Room(ahead.plan.recipe, config, ahead.session, judge=own)
-        ahead.needs.update({stage.name: room.need(stage) for stage in ahead.stages})
+        recipe, said = room.settled(ahead.stages)
+        ahead.needs.update({stage.name: room.need(stage, recipe) for stage in ahead.stages})
     except Exception:
-        return screen.log_traceback()
+        screen.log_traceback()
+        return None
+    ahead.session.recipe = recipe
+    for line in said:
+        screen.line(f"  {line}", "dim")
+    return room
+
+
+def refuse(ahead: Ahead, screen: Screen, resumed: bool = False) -> None:
+    """What does not fit by the rule is not begun; a model that the rule cannot read is."""
+    if (room := settle(ahead, screen)) is None or resumed:
+        return
     wrong = [stage for stage in ahead.stages if not room.holds(ahead.needs[stage.name])]
     if wrong:
         need, first = ahead.needs[wrong[0].name], wrong[0]

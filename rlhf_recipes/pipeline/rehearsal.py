@@ -70,6 +70,11 @@ class Ahead:
     failing: Callable[..., contextlib.AbstractContextManager[None]]
     needs: dict[str, Counter[str]] = field(default_factory=dict)  # by stage: bytes by role
 
+    @property
+    def recipe(self) -> Recipe:
+        """As settled by the memory there is."""
+        return self.session.recipe
+
     def folder(self, stage: PlannedStage) -> Path:
         """Of the base model that the stage is on."""
         return self.session.of(stage.name).model_folder
@@ -111,13 +116,14 @@ def _about(ahead: Ahead, stage: PlannedStage) -> dict[str, Any]:
     That is its fingerprint with all of its settings, but of a rate or a coefficient only whether it
     is set, and whether it is 0. Inputs count by their roles.
     """
-    recipe, own = ahead.plan.recipe, stage.payload | {"inputs": sorted(stage.inputs)}
+    recipe, own = ahead.recipe, stage.payload | {"inputs": sorted(stage.inputs)}
     if config := recipe.kind(stage.name).config:
         table, fields = recipe.table(stage.name), fields_for(config)
         options = {k: v for k, v in table.options.items() if fields[k].effect != "neutral"}
         own |= {"settings": options | table.extras}
     return {
         "stage": _without_floats(own),
+        "sampler": recipe.model.sampler,
         "work": list(work_of(recipe, stage, ahead.data(stage))),
         "versions": provenance.versions(),
         "machine": models.machine(),
@@ -136,7 +142,7 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
     """Rehearse these stages; what fails does so in `ahead.failing(stage)`."""
     plan, outputs = ahead.plan, ahead.plan.outputs
     place = layout.beside(plan.run_folder, "rehearsal")
-    own = Session(plan.recipe, plan.model)
+    own = Session(ahead.recipe, plan.model)
     files.remove(place)  # what a kill left
     own.tokens = ahead.session.tokens
     try:
@@ -158,7 +164,7 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
 def _stage(
     ahead: Ahead, stage: PlannedStage, own: Session, folder: Path, outputs: Mapping[str, Path]
 ) -> Rehearsed:
-    whole = ahead.plan.recipe
+    whole = ahead.recipe
     trial = trial_of(whole, stage)
     recipe = own.recipe = trial.recipe
     read, on = ahead.session.of(stage.name), own.of(stage.name)

@@ -95,6 +95,8 @@ class ModelTable:
     quantization: Literal["none", "8bit", "4bit"] = _key("none")
     # A base model may bring a template whose end of turn it was never trained to write.
     chat_template: Literal["own", "plain"] = _key("own")
+    # Of a policy that learns; auto: merged on a card where the memory rule has room for the copy.
+    sampler: Literal["auto", "adapters", "merged"] = _key("auto", effect="layout")
     # Runs code that comes with the model; with a revision of 40 hex digits alone.
     trust_remote_code: bool = _key(False)
     mirror: MirrorTable | None = field(default=None, metadata={"key": False})

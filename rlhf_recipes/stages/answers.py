@@ -25,12 +25,12 @@ from rlhf_recipes.models.load import compute_dtype, empty, machine
 from rlhf_recipes.models.retold import reread
 from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampler import Sampler
 from rlhf_recipes.models.sampling import (
     MOST,
     SAMPLED,
     held_at_once,
     rows_at_once,
-    sample,
     score_ids,
 )
 from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE, kind_of
@@ -84,6 +84,7 @@ def ask(
     examples: Sequence[Example],
     setting: Setting,
     seeds: Iterable[int],
+    tell: Callable[[str], object] = lambda text: None,
 ) -> Iterator[list[list[int]]]:
     """For each seed an answer to each prompt, by the policy of a stage's `output` as exported.
 
@@ -92,10 +93,15 @@ def ask(
     prompts = [example.prompt_ids for example in examples]
     session.release()
     policy = Role(session.exported(output), None, torch.float32)  # no autocast: as it is stored
-    rows = rows_at_once(policy, max(map(len, prompts)), setting.length, len(prompts))
+    longest, seeds = max(map(len, prompts)), [*seeds]
+    rows = rows_at_once(policy, longest, setting.length, len(prompts))
+    batches = len(seeds) * -(-len(prompts) // rows)
+    steps = 0 if session.recipe.model.sampler == "adapters" else batches * setting.length
+    sampler = Sampler(policy, False, tell, longest, steps)
+    if sampler.static:
+        tell(f"answers: {rows} sampled together, {sampler.told}")
     for seed in seeds:
-        yield sample(
-            policy,
+        yield sampler.sample(
             prompts,
             length=setting.length,
             temperature=setting.temperature,
@@ -127,7 +133,8 @@ def answers_of(
     ]
     kept = [_recall(output or home, about) for about in abouts]
     missing = [seed for seed, answers in zip(seeds, kept, strict=True) if answers is None]
-    new = ask(context.session, output, examples, setting, missing) if missing else iter(())
+    told = (context.session, output, examples, setting, missing, context.progress.note)
+    new = ask(*told) if missing else iter(())
     for about, answers in zip(abouts, kept, strict=True):
         if answers is None:
             answers = next(new)
