@@ -13,6 +13,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -242,30 +243,50 @@ def _encoded(
 ) -> Iterator[tuple[int, Row, tuple[str, Example] | Exception]]:
     """Each row with its number, and its canonical prompt and example, or why there is none.
 
-    Texts are tokenized many at a time, which takes a fraction of what one at a time takes.
+    Texts are tokenized many at a time, which takes a fraction of what one at a time takes. The next
+    rows are read meanwhile.
     """
-    rows = iter(rows)
-    while batch := [
-        (n, Row(columns, table.columns)) for n, columns in itertools.islice(rows, BATCH)
-    ]:
-        made: list[Any] = []
-        for _, row in batch:
-            try:
-                made.append(written(row, table, tokens))
-            except (Unusable, DataError) as error:
-                made.append(error)
-        texts = [text for one in made if isinstance(one, Written) for text in one.texts]
-        found = iter(ids(tokens, texts))
-        for (number, row), one in zip(batch, made, strict=True):
-            if isinstance(one, Written):
-                own = list(itertools.islice(found, len(one.texts)))
+    rows, before = iter(rows), tuple[Any, ...]()
+    with ThreadPoolExecutor(1) as pool:
+        while True:
+            batch = [
+                (n, Row(columns, table.columns)) for n, columns in itertools.islice(rows, BATCH)
+            ]
+            made: list[Any] = []
+            for _, row in batch:
                 try:
-                    kept = {k: v for k in keep if (v := row.columns.get(k)) is not None}
-                    row.used |= {name: name for name in kept if name not in row.used}
-                    one = one.key, replace(as_example(one, own, table, tokens), row=kept)
-                except Unusable as error:
-                    one = error
-            yield number, row, one
+                    made.append(written(row, table, tokens))
+                except (Unusable, DataError) as error:
+                    made.append(error)
+            texts = [text for one in made if isinstance(one, Written) for text in one.texts]
+            coming = pool.submit(ids, tokens, texts)
+            if before:
+                yield from _examples(*before, table, tokens, keep)
+            if not batch:
+                return
+            before = batch, made, coming
+
+
+def _examples(
+    batch: Sequence[tuple[int, Row]],
+    made: Sequence[Any],
+    coming: Future[list[list[int]]],
+    table: Any,
+    tokens: Tokens,
+    keep: Sequence[str],
+) -> Iterator[tuple[int, Row, tuple[str, Example] | Exception]]:
+    """`_encoded`, of rows whose texts are made and whose ids are coming."""
+    found = iter(coming.result())
+    for (number, row), one in zip(batch, made, strict=True):
+        if isinstance(one, Written):
+            own = list(itertools.islice(found, len(one.texts)))
+            try:
+                kept = {k: v for k in keep if (v := row.columns.get(k)) is not None}
+                row.used |= {name: name for name in kept if name not in row.used}
+                one = one.key, as_example(one, own, table, tokens, kept)
+            except Unusable as error:
+                one = error
+        yield number, row, one
 
 
 def lacking(names: Iterable[str], columns: Iterable[str]) -> str:

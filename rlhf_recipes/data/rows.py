@@ -173,8 +173,13 @@ def written(row: Row, table: Any, tokens: Tokens) -> Written:
         raise Unusable(f"the chat template refuses it: {str(error)[:80]}", way) from error
 
 
-def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tokens) -> Example:
-    """The row with the ids of its texts. Raises Unusable where they are too many."""
+def as_example(
+    row: Written, found: Sequence[list[int]], table: Any, tokens: Tokens, kept: Mapping[str, Any]
+) -> Example:
+    """The row with the ids of its texts, and its columns `kept`.
+
+    Raises Unusable where its texts are too long.
+    """
     prompt, *answers = found
     answers = [[*answer, tokens.eos_id] for answer in answers]
     for what, most, count in (
@@ -185,7 +190,8 @@ def as_example(row: Written, found: Sequence[list[int]], table: Any, tokens: Tok
             way = f"--set dataset.max_{what}_tokens=N keeps longer ones, for memory and time"
             raise Unusable(f"{what} over {most} tokens", way)
     both = [*[None] * row.bad, *answers[:2], None, None][:2]
-    example = Example(row.prompt, prompt, *both, row.labelled, row.margin, turns=row.turns)
+    about = (row.labelled, row.margin)
+    example = Example(row.prompt, prompt, *both, *about, turns=row.turns, row=kept)
     if not row.points:
         return example
     fits = [place for place, ids in enumerate(answers) if len(ids) <= table.max_answer_tokens]

@@ -19,6 +19,8 @@ class LeanLora(LoraVariant):
 
     def __init__(self) -> None:
         self.pair: tuple[str, ...] = ()  # the adapters of the first and second half of the rows
+        # Scaled and cast weights by layer, while none of them moves; None: made at each call.
+        self.kept: dict[LoraLinear, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(
         self,
@@ -29,11 +31,15 @@ class LeanLora(LoraVariant):
         **_: Any,
     ) -> torch.Tensor:
         names, dtype = self.pair or (active_adapter,), result.dtype
-        downs = [module.lora_A[name].weight for name in names]
-        ups = [module.lora_B[name].weight * module.scaling[name] for name in names]
+        if self.kept is None or (found := self.kept.get(module)) is None:
+            downs = [module.lora_A[name].weight for name in names]
+            ups = [module.lora_B[name].weight * module.scaling[name] for name in names]
+            found = _stack(downs).to(dtype), _stack(ups).to(dtype)
+            if self.kept is not None:
+                self.kept[module] = found
         rows = module.lora_dropout[active_adapter](x).to(dtype)
         rows = rows.reshape(len(names), -1, x.shape[-1])
-        return AddLowRank.apply(result, rows, _stack(downs).to(dtype), _stack(ups).to(dtype))
+        return AddLowRank.apply(result, rows, *found)
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:

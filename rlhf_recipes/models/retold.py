@@ -12,7 +12,7 @@ what its own chat template writes of the two, or the two side by side where it h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_recipes.data.tokens import THINK, Tokens, render
+from rlhf_recipes.data.rows import Example
+from rlhf_recipes.data.tokens import THINK, Tokens, encode, render
 from rlhf_recipes.data.turns import Messages
 from rlhf_recipes.errors import ModelError
+from rlhf_recipes.models.load import load_config
 from rlhf_recipes.models.role import Role
 
 Prompts = Mapping[tuple[int, ...], Messages]  # by their ids, as the policy reads them
@@ -95,9 +97,7 @@ class Retold(Role):
         heads = (tuple(row[:length]) for length in self.lengths)  # a talk may begin another
         prompt = next(head for head in heads if head in self.prompts)
         turns, ended = self.prompts[prompt], row[-1] == self.tokens.eos_id
-        said = self.tokens.decode(row[len(prompt) :])
-        if self.tokens.decode(list(prompt)).rstrip().endswith(THINK):
-            said = f"{THINK}\n{said}"
+        said = spoken(self.tokens, list(prompt), row[len(prompt) :])
         if self.tokenizer.chat_template is None:
             return ("\n\n".join(turn["content"] for turn in turns), said), True
         whole = [*turns, {"role": "assistant", "content": said}]
@@ -110,6 +110,32 @@ class Retold(Role):
         except TemplateError as error:
             what = f"the chat template of the reward model {self.source} refuses a conversation"
             raise ModelError(f"{what}: {str(error)[:80]}", "name one that takes it") from error
+
+
+def spoken(tokens: Tokens, prompt: list[int], answer: list[int]) -> str:
+    """An answer as text. Thoughts that the template has begun keep their opening mark."""
+    said = tokens.decode(answer)
+    return f"{THINK}\n{said}" if tokens.decode(prompt).rstrip().endswith(THINK) else said
+
+
+def reread(
+    answered: Sequence[tuple[Example, Sequence[int]]], tokens: Tokens, judge: Tokens, source: Path
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """Prompts and a policy's answers in the ids of the model in `source`, as it was trained.
+
+    `tokens` are the policy's. An answer that was cut off has no EOS there either. Last, how many
+    were longer than the model has positions: those lose their ends.
+    """
+    config = load_config(source).get_text_config()
+    most, rows = getattr(config, "max_position_embeddings", None) or NO_LIMIT, []
+    cut = 0
+    for example, answer in answered:
+        said = spoken(tokens, example.prompt_ids, list(answer))
+        ids, own = encode(judge, example.turns, said)
+        whole = ids + (own if answer[-1] == tokens.eos_id else own[:-1])
+        cut += len(whole) > most
+        rows.append((whole[: min(len(ids), most)], whole[len(ids) : most]))
+    return rows, cut
 
 
 def _until(mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

@@ -225,10 +225,13 @@ class Role(nn.Module):
         return self.lm.generation_config
 
     @contextlib.contextmanager
-    def active(self, *, beside: Role | None = None, autocast: bool = True) -> Iterator[None]:
+    def active(
+        self, *, beside: Role | None = None, autocast: bool = True, still: bool = False
+    ) -> Iterator[None]:
         """Run the base under this role's adapter, in this role's compute dtype.
 
-        With `beside`, the second half of a batch's rows runs under that role's adapter.
+        With `beside`, the second half of a batch's rows runs under that role's adapter. `still`
+        says that no weight moves meanwhile and no gradient is asked for.
 
         No `autocast` around a stock trainer's steps, which bring their own: until the outermost
         one ends, torch keeps its 16-bit copies of the trainable weights as they were at first.
@@ -239,6 +242,7 @@ class Role(nn.Module):
             layer._disable_adapters = self.adapter is None
         pair_before = self._lean.pair
         self._lean.pair = (self.adapter, beside.adapter) if beside is not None else ()
+        self._lean.kept = {} if still else None
         mixed = autocast and self.dtype != torch.float32  # one that is off is an outermost one too
         cast = (
             torch.autocast(self.lm.device.type, self.dtype) if mixed else contextlib.nullcontext()
@@ -247,7 +251,7 @@ class Role(nn.Module):
             with cast:
                 yield
         finally:
-            self._lean.pair = pair_before
+            self._lean.pair, self._lean.kept = pair_before, None
             for layer, (name, disabled) in zip(self._layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = name, disabled
 
@@ -260,6 +264,27 @@ class Role(nn.Module):
             for layer in self._layers
             for role in (self, other)
         )
+
+    def adapted(self) -> list[tuple[str, BaseTunerLayer]]:
+        """The layers that the role's adapter is on, by their names in `lm`."""
+        held = [(n, m) for n, m in self.lm.named_modules() if isinstance(m, BaseTunerLayer)]
+        return [(n, m) for n, m in held if self.adapter in getattr(m, "lora_A", ())]
+
+    def merges(self) -> bool:
+        """Whether a copy with the adapter in its weights computes the same, but for rounding.
+
+        That is plain LoRA on linear layers of 16, 32 or 4 bit. Products of 8 bit are others.
+        """
+        layers = [layer for _, layer in self.adapted()]
+        plain = all(
+            layer.lora_variant.get(self.adapter) in (None, self._lean)
+            and isinstance(layer.get_base_layer(), nn.Linear)
+            and not layer.lora_bias.get(self.adapter)
+            for layer in layers
+        )
+        others = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
+        packed = getattr(self.lm, "is_loaded_in_8bit", False)
+        return bool(layers) and plain and len(layers) == len(others) and not packed
 
     def trainable(self) -> list[nn.Parameter]:
         """The weights that an optimizer may move, head included."""

@@ -7,9 +7,10 @@ where pad and EOS are one token, that loses the EOS (TRL-facts 13).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import pad as pad_left
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -86,10 +87,13 @@ def join(
     return Sequences(ids.to(device), mask.to(device), lengths.to(device), answer)
 
 
-def sampling(length: int, temperature: float | None, *, eos: int, pad: int) -> GenerationConfig:
+def sampling(
+    length: int, temperature: float | None, *, eos: int, pad: int, static: bool = False
+) -> GenerationConfig:
     """Draw from the whole distribution at `temperature`, with nothing that would bend it.
 
-    Without a temperature the most likely token is taken, which `Draws` makes a draw of.
+    Without a temperature the most likely token is taken, which `Draws` makes a draw of. `static`: a
+    cache of one size, with which `generate` compiles the steps on a card.
     """
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
@@ -98,6 +102,7 @@ def sampling(length: int, temperature: float | None, *, eos: int, pad: int) -> G
         eos_token_id=eos,
         pad_token_id=pad,
         use_cache=True,
+        cache_implementation="static" if static else None,
     )
 
 
@@ -132,13 +137,20 @@ class Draws(LogitsProcessor):
     """Divides probabilities by noise: the largest is then a draw, as `torch.multinomial` makes it.
 
     The noise of a row depends on `seed`, its place and the step alone. `rows` is the batch's part
-    of all `count` rows.
+    of all `count` rows; what a batch has beyond them repeats its first row. `picked` gets the
+    log-probabilities of the tokens, a step at a time.
     """
 
     def __init__(
-        self, temperature: float, seed: int, rows: slice, count: int, device: torch.device
+        self,
+        temperature: float,
+        seed: int,
+        rows: slice,
+        count: int,
+        device: torch.device,
+        picked: list[torch.Tensor] | None = None,
     ) -> None:
-        self.temperature = temperature
+        self.temperature, self.picked = temperature, picked
         self.blocks = []
         for start in range(rows.start - rows.start % DRAWN, rows.stop, DRAWN):
             generator = torch.Generator(device).manual_seed(derive_seed(seed, "sample", start))
@@ -151,7 +163,15 @@ class Draws(LogitsProcessor):
             scores.new_empty(size, scores.shape[1]).exponential_(generator=generator)[part]
             for generator, size, part in self.blocks
         ]
-        return torch.softmax(scores / self.temperature, dim=-1).div_(torch.cat(noise))
+        drawn = torch.cat(noise)
+        if beyond := len(scores) - len(drawn):
+            drawn = torch.cat([drawn, drawn[:1].expand(beyond, -1)])
+        chances = torch.softmax(scores / self.temperature, dim=-1)
+        if self.picked is None:
+            return chances.div_(drawn)
+        found = chances / drawn
+        self.picked.append(chances.gather(1, found.argmax(1, keepdim=True))[:, 0].log())
+        return found
 
 
 @torch.no_grad()
@@ -165,29 +185,47 @@ def sample(
     pad: int,
     batch: int,
     seed: int,
+    width: int = 0,
+    picked: list[list[float]] | None = None,
 ) -> list[list[int]]:
     """An answer to each prompt, at most `length` tokens, cut after its EOS.
 
     Sampled from the whole distribution at `temperature`. Prompts of like length share a batch. What
-    is drawn does not depend on the batch, nor on what ran before.
+    is drawn does not depend on the batch, nor on what ran before. With a `width`, every batch has
+    that many columns of prompts and `batch` rows, and a cache of one size. `picked` gets the
+    log-probabilities of each answer's tokens.
     """
-    settings = sampling(length, None, eos=eos, pad=pad)
+    settings = sampling(length, None, eos=eos, pad=pad, static=width > 0)
+    if picked is not None:
+        picked.extend([] for _ in prompts)
     answers: list[list[int]] = [[]] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), batch):
         part, device = order[start : start + batch], policy.lm.device
-        rows = join([prompts[i] for i in part], [[]] * len(part), pad, device)
-        place = slice(start, start + len(part))
-        draws = Draws(temperature, seed, place, len(prompts), device)
-        with policy.active():
+        asked = [prompts[i] for i in part]
+        asked += asked[:1] * (batch - len(part) if width else 0)
+        rows = join(asked, [[]] * len(asked), pad, device)
+        if (short := width - rows.ids.shape[1]) > 0:
+            ids, mask = (
+                pad_left(t, (short, 0), value=v) for t, v in ((rows.ids, pad), (rows.mask, 0))
+            )
+            rows = replace(rows, ids=ids, mask=mask)
+        place, steps = slice(start, start + len(part)), list[torch.Tensor]()
+        seen = steps if picked is not None else None
+        draws = Draws(temperature, seed, place, len(prompts), device, seen)
+        with policy.active(still=True):
             out = policy.lm.generate(
                 input_ids=rows.ids,
                 attention_mask=rows.mask,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([draws]),
             )
-        for i, ids in zip(part, out[:, rows.ids.shape[1] :].tolist(), strict=True):
+        for i, ids in zip(part, out[:, rows.ids.shape[1] :].tolist(), strict=False):
             answers[i] = _until(ids, eos)
+        if picked is not None:
+            found = torch.stack(steps, 1).tolist()
+            for i, numbers in zip(part, found, strict=False):
+                picked[i] = numbers[: len(answers[i])]
     return answers
 
 

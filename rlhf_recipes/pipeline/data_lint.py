@@ -131,7 +131,7 @@ def _lacks(plan: Plan, session: Session) -> Found:
     """Stages that would end, some hours in, because they find no rows of their kind."""
     recipe, none = plan.recipe, []
     for name in (stage.name for stage in plan.stages if not stage.done):
-        data = session.data(recipe.dataset_of(name))
+        data = session.of(name).data(recipe.dataset_of(name))
         none += [] if data.learned(recipe.kind(name).learns_from) else [name]
         if what := lacking(data.named, columns_of(recipe, name)):
             yield Finding("fault", "rows", f"{name}: {what}")

@@ -47,17 +47,19 @@ def _by_rule(
 
     recipe, took = plan.recipe, {}
     config = fit.architecture(sources.config_folder(recipe, plan.model))
-    room = fit.Room(recipe, config, session, given)
-    held = {stage.name: room.need(stage) for stage in stages}
+    room = fit.Room(recipe, config, session, given, fit.judging(plan))
+    recipe, said = room.settled(stages)
+    held = {stage.name: room.need(stage, recipe) for stage in stages}
     if session and room.speed():
-        count = weights(session.model_folder)
         with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
             for stage in stages:
-                amount = work_of(recipe, stage, session.data(recipe.dataset_of(stage.name)))
+                on = session.of(stage.name)
+                count = weights(on.model_folder)
+                amount = work_of(recipe, stage, on.data(recipe.dataset_of(stage.name)))
                 took[stage.name] = room.seconds(amount, count) or 0.0
     there = f"by rule{'' if session else ', at the longest rows that the recipe lets in'}"
     there += f"; {room.name} has {size(room.bytes)}"
-    shown = f"{needs(held, room.beside, took)}\n\n{there}"
+    shown = "\n".join([needs(held, room.beside, took), "", *said, there])
     if wrong := [stage for stage in stages if not room.holds(held[stage.name])]:
         shown += f"; {wrong[0].name} does not fit: {room.words(wrong)}"
     return shown

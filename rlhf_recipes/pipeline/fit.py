@@ -13,7 +13,7 @@ import contextlib
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ from rlhf_recipes.errors import MachineError, ModelError, RecipeError
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.fake_model import Held, Lengths, Sim
 from rlhf_recipes.pipeline import memory, rehearsal
-from rlhf_recipes.pipeline.plan import PlannedStage
+from rlhf_recipes.pipeline.plan import Plan, PlannedStage
 from rlhf_recipes.pipeline.rehearsal import Ahead
-from rlhf_recipes.recipe.kinds import EVALUATION
+from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE
 from rlhf_recipes.recipe.load import Recipe, changed
+from rlhf_recipes.recipe.toml import parse
 from rlhf_recipes.screen import Screen
+from rlhf_recipes.sources.resolve import config_folder
+from rlhf_recipes.stages.answers import scoring_memory
 from rlhf_recipes.stages.contract import Work, module_of
 from rlhf_recipes.stages.ppo.stage import VALIDATION_PROMPTS
 from rlhf_recipes.stages.session import Session
@@ -39,6 +42,8 @@ from rlhf_recipes.text import duration, size
 KNOWN = "not repeated: the same layout was rehearsed on this machine, with these figures"
 SHALLOW, DEEP = 2, 4  # layers
 CONTEXT = 0.7e9  # of a card: what the driver and the libraries take of it
+ROOMY = 0.7  # of the memory there is, that a stage may need for what only makes it faster
+CHECKPOINTS = "gradient_checkpointing"
 LOOSE = 1.04  # an allocator holds a little more than it hands out
 LIBRARIES = 0.4e9  # of a process, that are loaded only as it trains; and what malloc keeps
 # oneDNN keeps the code of the last 1,024 products that it made, each length of rows another: in 16
@@ -69,13 +74,20 @@ def lengths_of(recipe: Recipe, stage: PlannedStage, data: Data | None) -> Length
     return Lengths(prompt, row, answer, looked_at)
 
 
-def footprint(sim: Sim) -> Held:
-    """The bytes that a stage needs when it needs most, by role; without those of the libraries."""
+Parts = Callable[[Sim], Iterator[Held]]
+
+
+def footprint(sim: Sim, parts: Parts | None = None) -> Held:
+    """The bytes that a stage needs when it needs most, by role; without those of the libraries.
+
+    Of some `parts` of it, else of all.
+    """
+    parts = parts or module_of(sim.recipe.kind(sim.name).name).memory
     layers = sim.config.get_text_config().num_hidden_layers
     if layers <= DEEP:
-        phases = _phases(sim, layers)
+        phases = _phases(sim, layers, parts)
     else:
-        few, more = (_phases(sim, n) for n in (SHALLOW, DEEP))
+        few, more = (_phases(sim, n, parts) for n in (SHALLOW, DEEP))
         phases = [
             Counter({r: m[r] + (m[r] - f[r]) * (layers - DEEP) / (DEEP - SHALLOW) for r in m})
             for f, m in zip(few, more, strict=True)
@@ -84,26 +96,32 @@ def footprint(sim: Sim) -> Held:
     return Counter({role: round(count) for role, count in most.items() if count > 0})
 
 
-def _phases(sim: Sim, layers: int) -> list[Held]:
+def _phases(sim: Sim, layers: int, parts: Parts) -> list[Held]:
     """The most of each part of the stage, on a model of so many layers."""
     config = copy.deepcopy(sim.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    return list(module_of(sim.recipe.kind(sim.name).name).memory(replace(sim, config=config)))
+    return list(parts(replace(sim, config=config)))
 
 
 class Room:
     """The memory that there is, of this machine's device or of one that is named; what needs it.
 
-    Where there are no rows yet, or no session, the recipe's limits stand for them.
+    Where there are no rows yet, or no session, the recipe's limits stand for them. `judge` is the
+    config of the judge's base where it has one of its own.
     """
 
     def __init__(
-        self, recipe: Recipe, config: Any, session: Session | None, given: float | None = None
+        self,
+        recipe: Recipe,
+        config: Any,
+        session: Session | None,
+        given: float | None = None,
+        judge: Any = None,
     ) -> None:
-        self.recipe, self.config, self.session = recipe, config, session
+        self.recipe, self.config, self.session, self.judge = recipe, config, session, judge
         self.card = given is not None or torch.cuda.is_available()
         self.here = given is None
         self.wide = models.compute_dtype(recipe.model.dtype) == torch.float32
@@ -119,15 +137,50 @@ class Room:
         """The bytes that a stage's tensors take when they are most, by role."""
         recipe, data = recipe or self.recipe, None
         with contextlib.suppress(Exception):  # whatever it is, the stage says it better
-            data = self.session and self.session.data(recipe.dataset_of(stage.name))
+            data = self.session and self.session.of(stage.name).data(recipe.dataset_of(stage.name))
         most = lengths_of(recipe, stage, data)
         role = "reward_model"
         table = recipe.tables.get(stage.name)
         foreign = bool(table and table.reward_model) and role not in stage.inputs
-        return footprint(Sim(recipe, stage.name, foreign, most, self.card, self.config))
+        sim = Sim(recipe, stage.name, foreign, most, self.card, self.config)
+        if self.judge is None or JUDGE not in (stage.name, stage.inputs.get(JUDGE)):
+            return footprint(sim)
+        judging = replace(sim, config=self.judge)
+        if stage.name == JUDGE:
+            return footprint(judging)
+        # Each in turn: the policy's base is let go of before the judge's is read.
+        return max(footprint(sim), footprint(judging, scoring_memory), key=Counter.total)
 
     def holds(self, need: Counter[str]) -> bool:
         return self.beside(need) <= self.bytes
+
+    def settled(self, stages: Sequence[PlannedStage]) -> tuple[Recipe, list[str]]:
+        """The recipe with what it leaves to the memory there is, and a line for each choice.
+
+        Where ROOMY of the memory is enough, on a card a policy that learns is sampled from a merged
+        copy, and a stage keeps its activations. What a recipe says itself stays.
+        """
+        recipe, said, written = self.recipe, list[str](), parse(self.recipe.text)
+        roomy = [stage for stage in stages if recipe.kind(stage.name).explores]
+        if self.card and recipe.model.sampler == "auto" and roomy:
+            other = replace(recipe, model=replace(recipe.model, sampler="merged"))
+            if all(self._is_roomy(stage, other) for stage in roomy):
+                recipe = other
+                said.append('answers come from a merged copy (model.sampler = "adapters": none)')
+        for stage in stages:
+            name, table = stage.name, recipe.tables.get(stage.name)
+            own = written.get(recipe.written_as(name))
+            if not table or not table.options[CHECKPOINTS] or CHECKPOINTS in (own or {}):
+                continue
+            less = replace(table, options=table.options | {CHECKPOINTS: False})
+            other = replace(recipe, tables=recipe.tables | {name: less})
+            if self._is_roomy(stage, other):
+                recipe = other
+                said.append(f"{name} keeps its activations: {CHECKPOINTS} = false")
+        return recipe, said
+
+    def _is_roomy(self, stage: PlannedStage, recipe: Recipe) -> bool:
+        return self.beside(self.need(stage, recipe)) <= ROOMY * self.bytes
 
     def beside(self, need: Counter[str]) -> float:
         """Bytes of a stage's tensors, with what comes on top of them."""
@@ -186,6 +239,15 @@ class Room:
         return work.total * weights / speed + work.tokens * token
 
 
+def judging(plan: Plan) -> Any:
+    """The config of the judge's own base; None where it has none."""
+    model = plan.recipe.model_of(JUDGE)
+    if model is plan.recipe.model:
+        return None
+    [stage] = [stage for stage in plan.stages if stage.name == JUDGE]
+    return architecture(config_folder(replace(plan.recipe, model=model), stage.payload["model"]))
+
+
 def architecture(folder: Path) -> Any:
     """What config.json says of a model. Raises ModelError where it does not say enough."""
     config = models.load_config(folder)
@@ -194,18 +256,19 @@ def architecture(folder: Path) -> Any:
     return config
 
 
-def check(ahead: Ahead, screen: Screen) -> None:
+def check(ahead: Ahead, screen: Screen, resumed: bool = False) -> None:
     """Refuse stages that do not fit, and rehearse them, unless all is short.
 
-    What they need goes into `ahead.needs`.
+    What they need goes into `ahead.needs`, and the session gets the recipe as `Room.settled` has
+    it. Where a stage is `resumed`, that is all.
     """
     ahead.session.check_foreign()
     whole, part = rehearsal.cost(ahead)
     _positions(ahead)
     if whole < rehearsal.SHORT:
         return
-    refuse(ahead, screen)
-    if part > rehearsal.SHARE * whole:
+    refuse(ahead, screen, resumed)
+    if resumed or part > rehearsal.SHARE * whole:
         return
     known, seconds = rehearsal.remembered(ahead), 0.0
     what = "a step of each stage, on its longest rows" if known is None else KNOWN
@@ -218,10 +281,11 @@ def check(ahead: Ahead, screen: Screen) -> None:
 
 def _positions(ahead: Ahead) -> None:
     """Raise ModelError where a stage's longest sequence is longer than the model was made for."""
-    recipe, folder = ahead.plan.recipe, ahead.session.model_folder
-    config = models.load_config(folder, recipe.model.trust_remote_code).get_text_config()
-    there = getattr(config, "max_position_embeddings", None)
+    recipe = ahead.plan.recipe
     for stage in ahead.stages:
+        trusted, folder = recipe.model_of(stage.name).trust_remote_code, ahead.folder(stage)
+        config = models.load_config(folder, trusted).get_text_config()
+        there = getattr(config, "max_position_embeddings", None)
         longest = lengths_of(recipe, stage, ahead.data(stage)).row
         if there and longest > there:
             with ahead.failing(stage):
@@ -230,13 +294,27 @@ def _positions(ahead: Ahead) -> None:
                 raise ModelError(message, hint)
 
 
-def refuse(ahead: Ahead, screen: Screen) -> None:
-    """What does not fit by the rule is not begun; a model that the rule cannot read is."""
+def settle(ahead: Ahead, screen: Screen) -> Room | None:
+    """Settle the session's recipe by the memory there is; None of a model that cannot be read."""
     try:
-        room = Room(ahead.plan.recipe, architecture(ahead.session.model_folder), ahead.session)
-        ahead.needs.update({stage.name: room.need(stage) for stage in ahead.stages})
+        config = architecture(ahead.session.model_folder)
+        own = judging(ahead.plan)
+        room = Room(ahead.plan.recipe, config, ahead.session, judge=own)
+        recipe, said = room.settled(ahead.stages)
+        ahead.needs.update({stage.name: room.need(stage, recipe) for stage in ahead.stages})
     except Exception:
-        return screen.log_traceback()
+        screen.log_traceback()
+        return None
+    ahead.session.recipe = recipe
+    for line in said:
+        screen.line(f"  {line}", "dim")
+    return room
+
+
+def refuse(ahead: Ahead, screen: Screen, resumed: bool = False) -> None:
+    """What does not fit by the rule is not begun; a model that the rule cannot read is."""
+    if (room := settle(ahead, screen)) is None or resumed:
+        return
     wrong = [stage for stage in ahead.stages if not room.holds(ahead.needs[stage.name])]
     if wrong:
         need, first = ahead.needs[wrong[0].name], wrong[0]

@@ -48,8 +48,14 @@ class PlannedStage:
     ) -> StageResult:
         """Do its work in `folder`, from the outputs of the stages that it needs."""
         inputs = {role: outputs[source] for role, source in self.inputs.items()}
-        about = (self.name, self.kind, session.recipe, folder, inputs)
-        return contract.module_of(self.kind).run(StageContext(*about, progress, session, self.key))
+        on = session.of(self.name)
+        about = (self.name, self.kind, on.recipe, folder, inputs)
+        if on is not session:  # one base at a time
+            session.release()
+        result = contract.module_of(self.kind).run(StageContext(*about, progress, on, self.key))
+        if on is not session:
+            on.release()
+        return result
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,17 @@ class Ahead:
     failing: Callable[..., contextlib.AbstractContextManager[None]]
     needs: dict[str, Counter[str]] = field(default_factory=dict)  # by stage: bytes by role
 
+    @property
+    def recipe(self) -> Recipe:
+        """As settled by the memory there is."""
+        return self.session.recipe
+
+    def folder(self, stage: PlannedStage) -> Path:
+        """Of the base model that the stage is on."""
+        return self.session.of(stage.name).model_folder
+
     def data(self, stage: PlannedStage) -> Data:
-        return self.session.data(self.plan.recipe.dataset_of(stage.name))
+        return self.session.of(stage.name).data(self.plan.recipe.dataset_of(stage.name))
 
 
 def cost(ahead: Ahead) -> tuple[float, float]:
@@ -80,11 +89,10 @@ def cost(ahead: Ahead) -> tuple[float, float]:
     for stage in ahead.stages:
         with ahead.failing(stage):
             data = ahead.data(stage)
-        trial = trial_of(recipe, stage)
-        whole += work_of(recipe, stage, data).total
-        part += work_of(trial.recipe, stage, longest(data, stage, trial)).total
-    count = weights(ahead.session.model_folder)
-    return whole * count, part * count
+        trial, count = trial_of(recipe, stage), weights(ahead.folder(stage))
+        whole += count * work_of(recipe, stage, data).total
+        part += count * work_of(trial.recipe, stage, longest(data, stage, trial)).total
+    return whole, part
 
 
 def weights(folder: Path) -> float:
@@ -108,13 +116,14 @@ def _about(ahead: Ahead, stage: PlannedStage) -> dict[str, Any]:
     That is its fingerprint with all of its settings, but of a rate or a coefficient only whether it
     is set, and whether it is 0. Inputs count by their roles.
     """
-    recipe, own = ahead.plan.recipe, stage.payload | {"inputs": sorted(stage.inputs)}
+    recipe, own = ahead.recipe, stage.payload | {"inputs": sorted(stage.inputs)}
     if config := recipe.kind(stage.name).config:
         table, fields = recipe.table(stage.name), fields_for(config)
         options = {k: v for k, v in table.options.items() if fields[k].effect != "neutral"}
         own |= {"settings": options | table.extras}
     return {
         "stage": _without_floats(own),
+        "sampler": recipe.model.sampler,
         "work": list(work_of(recipe, stage, ahead.data(stage))),
         "versions": provenance.versions(),
         "machine": models.machine(),
@@ -133,7 +142,7 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
     """Rehearse these stages; what fails does so in `ahead.failing(stage)`."""
     plan, outputs = ahead.plan, ahead.plan.outputs
     place = layout.beside(plan.run_folder, "rehearsal")
-    own = Session(plan.recipe, plan.model)
+    own = Session(ahead.recipe, plan.model)
     files.remove(place)  # what a kill left
     own.tokens = ahead.session.tokens
     try:
@@ -155,12 +164,13 @@ def rehearse(ahead: Ahead) -> Iterator[Rehearsed]:
 def _stage(
     ahead: Ahead, stage: PlannedStage, own: Session, folder: Path, outputs: Mapping[str, Path]
 ) -> Rehearsed:
-    whole = ahead.plan.recipe
+    whole = ahead.recipe
     trial = trial_of(whole, stage)
     recipe = own.recipe = trial.recipe
+    read, on = ahead.session.of(stage.name), own.of(stage.name)
     for table in (whole.dataset, whole.dataset_of(stage.name)):
-        few = longest(ahead.session.data(table), stage, trial)
-        own.put_data(table, few)
+        few = longest(read.data(table), stage, trial)
+        on.put_data(table, few)
     layout.clear_stage(folder)
     clock = Clock()
     memory.begin()

@@ -194,14 +194,14 @@ class _Run:
             for line in doctor.short(self.plan.runs):
                 self.screen.line(f"  {line}", "dim")
         pending = [other for other in self.rehearses if self._record(other) is None]
-        if pending and not any((stage.folder / "work").glob(layout.CHECKPOINTS)):
-            self._rehearse(pending)
+        if pending:
+            self._rehearse(pending, any((stage.folder / "work").glob(layout.CHECKPOINTS)))
 
-    def _rehearse(self, pending: list[PlannedStage]) -> None:
+    def _rehearse(self, pending: list[PlannedStage], resumed: bool) -> None:
         with self.screen.quiet():
             from rlhf_recipes.pipeline import fit
 
-            fit.check(self.ahead(pending), self.screen)
+            fit.check(self.ahead(pending), self.screen, resumed)
 
     def ahead(self, stages: Sequence[PlannedStage]) -> Ahead:
         from rlhf_recipes.pipeline.rehearsal import Ahead
@@ -210,7 +210,7 @@ class _Run:
 
     def _failing(self, stage: PlannedStage, during: str = "") -> AbstractContextManager[None]:
         self.at = stage.name
-        smaller = smaller_layout(self.plan.recipe, stage.name, self.plan.run_folder.name)
+        smaller = smaller_layout(self.session.recipe, stage.name, self.plan.run_folder.name)
         return self._failing_as(f"{during}stage {stage.name}", smaller)
 
     def _compute(self, stage: PlannedStage) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class _Run:
             "summary": result.summary,
             "metrics": result.metrics,
             "payload": stage.payload,
-            "layout": layout_settings(self.plan.recipe, stage.name),
+            "layout": layout_settings(self.session.recipe, stage.name),
             "versions": provenance.versions(),
         }
         layout.write_record(folder, record)
@@ -397,9 +397,12 @@ def rehearsed(plan: Plan, stages: Sequence[PlannedStage], screen: Screen) -> lis
     _alone()
     run = _Run(plan, screen, fresh=False, wait=False)
     with screen.quiet():
-        from rlhf_recipes.pipeline import rehearsal
+        from rlhf_recipes.pipeline import fit, rehearsal
 
-        return list(rehearsal.rehearse(run.ahead(stages)))
+        ahead = run.ahead(stages)
+        if rehearsal.cost(ahead)[0] >= rehearsal.SHORT:  # as `fit.check` does
+            fit.settle(ahead, screen)
+        return list(rehearsal.rehearse(ahead))
 
 
 def _names_until(until: str | None, recipe: Recipe) -> list[str]:

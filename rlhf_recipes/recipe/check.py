@@ -303,6 +303,13 @@ class Checker:
             elif one != tables.INDEPENDENT:
                 known = '"none", "independent", "python:FILE.py:FUNCTION"'
                 self.problem(key, f"must be {known}, or a model's folder or id, not {show(one)}")
+        if named := values.get("judge_model"):
+            key = ("evaluation", "judge_model")
+            self.model_name(named, key)
+            if tables.INDEPENDENT not in listed:
+                self.problem(
+                    key, 'is read by judge = "independent" alone: say that, or leave it out'
+                )
         return tables.EvaluationTable(**values)
 
     def term(self, written: dict[str, Any], at: Key, judges: bool = False) -> None:

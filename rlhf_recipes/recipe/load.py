@@ -17,12 +17,12 @@ from rlhf_recipes.recipe.check_stages import check
 from rlhf_recipes.recipe.edit import Edited, edit, rebase
 from rlhf_recipes.recipe.fields import fields_for, suggest
 from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, REWARD, Kind, kind_of
-from rlhf_recipes.recipe.tables import located, move_paths, written
+from rlhf_recipes.recipe.tables import ModelTable, located, move_paths, written
 from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
 from rlhf_recipes.text import cut, masked
 
 if TYPE_CHECKING:
-    from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
+    from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, StageTable
 
 HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
 
@@ -54,6 +54,13 @@ class Recipe:
     def kind(self, stage: str) -> Kind:
         """Of any of its stages; those that [evaluation] asks for are called as their kinds."""
         return self.tables[stage].of if stage in self.tables else kind_of(stage)
+
+    def model_of(self, stage: str) -> ModelTable:
+        """The base model that a stage is on. The judge may have one of its own."""
+        asked, own = self.model, self.evaluation.judge_model if self.evaluation else None
+        if stage != JUDGE or own is None:
+            return asked
+        return ModelTable(own, dtype=asked.dtype, quantization=asked.quantization, base=asked.base)
 
     def written_as(self, stage: str) -> str:
         """The table to change a stage's settings in; "" where there is none.

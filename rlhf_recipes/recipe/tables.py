@@ -95,6 +95,8 @@ class ModelTable:
     quantization: Literal["none", "8bit", "4bit"] = _key("none")
     # A base model may bring a template whose end of turn it was never trained to write.
     chat_template: Literal["own", "plain"] = _key("own")
+    # Of a policy that learns; auto: merged on a card where the memory rule has room for the copy.
+    sampler: Literal["auto", "adapters", "merged"] = _key("auto", effect="layout")
     # Runs code that comes with the model; with a revision of 40 hex digits alone.
     trust_remote_code: bool = _key(False)
     mirror: MirrorTable | None = field(default=None, metadata={"key": False})
@@ -171,6 +173,7 @@ class EvaluationTable:
     # "independent", a reward model's folder or hub id, "python:FILE.py:FUNCTION", a table with a
     # rule; or two of them
     judge: str | dict[str, Any] | list[str | dict] = _key("none", effect="source", hash=False)
+    judge_model: str | None = _key(None, effect="source")  # None: the recipe's own base
     best_of: int | None = _key(None, choices=(2, 4, 8, 16, 32, 64))
 
     @property
@@ -309,10 +312,11 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
     for table in (data if isinstance(data, list) else [data]) + own:
         if DatasetTable(table["path"]).is_local:
             table["path"] = moved(table["path"])
-    for table, key in [(model, "name"), *((stage, "reward_model") for stage in stages)]:
+    asked = recipe.get("evaluation") or {}
+    models = [(model, "name"), (asked, "judge_model")]
+    for table, key in [*models, *((stage, "reward_model") for stage in stages)]:
         if is_path(table.get(key) or ""):
             table[key] = moved(table[key])
-    asked = recipe.get("evaluation") or {}
     for table, key in [(asked, "judge"), *((stage, "rewards") for stage in stages)]:
         if table.get(key):
             move_terms(table, key, moved)

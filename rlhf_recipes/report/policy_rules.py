@@ -30,7 +30,8 @@ UPDATES = 3  # fewer say nothing of a value model
 ALONE = ": it may err where the reward model errs, so this is not yet a success"
 OWN = ": it did what it was paid for, and this is not yet a success"
 TRAINED = "that it was trained on"
-OUTSIDE = "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
+OTHER_BASE = f"{INDEPENDENT} on another base"  # with `evaluation.judge_model`
+OUTSIDE = "Name another base in `evaluation.judge_model`, or a rule in `judge`; or ask people."
 # With 95 % intervals of the bootstrap.
 MORE_PROMPTS = "200 prompts tell 60 % from chance in four cases of five, 780 tell 55 %."
 
@@ -181,15 +182,18 @@ def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, st
         own[spec] = f"{_called(spec)} {TRAINED}"
     for by, spec in zip(("judge_", "judge2_"), [*_specs(facts), "", ""], strict=False):
         share = _wins(facts, name, by, over)
-        if share and not (blind and spec == INDEPENDENT):
+        if share and not (blind and spec in (INDEPENDENT, OTHER_BASE)):
             called = own.get(spec) if spec not in ("", INDEPENDENT) else None
             yield share, called or _called(spec), spec not in own
 
 
 def _specs(facts: Facts) -> list[str]:
-    """The judges, as the recipe names them; rules as "python:…"."""
-    specs = (facts.recipe.get("evaluation") or {}).get("judge") or []
-    return [_spec(one) for one in (specs if isinstance(specs, list) else [specs])]
+    """The judges, as the recipe names them; rules as "python:…", and OTHER_BASE."""
+    asked = facts.recipe.get("evaluation") or {}
+    specs = asked.get("judge") or []
+    found = [_spec(one) for one in (specs if isinstance(specs, list) else [specs])]
+    elsewhere = asked.get("judge_model")
+    return [OTHER_BASE if one == INDEPENDENT and elsewhere else one for one in found]
 
 
 def judges_called(facts: Facts) -> list[str]:
@@ -205,6 +209,8 @@ def _spec(judge: Any) -> str:
 def _called(judge: str) -> str:
     if judge == INDEPENDENT:
         return "a second reward model on the same base"
+    if judge == OTHER_BASE:
+        return "a second reward model on another base"
     if judge.startswith("python:"):
         return f"the rule `{judge.rpartition('/')[2].removeprefix('python:')}`"
     return "a judge it was not trained against"

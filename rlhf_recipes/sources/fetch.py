@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from rlhf_recipes.errors import DataError, ModelError
+from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import INDEPENDENT, is_path
 from rlhf_recipes.recipe.wiring import code_of
@@ -64,6 +65,8 @@ def _models(recipe: Recipe) -> Iterator[str]:
     for table in recipe.tables.values():
         if table.reward_model and table.reward_model not in recipe.stages:
             yield table.reward_model
+    if recipe.model_of(JUDGE) is not recipe.model:
+        yield recipe.model_of(JUDGE).name
     for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
         if judge.model and judge.model != INDEPENDENT:
             yield judge.model

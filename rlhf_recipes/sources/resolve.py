@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rlhf_recipes.errors import ModelError
+from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import DatasetTable, is_path, located
 from rlhf_recipes.recipe.wiring import code_of
@@ -45,9 +46,15 @@ def dataset_repo(table: DatasetTable) -> Repo:
 def identify(recipe: Recipe, runs: Path) -> Identities:
     """What every name in the recipe means here. Raises DataError and ModelError."""
     rules = {one.code[0] for one in code_of(recipe) if one.code}
+    base, judging = identify_base(recipe, runs), recipe.model_of(JUDGE)
+    own = {judging.name} if judging is not recipe.model else set()
+    models = {n: identify_model(n, recipe, runs) for n in {*foreign_models(recipe), *own}}
+    if any(models[name] == base for name in own):
+        what = f"evaluation.judge_model is the recipe's own base, {recipe.model.name}"
+        raise ModelError(what, "name a model of another make, or leave it out")
     return Identities(
-        identify_base(recipe, runs),
-        {name: identify_model(name, recipe, runs) for name in set(foreign_models(recipe))},
+        base,
+        models,
         {table: identify_dataset(table, runs) for table in dict.fromkeys(tables_read(recipe))},
         {file: content_digest(located(file, recipe.model.base), runs) for file in rules},
     )

@@ -22,19 +22,21 @@ from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
 from rlhf_recipes.models.load import compute_dtype, empty, machine
+from rlhf_recipes.models.retold import reread
 from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.role import Role
+from rlhf_recipes.models.sampler import Sampler
 from rlhf_recipes.models.sampling import (
     MOST,
     SAMPLED,
     held_at_once,
     rows_at_once,
-    sample,
     score_ids,
 )
-from rlhf_recipes.recipe.kinds import EVALUATION, kind_of
+from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE, kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import PART, Term
+from rlhf_recipes.recipe.tables import INDEPENDENT
 from rlhf_recipes.recipe.wiring import wiring, written_rules
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.rewards.mixed import Answered, Rewards, said_of
@@ -79,6 +81,7 @@ def ask(
     examples: Sequence[Example],
     setting: Setting,
     seeds: Iterable[int],
+    tell: Callable[[str], object] = lambda text: None,
 ) -> Iterator[list[list[int]]]:
     """For each seed an answer to each prompt, by the policy of a stage's `output` as exported.
 
@@ -87,10 +90,15 @@ def ask(
     prompts = [example.prompt_ids for example in examples]
     session.release()
     policy = Role(session.exported(output), None, torch.float32)  # no autocast: as it is stored
-    rows = rows_at_once(policy, max(map(len, prompts)), setting.length, len(prompts))
+    longest, seeds = max(map(len, prompts)), [*seeds]
+    rows = rows_at_once(policy, longest, setting.length, len(prompts))
+    batches = len(seeds) * -(-len(prompts) // rows)
+    steps = 0 if session.recipe.model.sampler == "adapters" else batches * setting.length
+    sampler = Sampler(policy, False, tell, longest, steps)
+    if sampler.static:
+        tell(f"answers: {rows} sampled together, {sampler.told}")
     for seed in seeds:
-        yield sample(
-            policy,
+        yield sampler.sample(
             prompts,
             length=setting.length,
             temperature=setting.temperature,
@@ -122,7 +130,8 @@ def answers_of(
     ]
     kept = [_recall(output or home, about) for about in abouts]
     missing = [seed for seed, answers in zip(seeds, kept, strict=True) if answers is None]
-    new = ask(context.session, output, examples, setting, missing) if missing else iter(())
+    told = (context.session, output, examples, setting, missing, context.progress.note)
+    new = ask(*told) if missing else iter(())
     for about, answers in zip(abouts, kept, strict=True):
         if answers is None:
             answers = next(new)
@@ -221,17 +230,28 @@ def _judged(
 def _scores(
     context: StageContext, role: str, name: str, groups: Sequence[Answered], tell: Tell
 ) -> list[float]:
-    """By the stage that serves `role`, else by the folder or hub id that it names."""
-    tokens, found = context.session.tokens, []
-    output, model = context.inputs.get(role), None
+    """By the stage that serves `role`, else by the folder or hub id that it names.
+
+    A judge on a base of its own is told the answers in its own ids; the policy's base goes first.
+    """
+    session, output, model = context.session, context.inputs.get(role), None
+    on, found = session.of(JUDGE) if name == INDEPENDENT else session, list[float]()
+    tokens, apart = on.tokens, on is not session
     for group in groups:
         both = [(list(example.prompt_ids), list(ids)) for example, ids in group]
+        if apart:
+            both, cut = reread(group, session.tokens, tokens, on.model_folder)
+            if cut:
+                what = f"{cut} of {len(both)} answers, with their prompts, were cut"
+                context.progress.note(f"{what} to the positions of {on.recipe.model.name}")
         about = _about(context, output, rows=both, pad=tokens.pad_id)
         if (scores := _recall(output, about)) is None:
             if model is None and output is not None:
-                model = open_reward(context.session.base, output)
+                if apart:
+                    session.release()
+                model = open_reward(on.base, output)
             elif model is None:
-                model = context.session.foreign(name)
+                model = session.foreign(name)
             told = score_ids(model, both, tokens.pad_id, BATCH, tell).tolist()
             scores = [round(number, 4) for number in told]
             _keep(output, about, scores)
@@ -241,7 +261,9 @@ def _scores(
     if model is not None:
         if model.told:
             context.progress.note(model.told)
-        context.session.base.close(model)
+        on.base.close(model)
+    if apart:
+        on.release()
     return found
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.tables import is_path
 from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.sources import resolve as sources
@@ -35,6 +37,18 @@ class Session:
         self.model = model  # the base model's identity, which says where it is loaded from
         self.runs = runs  # where encoded rows are kept; None: nowhere
         self._data: dict[str, Data] = {}
+
+    def of(self, stage: str) -> Session:
+        """The session of the base model that a stage is on: this one, or the judge's own."""
+        model = self.recipe.model_of(stage)
+        if model == self.recipe.model:
+            return self
+        self._judging.recipe = replace(self.recipe, model=model)
+        return self._judging
+
+    @cached_property
+    def _judging(self) -> Session:
+        return Session(self.recipe, {}, self.runs)
 
     @cached_property
     def model_folder(self) -> Path:
@@ -197,3 +211,6 @@ def check_models(recipe: Recipe) -> None:
             session.data(recipe.dataset)
     session.check_foreign()
     session.check_adapters()
+    judging = session.of(JUDGE)
+    if judging is not session:
+        check_models(replace(judging.recipe, evaluation=None))

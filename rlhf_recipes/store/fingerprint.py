@@ -63,7 +63,8 @@ def fingerprints(recipe: Recipe, known: Identities) -> Iterable[tuple[str, Value
     """
     taken = wiring(recipe)
     for stage, roles in taken.items():
-        kind = recipe.kind(stage)
+        kind, model = recipe.kind(stage), recipe.model_of(stage)
+        base = known.base if model is recipe.model else known.models[model.name]
         yield (
             stage,
             {
@@ -71,7 +72,7 @@ def fingerprints(recipe: Recipe, known: Identities) -> Iterable[tuple[str, Value
                 "name": stage,  # its randomness is a function of the seed and of this
                 "version": kind.version,
                 "settings": settings(recipe, stage, known),
-                "model": known.base | changed(keys_of("model"), asdict(recipe.model)),
+                "model": base | changed(keys_of("model"), asdict(model)),
                 "lora": recipe.lora is not None and changed(fields_for(LORA), recipe.lora),
                 "dataset": _rows(recipe, recipe.dataset_of(stage), kind, known),
                 **changed({"seed": top_keys()["seed"]}, {"seed": recipe.seed}),

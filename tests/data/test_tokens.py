@@ -9,7 +9,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from rlhf_recipes.data.tokens import encode, render, settle
+from rlhf_recipes.data.tokens import Tokens, encode, ids, render, settle
 from rlhf_recipes.errors import ModelError
 from tests.helpers.architectures import VOCABULARY, byte_tokenizer
 from tests.helpers.tiny import TEMPLATE
@@ -146,3 +146,15 @@ def test_a_token_without_a_row_is_an_error_where_a_text_uses_it() -> None:
     for prompt, answer in ((ASK, "a <call>"), ([{"role": "user", "content": "<call>"}], None)):
         with pytest.raises(ModelError, match=said):
             encode(tokens, prompt, answer)
+
+
+def test_many_texts_have_the_ids_that_each_has_by_the_tokenizers_own_way() -> None:
+    """Also where a tokenizer was saved with padding and truncation on."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding()
+    texts = ["red 12's <|im_end|>", "", " red", "é 🦊 1", "red " * 40]
+    tokens = Tokens(tokenizer, 2, 0, (), 300)
+    found = ids(tokens, texts)
+    assert found == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert len(found[-1]) > 40

@@ -169,3 +169,27 @@ def test_sampling_on_a_card_takes_its_launches_and_bytes(
     assert found["evaluation"].tokens == 3 * 6  # the base, SFT and PPO
     room.here = False
     assert room.seconds(work, 1.5e9) is None
+
+
+def test_what_the_recipe_leaves_open_is_settled_by_the_memory_there_is(tiny_recipe: Path) -> None:
+    """Activations are kept, and a card has a merged copy, where 70 % of the memory is enough."""
+    text = tiny_recipe.read_text()
+    tiny_recipe.write_text(text.replace("gradient_checkpointing = false\n", "", 1))
+    plan, session = planned(tiny_recipe, "reward.gradient_checkpointing=true")
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), None, 24e9)
+    stages = plan.stages[:3]
+
+    def kept(recipe: Any) -> list[bool]:
+        return [not recipe.tables[s.name].options["gradient_checkpointing"] for s in stages]
+
+    recipe, said = room.settled(stages)
+    assert kept(recipe) == [True, False, True] and recipe.model.sampler == "merged"
+    assert [line.partition(" ")[0] for line in said] == ["answers", "sft"]
+    linear = 32 * (32 + 16 + 16 + 32 + 3 * 64)  # of a layer, less the adapters' own
+    more = room.need(stages[2], recipe)["weights"] - room.need(stages[2])["weights"]
+    assert more == 2 * 4 * linear
+    room.bytes = 1.2 * room.beside(room.need(stages[0]))
+    recipe, said = room.settled(stages[:1])
+    assert kept(recipe)[0] is False and said == []
+    room.bytes = 1.2 * room.beside(room.need(stages[2], recipe))
+    assert room.settled(stages[2:])[0].model.sampler == "auto"

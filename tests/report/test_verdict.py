@@ -38,7 +38,7 @@ def test_a_run_in_which_all_went_well(tmp_path: Path) -> None:
         ("good", "ppo"), ("good", "sft"), ("good", "reward"), ("good", "ppo"), ("good", "judge")
     ]  # fmt: skip
     assert [one.change for one in findings if one.change] == [
-        "Let `evaluation.judge` name a rule, or a reward model on another base; or ask people."
+        "Name another base in `evaluation.judge_model`, or a rule in `judge`; or ask people."
     ]
 
 

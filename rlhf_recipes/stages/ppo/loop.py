@@ -37,7 +37,8 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import Role, logprobs, score
-from rlhf_recipes.models.sampling import Sequences, join, rows_at_once, sample
+from rlhf_recipes.models.sampler import Sampler
+from rlhf_recipes.models.sampling import Sequences, join, rows_at_once
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.recipe.rewards import LOGGED
 from rlhf_recipes.screen import StageProgress
@@ -74,7 +75,7 @@ class OnPolicyTrainer(Resumable, Trainer):
     reference must equal the policy at the start unless `other_reference`. With `keep="best"` the
     policy ends as it was where score - kl_coef × KL was highest on `validation_prompts`, within
     `limits.max_kl`, its start included. With `rewards` a score is their sum, the prompts are
-    `mixed.Prompt`s, and there need be no reward model.
+    `mixed.Prompt`s, and there need be no reward model. `merged`: answers come from a merged copy.
     """
 
     whole_answers = False  # whether the ratio that is clipped is a whole answer's
@@ -98,6 +99,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         on_update: Callable[[Any, Rollout, dict[str, float]], None] = lambda *_: None,
         copies: int = 1,
         rewards: Rewards | None = None,
+        merged: bool = False,
     ):
         self.key, self.progress = key, progress
         self.policy_model, self.ref_model, self.reward_model = model, ref_model, reward_model
@@ -129,6 +131,10 @@ class OnPolicyTrainer(Resumable, Trainer):
         for role in {model, ref_model, reward_model, *self.learners} - {None}:
             disable_dropout_in_model(role)  # LoRA's
         self.create_optimizer_and_scheduler(self.updates)
+        prompts = [*(row["input_ids"] for row in train_dataset), *validation_prompts]
+        self.longest = max(map(len, prompts))
+        steps = self.updates * args.response_length
+        self.sampler = Sampler(model, merged, progress.note, self.longest, steps)
         self.scaled = model.dtype == torch.float16
         self.loss_scale = LOSS_SCALE if self.scaled else 1.0
 
@@ -235,6 +241,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             "metrics": self.metrics,
             "scale": [self.loss_scale, self.skipped],
             "over": self.rewards.over if self.rewards else {},
+            "merged": self.sampler.copy is not None,
         }
 
     def carry(self, kept: dict[str, Any]) -> None:
@@ -243,6 +250,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             self.best = Best(*kept["best"], _copies(self.policy_model.trainable()))
         self.stopped, self.metrics = kept["stopped"], kept["metrics"]
         self.loss_scale, self.skipped = kept["scale"]
+        self.sampler.merge(kept.get("merged", False))
         if self.rewards:
             self.rewards.carry(kept["over"])
 
@@ -270,19 +278,18 @@ class OnPolicyTrainer(Resumable, Trainer):
     @cached_property
     def sampled(self) -> int:
         """Answers sampled together: decided once, so that a resumed run has the same batches."""
-        prompts = [*(row["input_ids"] for row in self.train_dataset), *self.validation_prompts]
         count = max(self.batch_size, len(self.validation_prompts))
-        longest = max(map(len, prompts))
-        return rows_at_once(self.policy_model, longest, self.args.response_length, count)
+        return rows_at_once(self.sampler.role, self.longest, self.args.response_length, count)
 
     @torch.no_grad()
     def explore(self, prompts: Sequence[list[int]], seed: int) -> Rollout:
         """Sample an answer to each prompt; read the roles' opinions of it."""
         args, tokenizer = self.args, self.processing_class
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        answers = sample(
-            self.policy_model,
+        picked: list[list[float]] = []
+        answers = self.sampler.sample(
             prompts,
+            picked=picked,
             length=args.response_length,
             temperature=args.temperature,
             eos=eos,
@@ -302,6 +309,9 @@ class OnPolicyTrainer(Resumable, Trainer):
                 shape = (len(sequences), sequences.answer)[: part.dim()]
                 whole = seen.setdefault(name, part.new_zeros(shape))
                 whole[(rows, slice(part.shape[-1]))[: part.dim()]] = part
+        apart = _apart(picked, seen["logprobs"])
+        if self.sampler.far(apart):
+            return self.explore(prompts, seed)
         ended = ended.to(self._device)
         given, means = (args.missing_eos_penalty, self.floor), dict[str, float]()
         if self.rewards is None:
@@ -315,6 +325,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             mask=columns < sequences.lengths[:, None],
             value_mask=columns < sequences.lengths[:, None] + 1,
             ended=ended,
+            apart=apart,
             rewards=means,
             **seen,
         )
@@ -420,6 +431,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             "val/num_eos_tokens": rollout.ended.sum(),
             "val/ended": rollout.ended.float().mean(),
             "val/length": rollout.sequences.lengths.float().mean(),
+            "val/sampler_apart": rollout.apart,
             "val/entropy_per_token": masked_mean(rollout.entropy, rollout.mask),
             **{f"{LOGGED}{name}": mean for name, mean in rollout.rewards.items()},
         }
@@ -437,6 +449,13 @@ class OnPolicyTrainer(Resumable, Trainer):
 def numbered(**parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights by the name of their part and their place in it."""
     return {f"{part}.{i}": t for part, tensors in parts.items() for i, t in enumerate(tensors)}
+
+
+def _apart(picked: list[list[float]], read: torch.Tensor) -> float:
+    """Mean distance of the sampler's log-probabilities from the trainer's `read` [batch, R]."""
+    rows = zip(picked, read.tolist(), strict=True)
+    gaps = [abs(a - b) for mine, its in rows for a, b in zip(mine, its, strict=False)]
+    return sum(gaps) / len(gaps)
 
 
 def _copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

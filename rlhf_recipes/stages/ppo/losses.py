@@ -28,6 +28,7 @@ class Rollout:
     scores: torch.Tensor  # [batch], in units of the reward, `fined` where cut off
     ended: torch.Tensor  # [batch], whether the answer ends in EOS
     entropy: torch.Tensor
+    apart: float = 0.0  # mean distance of the sampler's log-probabilities from `logprobs`
     values: torch.Tensor | None = None  # where there is a critic
     # By reward, where there are several: its mean over the answers that it speaks of.
     rewards: Mapping[str, float] = field(default_factory=dict)

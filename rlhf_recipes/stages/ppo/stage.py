@@ -21,7 +21,7 @@ import torch
 from rlhf_recipes import signals, stats
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, unique_prompts
-from rlhf_recipes.models.fake_model import Held, Sim, ids_of, learning, sampling
+from rlhf_recipes.models.fake_model import WEIGHTS, Held, Sim, ids_of, learning, sampling
 from rlhf_recipes.models.reward_model import (
     floor_of,
     load_head,
@@ -131,12 +131,14 @@ def run(context: StageContext, method: Method) -> StageResult:
         keep=table.extras["keep"],
         validation_prompts=[Prompt(example) for example in validation[:VALIDATION_PROMPTS]],
         on_update=report,
+        merged=recipe.model.sampler == "merged",
         key=context.key,
         progress=context.progress,
         **words,
     )
     scored = options[ROLLOUT]
-    context.progress.note(f"answers: {trainer.sampled} sampled together, {scored} scored together")
+    sizes = f"{trainer.sampled} sampled together, {scored} scored together"
+    context.progress.note(f"answers: {sizes}; sampled {trainer.sampler.told}")
     with signals.deferred():
         trainer.train()
     if trainer.stopped:
@@ -292,6 +294,11 @@ def memory(sim: Sim, method: Method) -> Iterator[Held]:
         learners = roles[: len(trained)]
         for role in learners:
             role.lm.eval()
+        merged = sim.recipe.model.sampler == "merged" and sim.recipe.model.quantization != "8bit"
+        layers = [layer for _, layer in policy.adapted()] if merged else []
+        copies = [torch.empty(m.out_features * m.in_features, dtype=sim.dtype) for m in layers]
+        for tensor in copies:
+            tracker.move(tensor, WEIGHTS)
         yield from sampling(tracker, policy, sampled, lengths)
         tracker.begin()
         given = (*ids_of(scored, lengths.row), lengths.answer)
