@@ -53,6 +53,8 @@ Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a r
 Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
 Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults filled in.")]
 New = Annotated[Path, Argument(metavar="NEW", help="The file to write.")]
+Rows = Annotated[Path, Argument(metavar="FILE", help="Rows: .csv, .tsv, .jsonl, .json, .parquet.")]
+NewRecipe = Annotated[Path | None, Argument(metavar="NEW", help="The recipe. [FILE's name.toml]")]
 SomeRuns = Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")]
 Page = Annotated[Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")]
 Open = Annotated[bool, Option("--open", help="Show it in a browser.")]
@@ -80,6 +82,23 @@ def _main(
         _print(f"rlhf-recipes {version_of('rlhf-recipes')}")
     elif context.invoked_subcommand is None:
         _print(context.get_help())
+
+
+@app.command()
+def init(
+    file: Rows,
+    new: NewRecipe = None,
+    model: Annotated[str, Option(metavar="NAME", help="A model on the hub, or a folder.")] = "",
+    method: Annotated[str, Option(help="ppo, rloo, grpo, dpo, kto or sft. [by the rows]")] = "",
+    device: Device = "",
+    set_: Set = NONE,
+    unset: Unset = NONE,
+    runs: Runs = RUNS,
+) -> None:
+    """Write a recipe for your own file of rows."""
+    from rlhf_recipes.cli_init import init as write
+
+    write(file, new, model, method, device, set_, unset, runs, _print)
 
 
 @app.command()

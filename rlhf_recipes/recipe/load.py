@@ -17,7 +17,7 @@ from rlhf_recipes.recipe.check_stages import check
 from rlhf_recipes.recipe.edit import Edited, edit, rebase
 from rlhf_recipes.recipe.fields import fields_for, suggest
 from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, Kind, kind_of
-from rlhf_recipes.recipe.tables import located, move_paths, written
+from rlhf_recipes.recipe.tables import form_of, located, move_paths, written
 from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
 from rlhf_recipes.text import cut, masked
 
@@ -115,10 +115,11 @@ def _without_none(value: Any) -> Any:
 
 def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
-    return _load(_read(Path(path)), Path(path), set, unset)
+    return loads(_read(Path(path)), Path(path), set, unset)
 
 
-def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Recipe:
+def loads(text: str, path: Path, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
+    """A recipe from its text, as if that stood in `path`. Raises as `load_recipe` does."""
     edited = edit(text, set, unset)
     if secrets := _secrets(text, path, set):
         raise RecipeError(secrets)
@@ -147,7 +148,7 @@ def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
 
 def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
     """The recipe with more words of `--set`. Raises RecipeError."""
-    return _load(recipe.text, recipe.path, words, ())
+    return loads(recipe.text, recipe.path, words, ())
 
 
 def _read(path: Path) -> str:
@@ -240,9 +241,12 @@ def shipped_recipes() -> list[Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A file, or a shipped recipe by its stem. Raises UsageError."""
-    if os.path.isfile(name):
-        return Path(name)
+    """A file, with or without its ".toml", or a shipped recipe by its stem. Raises UsageError."""
+    if form_of(name):
+        raise UsageError(f"{name} holds rows, not a recipe", f"rlhf-recipes init {name} writes one")
+    for file in (name, f"{name}.toml"):
+        if os.path.isfile(file):
+            return Path(file)
     shipped = {path.stem: path for path in shipped_recipes()}
     if name not in shipped:
         near = suggest(name, shipped)
@@ -264,7 +268,7 @@ def fork_recipe(
     load_recipe(source)
     new.parent.mkdir(parents=True, exist_ok=True)
     moved = rebase(_read(source), source.parent, new.parent)
-    recipe = _load(moved, new, set, unset)
+    recipe = loads(moved, new, set, unset)
     changes = ", ".join(edit(moved, set, unset).changes) or "nothing changed yet"
     new.write_text(f"# Forked from {source}: {changes}\n{recipe.text}", encoding="utf-8")
     return new
