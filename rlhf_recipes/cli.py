@@ -36,6 +36,7 @@ Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a k
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 NONE: list[str] = []  # never changed
 PLAIN: Any = {"show_default": False, "show_envvar": False}
+STRICT = 5  # the exit code of a run that worked, whose verdict has a fault
 RUNS = Path("runs")
 RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
 Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
@@ -110,6 +111,7 @@ def run(
     fresh: Annotated[bool, Option("--fresh", help="Take no stage as done.")] = False,
     name: Name = None,
     wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
+    strict: Annotated[bool, Option("--strict", help="End with 5 if the verdict has a ✗.")] = False,
     no_rehearsal: NoRehearsal = False,
     runs: Runs = RUNS,
 ) -> None:
@@ -136,6 +138,8 @@ def run(
         _print(f"model    {outcome.model}")
         _print(f"next     rlhf-recipes chat {outcome.run_folder}")
     _print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
+    if strict and any(line.level == "fault" for line in outcome.verdict):
+        raise Exit(STRICT)
 
 
 def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:

@@ -21,6 +21,7 @@ from rlhf_recipes.pipeline.init_text import Plans, Sizes
 from rlhf_recipes.pipeline.look import Looked, look
 from rlhf_recipes.pipeline.memory import read_size
 from rlhf_recipes.pipeline.plan import Plan, make_plan
+from rlhf_recipes.recipe.edit import edit, without_comments
 from rlhf_recipes.recipe.kinds import JUDGE, KINDS
 from rlhf_recipes.recipe.load import Recipe, loads
 from rlhf_recipes.recipe.tables import form_of, is_path
@@ -82,7 +83,8 @@ class Start:
         with quietly():
             recipe = self._fitted(method, given)
         self.new.parent.mkdir(parents=True, exist_ok=True)
-        self.new.write_text(recipe.text, encoding="utf-8")
+        told = edit(recipe.text, self.set, ()).words  # whose comments are of other values
+        self.new.write_text(without_comments(recipe.text, told), encoding="utf-8")
         return recipe
 
     def _fitted(self, method: str, given: float | None) -> Recipe:
@@ -116,7 +118,7 @@ class Start:
         )
         recipe, plan = self._made(plans)
         changes = self._room(recipe, plan, given).changes(stages)
-        if changes is None:
+        if changes is None or plans.lost(changes) > 0.5:
             self.notes.append(f"no setting makes {self.model} fit {room.name}: name a smaller one")
             plans.memory += "; no setting makes it fit, so name a smaller model"
             return recipe, plan
@@ -130,7 +132,8 @@ class Start:
         if is_path(model):
             model = os.path.relpath(Path(model).expanduser().resolve(), self.new.parent.resolve())
             model = model if model.startswith(".") else f"./{model}"
-        text = init_text.recipe(plans, model=model, file=path)
+        called = Path(self.model).expanduser().resolve().name
+        text = init_text.recipe(plans, model=model, called=called, file=path)
         recipe = loads(text, self.new, self.set, self.unset)
         tables = {table: {"content": ""} for table in tables_read(recipe)}
         return recipe, make_plan(recipe, Identities(self.identity, {}, tables, {}), self.runs)

@@ -14,7 +14,6 @@ from typing import Any
 from rlhf_recipes.pipeline.look import Looked
 from rlhf_recipes.recipe.fields import fields_for
 from rlhf_recipes.recipe.kinds import kind_of
-from rlhf_recipes.recipe.tables import COLUMNS
 from rlhf_recipes.stats import wilson
 from rlhf_recipes.text import plain
 
@@ -84,6 +83,15 @@ class Plans:
     def change(self, changes: Mapping[str, Any]) -> None:
         self.changes |= {k: True if v == "true" else v for k, v in changes.items()}
 
+    def lost(self, changes: Mapping[str, Any]) -> float:
+        """The share of rows that lower limits would drop."""
+        over = [
+            length > changes.get(f"dataset.max_{what}_tokens", math.inf)
+            for what in ("prompt", "answer")
+            for length in _lengths(self, what)
+        ]
+        return sum(over) / self.looked.used
+
     @property
     def stages(self) -> list[str]:
         kind, found = kind_of(self.sizes.method), []
@@ -114,11 +122,11 @@ def bare(file: Path, model: str) -> str:
     )
 
 
-def recipe(plans: Plans, model: str, file: str) -> str:
+def recipe(plans: Plans, model: str, called: str, file: str) -> str:
     stages = plans.stages
     tables: dict[str, list[tuple[str, Any, str]]] = {
         "": [
-            ("title", _title(plans, model, file), ""),
+            ("title", f"{plain(Path(file).name)}: {plain(called)} by {_called(stages[-1])}", ""),
             ("stages", stages, "in this order; the evaluation closes"),
             ("seed", 42, "another seed gives another policy"),
         ],
@@ -168,11 +176,6 @@ def _header(plans: Plans, file: str) -> str:
     return "\n".join(f"# {plain(line)}" for line in lines)
 
 
-def _title(plans: Plans, model: str, file: str) -> str:
-    name = plain(model.rstrip("/").rpartition("/")[2])
-    return f"{plain(Path(file).name)}: {name} by {_called(plans.stages[-1])}"
-
-
 def _called(stage: str) -> str:
     return TITLES.get(stage, stage.upper())
 
@@ -193,8 +196,7 @@ def _dataset(plans: Plans, file: str) -> list[tuple[str, Any, str]]:
     looked, count = plans.looked, len(plans.looked.asked)
     rows: list[tuple[str, Any, str]] = [("path", file, "")]
     if looked.columns:
-        ordered = {name: looked.columns[name] for name in COLUMNS.split() if name in looked.columns}
-        rows.append(("columns", ordered, "ours = the file's: see that they are right"))
+        rows.append(("columns", looked.columns, "ours = the file's: see that they are right"))
     rows += [(f"max_{what}_tokens", _limit(plans, what), "") for what in ("prompt", "answer")]
     share = min(MOST_TESTED, max(FEWEST_TESTED, math.ceil(100 * TESTED / count) / 100))
     rows.append(("test_fraction", share, "of the prompts: for the evaluation alone"))

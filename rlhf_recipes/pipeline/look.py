@@ -21,6 +21,7 @@ from rlhf_recipes.data.shapes import Row, understand
 from rlhf_recipes.data.tokens import ids
 from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import DataError
+from rlhf_recipes.recipe.tables import COLUMNS
 
 if TYPE_CHECKING:
     from rlhf_recipes.data.tokens import Tokens
@@ -60,7 +61,8 @@ def look(table: DatasetTable, tokens: Tokens | None) -> Looked:
     if not every:
         raise DataError(f"{table.path} holds no rows")
     sample = every[:SAMPLE]
-    columns = dict(table.columns or {}) or _columns(sample)
+    guess = dict(table.columns or {}) or _columns(sample)
+    columns = {name: guess[name] for name in COLUMNS.split() if name in guess}
     held = Counter(_holds(Row(row, columns)) for row in sample)
     del held[""]
     if held.total() * 2 < len(sample):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.recipe.check import Key, dotted
 from rlhf_recipes.recipe.check_stages import check
-from rlhf_recipes.recipe.edit import Edited, edit, rebase
+from rlhf_recipes.recipe.edit import Edited, edit, rebase, without_comments
 from rlhf_recipes.recipe.fields import fields_for, suggest
 from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, Kind, kind_of
 from rlhf_recipes.recipe.tables import form_of, located, move_paths, written
@@ -257,18 +259,26 @@ def find_recipe(name: str) -> Path:
 def fork_recipe(
     source: Path, new: Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()
 ) -> Path:
-    """Write a copy to change: comments kept, relative paths re-based, what it came from on line 1.
+    """Write a copy to change: relative paths re-based, what it came from on line 1.
 
+    Comments are kept, but those of changed lines. A title that is written becomes the copy's name.
     Relative paths in `set` start from where the copy will lie.
     Raises RecipeError if the copy would not be valid, UsageError if `new` is there already.
     """
     new = new if new.suffix == ".toml" else new.with_name(new.name + ".toml")
     if new.exists():
         raise UsageError(f"{new} is there already", "choose another name")
-    load_recipe(source)
+    titled = load_recipe(source).title != source.stem
     new.parent.mkdir(parents=True, exist_ok=True)
     moved = rebase(_read(source), source.parent, new.parent)
-    recipe = loads(moved, new, set, unset)
-    changes = ", ".join(edit(moved, set, unset).changes) or "nothing changed yet"
-    new.write_text(f"# Forked from {source}: {changes}\n{recipe.text}", encoding="utf-8")
+    edited = edit(moved, set, unset)
+    changes = ", ".join(edited.changes) or "nothing changed yet"
+    if titled and not {("title",)} & edited.words.keys() and "title" not in unset:
+        set = [*set, f"title={json.dumps(new.stem)}"]
+        edited.words[("title",)] = ""
+    text = without_comments(loads(moved, new, set, unset).text, edited.words)
+    head = "\n".join(f"# {line}" for line in textwrap.wrap(f"Forked from {source}: {changes}", 98))
+    if edited.changes:
+        head += "\n# The comments are of that recipe; changed lines have none."
+    new.write_text(f"{head}\n{text}", encoding="utf-8")
     return new
