@@ -110,14 +110,13 @@ class Start:
         """The settings with which each stage fits."""
         # The judge takes what the reward model takes.
         stages = [stage for stage in plan.stages if stage.name != JUDGE]
-        large = [stage.name for stage in stages if not room.holds(room.need(stage))]
+        large = [stage for stage in stages if not room.holds(room.need(stage))]
         if not large:
             return recipe, plan
-        plans.change(
-            {f"{name}.gradient_checkpointing": True for name in large if name in recipe.stages}
-        )
+        trained = [stage.name for stage in large if stage.name in recipe.stages]
+        plans.change({f"{name}.gradient_checkpointing": True for name in trained})
         recipe, plan = self._made(plans)
-        changes = self._room(recipe, plan, given).changes(stages)
+        changes = self._room(recipe, plan, given).changes(large)
         if changes is None or plans.lost(changes) > 0.5:
             self.notes.append(f"no setting makes {self.model} fit {room.name}: name a smaller one")
             plans.memory += "; no setting makes it fit, so name a smaller model"

@@ -22,6 +22,7 @@ ASKED = 256  # most prompts of the evaluation: more cost time, and little is won
 VALIDATED = 30  # fewer prompts choose the best policy by luck
 STEPS = 60  # of a trained stage, at least: else it reads its rows twice
 ANSWER = 128  # tokens, where the file has no answers
+AT_ONCE = 8  # rows: more keep a device hardly busier, and take memory
 ROOM = 1.25  # times the longest answer
 WIDTH, MARGIN = 100, 34
 TITLES = {"sft": "SFT", "reward": "reward model"}
@@ -231,7 +232,8 @@ def _rows(plans: Plans, name: str) -> int:
 
 def _batch(plans: Plans, batch: int, what: str, each: str) -> list[tuple[str, Any, str]]:
     # KTO takes its KL from the answers that are in memory together.
-    rows = batch if plans.config is not None else 4 if plans.sizes.method == "kto" else 1
+    least = 4 if plans.sizes.method == "kto" else 1
+    rows = least if plans.config is None else min(batch, 64 if plans.sizes.tiny else AT_ONCE)
     return [
         ("per_device_train_batch_size", rows, f"{what} in memory at once"),
         ("gradient_accumulation_steps", batch // rows, f"× the line above: {what} {each}"),

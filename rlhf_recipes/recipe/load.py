@@ -8,7 +8,7 @@ import re
 import shlex
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     path: Path
     text: str  # as written, `--set` and `--unset` applied
@@ -43,6 +43,9 @@ class Recipe:
     evaluation: EvaluationTable | None
     tables: dict[str, StageTable]  # of its stages, and of an independent judge
     notes: tuple[str, ...]  # what is no mistake, and yet worth a look
+
+    def __repr__(self) -> str:
+        return f"<Recipe {self.title!r}: {' → '.join(self.all_stages)}>"
 
     @property
     def all_stages(self) -> list[str]:
@@ -115,9 +118,20 @@ def _without_none(value: Any) -> Any:
 # ---- loading
 
 
-def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
-    return loads(_read(Path(path)), Path(path), set, unset)
+def load_recipe(
+    source: str | Path | Mapping[str, Any], *, set: Sequence[str] = (), unset: Sequence[str] = ()
+) -> Recipe:
+    """Read and check a recipe: a file, a shipped recipe's name, or its tables as a mapping.
+
+    Relative paths in a mapping start from the current folder, and its run is called "recipe".
+    Raises RecipeError with every problem, UsageError for a bad call.
+    """
+    if isinstance(source, Mapping):
+        import tomlkit
+
+        return loads(tomlkit.dumps(source), Path("recipe.toml"), set, unset)
+    path = find_recipe(source) if isinstance(source, str) else source
+    return loads(_read(path), path, set, unset)
 
 
 def loads(text: str, path: Path, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
