@@ -7,6 +7,7 @@ inside it: `--help` loads typer alone, and nothing here loads torch before a sta
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -432,7 +433,9 @@ def main() -> NoReturn:
     try:
         code = app(arguments, prog_name="rlhf-recipes", standalone_mode=False)
     except errors.RlhfRecipesError as error:
-        code = _say(str(error), error.exit_code)
+        cure = error.hint and sys.stderr.isatty()  # on a line of its own
+        said = f"✗ {error.message}\n  → {error.hint}" if cure else str(error)
+        code = _say(said, error.exit_code)
     except call_errors as error:
         command = error.ctx.command_path if error.ctx else "rlhf-recipes"
         code = _say(f"{error.format_message()}\nfor help: {command} --help", 2)
@@ -453,7 +456,11 @@ def _say(message: str, code: int) -> int:
 
 
 def _print(said: str, **words: Any) -> None:
-    print(printable(text.masked(said)), **words)
+    stream, said = words.get("file", sys.stdout), printable(text.masked(said))
+    if stream.isatty():
+        colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        said = text.dressed(said, shutil.get_terminal_size().columns, colours)
+    print(text.writable(said, stream.encoding or "utf-8"), **words)
 
 
 def printable(said: str) -> str:

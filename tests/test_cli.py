@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -193,6 +194,31 @@ def test_a_call_that_is_wrong_is_two_plain_lines(
         out, err = capsys.readouterr()
         assert out == ""
         assert [line.partition(" (Possible")[0] for line in err.splitlines()] == lines
+
+
+def test_a_terminal_gets_colours_a_hanging_indent_and_the_cure_on_its_own_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert call(monkeypatch, "run", "none") == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "\x1b[31m✗\x1b[0m no recipe none"
+    assert rest[0].startswith("  \x1b[36m→\x1b[0m shipped: ")
+    assert all(line.startswith("    ") and len(line) <= 60 for line in rest[1:])
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call(monkeypatch, "run", "none") == 2
+    assert capsys.readouterr().err.startswith("✗ no recipe none\n  → shipped: ")
+
+
+def test_output_in_ascii(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert call(monkeypatch, "check", "toy.toml") == 0
+    out.seek(0)
+    assert "toy.toml: ok (4 stages: sft -> reward -> ppo -> evaluation)" in out.read()
 
 
 def test_nothing_in_an_error_can_move_the_cursor(
