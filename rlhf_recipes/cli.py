@@ -434,8 +434,8 @@ def main() -> NoReturn:
         code = app(arguments, prog_name="rlhf-recipes", standalone_mode=False)
     except errors.RlhfRecipesError as error:
         cure = error.hint and sys.stderr.isatty()  # on a line of its own
-        said = f"✗ {error.message}\n  → {error.hint}" if cure else str(error)
-        code = _say(said, error.exit_code)
+        shown = f"✗ {error.message}\n  → {error.hint}" if cure else str(error)
+        code = _say(shown, error.exit_code)
     except call_errors as error:
         command = error.ctx.command_path if error.ctx else "rlhf-recipes"
         code = _say(f"{error.format_message()}\nfor help: {command} --help", 2)
@@ -456,7 +456,8 @@ def _say(message: str, code: int) -> int:
 
 
 def _print(said: str, **words: Any) -> None:
-    stream, said = words.get("file", sys.stdout), printable(text.masked(said))
+    stream: Any = words.get("file", sys.stdout)
+    said = printable(text.masked(said))
     if stream.isatty():
         colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         said = text.dressed(said, shutil.get_terminal_size().columns, colours)

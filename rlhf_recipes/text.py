@@ -6,6 +6,7 @@ import os
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 # The password of a URL; tokens of Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, AWS.
 SECRET = re.compile(
@@ -77,9 +78,11 @@ def dressed(said: str, width: int, colours: bool) -> str:
         indent, mark = marked.groups()
         # A finding's text may begin after a column of its own: "✗ rows       …".
         first = re.match(r" *. \S+ {2,}", line) or marked
-        words = {"break_long_words": False, "break_on_hyphens": False}
+        words: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
         hang = " " * min(len(first[0]), width // 3)
+        line = line.replace(" %", "\xa0%")  # a number keeps its unit
         line = "\n".join(textwrap.wrap(line, max(width, 20), subsequent_indent=hang, **words))
+        line = line.replace("\xa0%", " %")
         if colours and mark in COLOURS:
             line = line.replace(mark, f"\x1b[{COLOURS[mark]}m{mark}\x1b[0m", 1)
         lines.append(line)
