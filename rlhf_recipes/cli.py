@@ -7,6 +7,7 @@ inside it: `--help` loads typer alone, and nothing here loads torch before a sta
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a k
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 NONE: list[str] = []  # never changed
 PLAIN: Any = {"show_default": False, "show_envvar": False}
+STRICT = 5  # the exit code of a run that worked, whose verdict has a fault
 RUNS = Path("runs")
 RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
 Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
@@ -53,6 +55,8 @@ Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a r
 Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
 Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults filled in.")]
 New = Annotated[Path, Argument(metavar="NEW", help="The file to write.")]
+Rows = Annotated[Path, Argument(metavar="FILE", help="Rows: .csv, .tsv, .jsonl, .json, .parquet.")]
+NewRecipe = Annotated[Path | None, Argument(metavar="NEW", help="The recipe. [FILE's name.toml]")]
 SomeRuns = Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")]
 Page = Annotated[Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")]
 HeadToHead = Annotated[
@@ -86,6 +90,23 @@ def _main(
 
 
 @app.command()
+def init(
+    file: Rows,
+    new: NewRecipe = None,
+    model: Annotated[str, Option(metavar="NAME", help="A model on the hub, or a folder.")] = "",
+    method: Annotated[str, Option(help="ppo, rloo, grpo, dpo, kto or sft. [by the rows]")] = "",
+    device: Device = "",
+    set_: Set = NONE,
+    unset: Unset = NONE,
+    runs: Runs = RUNS,
+) -> None:
+    """Write a recipe for your own file of rows."""
+    from rlhf_recipes.cli_init import init as write
+
+    write(file, new, model, method, device, set_, unset, runs, _print)
+
+
+@app.command()
 def run(
     recipe: Recipe,
     set_: Set = NONE,
@@ -94,6 +115,7 @@ def run(
     fresh: Annotated[bool, Option("--fresh", help="Take no stage as done.")] = False,
     name: Name = None,
     wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
+    strict: Annotated[bool, Option("--strict", help="End with 5 if the verdict has a ✗.")] = False,
     no_rehearsal: NoRehearsal = False,
     runs: Runs = RUNS,
 ) -> None:
@@ -120,6 +142,8 @@ def run(
         _print(f"model    {outcome.model}")
         _print(f"next     rlhf-recipes chat {outcome.run_folder}")
     _print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
+    if strict and any(line.level == "fault" for line in outcome.verdict):
+        raise Exit(STRICT)
 
 
 def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
@@ -442,7 +466,9 @@ def main() -> NoReturn:
     try:
         code = app(arguments, prog_name="rlhf-recipes", standalone_mode=False)
     except errors.RlhfRecipesError as error:
-        code = _say(str(error), error.exit_code)
+        cure = error.hint and sys.stderr.isatty()  # on a line of its own
+        shown = f"✗ {error.message}\n  → {error.hint}" if cure else str(error)
+        code = _say(shown, error.exit_code)
     except call_errors as error:
         command = error.ctx.command_path if error.ctx else "rlhf-recipes"
         code = _say(f"{error.format_message()}\nfor help: {command} --help", 2)
@@ -463,7 +489,12 @@ def _say(message: str, code: int) -> int:
 
 
 def _print(said: str, **words: Any) -> None:
-    print(printable(text.masked(said)), **words)
+    stream: Any = words.get("file", sys.stdout)
+    said = printable(text.masked(said))
+    if stream.isatty():
+        colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        said = text.dressed(said, shutil.get_terminal_size().columns, colours)
+    print(text.writable(said, stream.encoding or "utf-8"), **words)
 
 
 def printable(said: str) -> str:

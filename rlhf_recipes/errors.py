@@ -11,6 +11,8 @@
     ├── BusyError                75    another process holds the run
     └── Interrupted         130/143    stopped by a signal; the same command goes on from there
 
+Not an error: `run --strict` ends with 5 if the verdict of a whole run has a fault.
+
 `str(error)` is one line, what is wrong and what to do next (RecipeError: one line a problem). The
 command line prints it without a traceback.
 """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 # The password of a URL; tokens of Hugging Face, OpenAI, Anthropic, GitHub, GitLab, Slack, AWS.
 SECRET = re.compile(
@@ -53,6 +55,47 @@ def size(count: float) -> str:
     while count >= 999.5 and len(units) > 1:
         count, units = count / 1000, units[1:]
     return f"{count:.{max(3, len(str(int(count))))}g} {units[0]}"
+
+
+MARKED = re.compile(r"( *)([✓✗?·→]) ")
+COLOURS = {"✓": 32, "✗": 31, "?": 33, "→": 36}
+ASCII = str.maketrans(
+    {"✓": "+", "✗": "x", "·": "-", "→": "->", "…": "...", "–": "-", "−": "-", "±": "+/-"}
+    | {"×": "x", "▸": ">", "⏎": "\\n", "—": "-", "½": "1/2", "≥": ">="}
+)
+
+
+def dressed(said: str, width: int, colours: bool) -> str:
+    """`said` for a terminal: lines that begin with a mark are wrapped under their own text.
+
+    Other lines are those of tables, and stay as they are.
+    """
+    lines = []
+    for line in said.split("\n"):
+        if not (marked := MARKED.match(line)):
+            lines.append(line)
+            continue
+        indent, mark = marked.groups()
+        # A finding's text may begin after a column of its own: "✗ rows       …".
+        first = re.match(r" *. \S+ {2,}", line) or marked
+        words: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+        hang = " " * min(len(first[0]), width // 3)
+        line = line.replace(" %", "\xa0%")  # a number keeps its unit
+        line = "\n".join(textwrap.wrap(line, max(width, 20), subsequent_indent=hang, **words))
+        line = line.replace("\xa0%", " %")
+        if colours and mark in COLOURS:
+            line = line.replace(mark, f"\x1b[{COLOURS[mark]}m{mark}\x1b[0m", 1)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def writable(said: str, encoding: str) -> str:
+    """`said` with signs that the encoding has: "->" for "→" in ASCII."""
+    try:
+        said.encode(encoding)
+    except UnicodeEncodeError:
+        return said.translate(ASCII).encode(encoding, "replace").decode(encoding)
+    return said
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

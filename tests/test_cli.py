@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -19,7 +20,9 @@ from tests.helpers.counting import RECIPE, Counting, toy
 
 pytestmark = pytest.mark.train
 
-COMMANDS = "run plan check fork fetch recipes schema runs compare report doctor clean chat export"
+COMMANDS = (
+    "init run plan check fork fetch recipes schema runs compare report doctor clean chat export"
+)
 COMMANDS = COMMANDS.split()
 
 
@@ -85,6 +88,21 @@ def test_a_run_ends_in_a_table_and_what_to_type_next(here: Path) -> None:
     assert again.returncode == 0
     assert again.stdout.count("cached") == 4
     assert len(again.stderr.splitlines()) == 5
+
+
+def test_strict_ends_with_a_code_of_its_own_where_the_verdict_has_a_fault(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlhf_recipes.findings import Finding
+    from rlhf_recipes.report import run_page
+
+    Counting(monkeypatch)
+    assert call(monkeypatch, "run", "toy", "--strict") == 0  # a doubt is not a fault
+    fault = Finding("fault", "sft", "SFT made the model worse.")
+    monkeypatch.setattr(run_page, "verdict", lambda facts: [fault])
+    assert call(monkeypatch, "run", "toy") == 0
+    assert call(monkeypatch, "run", "toy", "--strict") == 5
+    assert "✗ SFT made the model worse." in capsys.readouterr().out
 
 
 def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(here: Path) -> None:
@@ -178,6 +196,31 @@ def test_a_call_that_is_wrong_is_two_plain_lines(
         assert [line.partition(" (Possible")[0] for line in err.splitlines()] == lines
 
 
+def test_a_terminal_gets_colours_a_hanging_indent_and_the_cure_on_its_own_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert call(monkeypatch, "run", "none") == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "\x1b[31m✗\x1b[0m no recipe none"
+    assert rest[0].startswith("  \x1b[36m→\x1b[0m shipped: ")
+    assert all(line.startswith("    ") and len(line) <= 60 for line in rest[1:])
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert call(monkeypatch, "run", "none") == 2
+    assert capsys.readouterr().err.startswith("✗ no recipe none\n  → shipped: ")
+
+
+def test_output_in_ascii(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert call(monkeypatch, "check", "toy.toml") == 0
+    out.seek(0)
+    assert "toy.toml: ok (4 stages: sft -> reward -> ppo -> evaluation)" in out.read()
+
+
 def test_nothing_in_an_error_can_move_the_cursor(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +301,54 @@ def test_recipes_and_fork(
     assert call(monkeypatch, "fork", "toy.toml", "mine.toml", "--set", "seed=5") == 0
     assert capsys.readouterr().out == "mine.toml written; run it with: rlhf-recipes run mine.toml\n"
     assert "seed = 5" in (here / "mine.toml").read_text()
+
+
+def test_init_writes_a_recipe_and_says_what_to_type_next(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"what is {n};good {n};bad {n}\n" for n in range(9)]
+    (here / "own.csv").write_text("question;good_answer;bad_answer\n" + "".join(lines))
+    assert call(monkeypatch, "init", "own.csv", "--model", "org/m", "--method", "dpo") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == [
+        "own.csv: 9 of 9 rows can be used, as pairs",
+        "  own.csv has semicolons between its columns",
+        "  columns: question is the prompt, good_answer is the chosen, bad_answer is the rejected",
+    ]
+    assert out[3].startswith("? the model org/m is neither on this machine nor to be had")
+    assert out[4:] == [
+        "own.toml written: sft → dpo → judge → evaluation",
+        "next     rlhf-recipes fetch own",
+        "         rlhf-recipes run own",
+        "         rlhf-recipes report own --open",
+    ]
+    assert call(monkeypatch, "check", "own") == 0
+
+
+def test_init_at_a_terminal_asks_three_questions(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.csv").write_text("question,good_answer,bad_answer\nwhy,so,no\nwho,he,it\n")
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    asked: list[str] = []
+
+    def answer(question: str, default: object) -> object:
+        asked.append(question)
+        return {"Which model": "org/m", "Which method": "kto"}.get(
+            question[:12].strip(" ,"), default
+        )
+
+    monkeypatch.setattr("typer.prompt", answer)
+    monkeypatch.setattr("typer.confirm", answer)
+    assert call(monkeypatch, "init", "own.csv") == 0
+    assert asked == [
+        "Which model, on the hub or in a folder?",
+        "Are these columns right?",
+        "Which method: ppo, sft, dpo, kto, rloo, grpo?",
+    ]
+    recipe = (here / "own.toml").read_text()
+    assert 'name = "org/m"' in recipe and 'stages = ["sft", "kto"]' in recipe
 
 
 def test_chat_and_export_get_a_run_s_folder(

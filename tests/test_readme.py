@@ -21,9 +21,8 @@ ROOT = Path(__file__).parents[1]
 HELP = ROOT / "docs" / "commands.md"
 PAGES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.glob("docs/*.md"))}
 PAGES["README.md"] = ROOT / "README.md"
-COMMANDS = (
-    "run plan check fork fetch recipes schema runs compare report doctor clean chat export".split()
-)
+COMMANDS = "init run plan check fork fetch recipes schema runs compare report doctor clean chat"
+COMMANDS = [*COMMANDS.split(), "export"]
 MOST_LINES = 150
 LINK = re.compile(r"(?:\]\(|\bsrc=\"|\bsrcset=\")([^)\s\"]+)")
 each_page = pytest.mark.parametrize("page", PAGES)

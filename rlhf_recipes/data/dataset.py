@@ -202,7 +202,7 @@ def _read(table: Any, tokens: Tokens, keep: Sequence[str]) -> _Read:
     sides += [(table.test_split, "test")] if table.test_split else []
     found: dict[str, None] = {}  # the columns, in order
     for split, side in sides:
-        rows = enumerate(_load_split(table, split, data.read_as), 1)
+        rows = enumerate(load_split(table, split, data.read_as), 1)
         for number, row, made in _encoded(rows, table, tokens, keep):
             columns = row.columns
             found |= dict.fromkeys(columns)
@@ -303,7 +303,7 @@ def check_rows(recipe: Any) -> None:
         whole, hint, names, labels = True, "", set[str](), False
         for one in (table, *table.more):
             data = Data()
-            rows = _load_split(one, one.split or "train", data.read_as) if one.is_local else ()
+            rows = load_split(one, one.split or "train", data.read_as) if one.is_local else ()
             for number, columns in enumerate(itertools.islice(rows, LOOKED), 1):
                 hint = hint or guess(columns)
                 names |= columns.keys()
@@ -345,7 +345,7 @@ def _fraction(purpose: str, prompt: str) -> float:
     return int(digest([purpose, prompt])[:13], 16) / 16**13
 
 
-def _load_split(table: Any, split: str, read_as: dict[str, None]) -> Iterator[dict[str, Any]]:
+def load_split(table: Any, split: str, read_as: dict[str, None]) -> Iterator[dict[str, Any]]:
     """The rows of a split. Raises DataError where a file holds none, or asks for more."""
     try:
         for row in _read_split(table, split, read_as):

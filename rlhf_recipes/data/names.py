@@ -64,11 +64,10 @@ ASIDE = re.compile(
 )
 
 
-def guess(columns: Mapping[str, Any]) -> str:
-    """The `--set` that names the columns, as far as their names tell; empty where they do not."""
-    if list(columns) == ["text"]:
-        return "give each turn by itself: messages, a list of {role, content}"
-    free = [n for n, value in columns.items() if wordy(value) and not ASIDE.search(plain_name(n))]
+def guessed(columns: Mapping[str, Any]) -> dict[str, str]:
+    """Which column may be what, as far as names and texts tell: ours = the file's."""
+    said = [n for n, value in columns.items() if wordy(value) and not isinstance(value, bool)]
+    free = [name for name in said if not ASIDE.search(plain_name(name))]
     found: dict[str, str] = {}
     for ours, pattern in HINTS.items():
         fits = [name for name in free if re.search(pattern, name.lower())]
@@ -84,6 +83,14 @@ def guess(columns: Mapping[str, Any]) -> str:
                 strict=True,
             )
         )
+    return found
+
+
+def guess(columns: Mapping[str, Any]) -> str:
+    """The `--set` that names the columns, as `guessed`; empty where nothing tells."""
+    if list(columns) == ["text"]:
+        return "give each turn by itself: messages, a list of {role, content}"
+    found = guessed(columns)
     named = ", ".join(f'{ours} = "{theirs}"' for ours, theirs in sorted(found.items()))
     return f"--set 'dataset.columns={{{named}}}', if that is what they are" if found else ""
 

@@ -189,8 +189,15 @@ class Room:
         return need.total() + self.held + LIBRARIES + (0.0 if self.wide else KERNELS)
 
     def words(self, stages: Sequence[PlannedStage]) -> str:
-        """`--set` words with which they fit, the least harmful that help; else what is left."""
-        recipe, said = self.recipe, {}
+        """`--set` words with which they fit; else what is left."""
+        changes = self.changes(stages)
+        if changes is None:
+            return "a smaller model: no setting makes this one fit"
+        return " ".join(f"--set {key}={value}" for key, value in changes.items())
+
+    def changes(self, stages: Sequence[PlannedStage]) -> dict[str, Any] | None:
+        """Settings with which they fit, the least harmful that help; None where none do."""
+        recipe, said = self.recipe, dict[str, Any]()
         for stage in stages:
             need = self.need(stage, recipe)
             for change in _changes(recipe, stage):
@@ -205,8 +212,8 @@ class Room:
                     recipe, need = other, less
                     said |= change
             if not self.holds(need):
-                return "a smaller model: no setting makes this one fit"
-        return " ".join(f"--set {key}={value}" for key, value in said.items())
+                return None
+        return said
 
     def speed(self) -> float | None:
         """Operations a second in training, roughly; None of a card that is not here."""

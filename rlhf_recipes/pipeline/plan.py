@@ -58,13 +58,17 @@ class PlannedStage:
         return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     recipe: Recipe
     model: dict[str, str]  # what the base model is, and by that where it comes from
     runs: Path
     run_folder: Path
     stages: tuple[PlannedStage, ...]
+
+    def __repr__(self) -> str:
+        stages = ", ".join(f"{s.name} {'cached' if s.done else 'runs'}" for s in self.stages)
+        return f"<Plan of {self.run_folder}: {stages}>"
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -97,13 +101,16 @@ def make_plan(
     return Plan(recipe, identities.base, runs, run_folder, tuple(stages.values()))
 
 
-def plan_run(recipe: Recipe, runs: Path, *, name: str | None = None, fresh: bool = False) -> Plan:
+def plan_run(
+    recipe: Recipe, runs: Path | None = None, *, name: str | None = None, fresh: bool = False
+) -> Plan:
     """`make_plan`, with what is done already; `fresh` takes no stage as done.
 
     Reads the model's and the data's files for their digests, and the records of stages. Raises
     UsageError for a run name that is not a folder name, DataError and ModelError where a source is
     not available.
     """
+    runs = layout.runs_folder(runs)
     made = make_plan(recipe, identify(recipe, runs), runs, name=name)
     return replace(made, stages=tuple(_looked_up(stage, made, fresh) for stage in made.stages))
 

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ import psutil
 import tomlkit
 
 from rlhf_recipes import errors, signals, text
-from rlhf_recipes.findings import Finding
+from rlhf_recipes.findings import MARKS, Finding
 from rlhf_recipes.pipeline import doctor, memory
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage, plan_run, run_name
 from rlhf_recipes.recipe.kinds import makes
@@ -38,7 +39,7 @@ from rlhf_recipes.sources.fetch import bring
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import files, layout, locks, provenance
 from rlhf_recipes.store.fingerprint import difference
-from rlhf_recipes.text import duration, plain
+from rlhf_recipes.text import duration, masked, plain
 
 if TYPE_CHECKING:
     from rlhf_recipes.pipeline.rehearsal import Ahead, Rehearsed
@@ -56,13 +57,34 @@ class StageOutcome:
     record: dict[str, Any]  # its stage.json: metrics, summary, seconds, versions, …
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunOutcome:
+    """What a run made. In a notebook, it shows its verdict and its stages."""
+
     run_folder: Path
     stages: tuple[StageOutcome, ...]
     results: dict[str, float | int | str]  # "<stage>.<metric>"
     model: Path | None  # None where no policy was trained
     verdict: tuple[Finding, ...] = ()
+
+    @property
+    def report(self) -> Path:
+        return self.run_folder / layout.REPORT
+
+    def __repr__(self) -> str:
+        said = f": {plain(self.verdict[0].text)}" if self.verdict else ""
+        return f"<RunOutcome of {self.run_folder}{said}>"
+
+    def _repr_html_(self) -> str:
+        found = [f"{MARKS[one.level]} {one.text}" for one in self.verdict]
+        rows = [(done.stage.name, done.did, done.record["summary"]) for done in self.stages]
+        cells = ("".join(f"<td>{escape(plain(cell))}</td>" for cell in row) for row in rows)
+        verdict = "".join(f"<li>{escape(masked(plain(one)))}</li>" for one in found)
+        link = escape(str(self.report))
+        return (
+            f"<ul>{verdict}</ul><table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+            f"<p><a href='{link}'>{link}</a></p>"
+        )
 
 
 def run(

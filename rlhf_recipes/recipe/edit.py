@@ -4,7 +4,8 @@ tomlkit is loaded where a text is changed, for to check one needs none of it.
 """
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rlhf_recipes.errors import Problem, UsageError
 from rlhf_recipes.recipe.fields import parse_value, show, suggest
 from rlhf_recipes.recipe.tables import field_at, kinds_in, move_paths, top_keys
+from rlhf_recipes.recipe.toml import WORD, key_lines
 from rlhf_recipes.text import cut, plain
 
 
@@ -95,6 +97,22 @@ def _put(document: Any, path: tuple[str, ...], raw: str, edited: Edited) -> str:
         del node[name]  # in place, a plain value would end up inside the table before it
     node[name] = tomlkit.parse(f"_ = {raw}")["_"] if isinstance(value, dict) else value
     return ""
+
+
+def without_comments(text: str, paths: Iterable[tuple[str | int, ...]]) -> str:
+    """`text` without the comments of these keys' lines, which speak of other values."""
+    lines, at = text.split("\n"), key_lines(text)
+    for number in sorted({at[path] - 1 for path in paths if path in at}, reverse=True):
+        if (inside := _without_comment(lines[number])) != lines[number]:
+            lines[number] = inside.rstrip()
+            # Such a comment goes on in lines of its own, far to the right.
+            while number + 1 < len(lines) and re.match(r" {12,}#", lines[number + 1]):
+                del lines[number + 1]
+    return "\n".join(lines)
+
+
+def _without_comment(line: str) -> str:
+    return line[: next((m.start() for m in WORD.finditer(line) if m[0][0] == "#"), None)]
 
 
 def rebase(text: str, source: Path, target: Path) -> str:

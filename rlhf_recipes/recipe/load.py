@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.errors import Problem, RecipeError, UsageError
 from rlhf_recipes.recipe.check import Key, dotted
 from rlhf_recipes.recipe.check_stages import check
-from rlhf_recipes.recipe.edit import Edited, edit, rebase
+from rlhf_recipes.recipe.edit import Edited, edit, rebase, without_comments
 from rlhf_recipes.recipe.fields import fields_for, suggest
 from rlhf_recipes.recipe.kinds import BEST_OF, EVALUATION, JUDGE, REWARD, Kind, kind_of
-from rlhf_recipes.recipe.tables import ModelTable, located, move_paths, written
+from rlhf_recipes.recipe.tables import ModelTable, form_of, located, move_paths, written
 from rlhf_recipes.recipe.toml import MAX_SIZE, key_lines, parse
 from rlhf_recipes.text import cut, masked
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 HINTS = Path(__file__).with_name("hints.toml")  # what to do about tomllib's messages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recipe:
     path: Path
     text: str  # as written, `--set` and `--unset` applied
@@ -41,6 +43,9 @@ class Recipe:
     evaluation: EvaluationTable | None
     tables: dict[str, StageTable]  # of its stages, and of an independent judge
     notes: tuple[str, ...]  # what is no mistake, and yet worth a look
+
+    def __repr__(self) -> str:
+        return f"<Recipe {self.title!r}: {' → '.join(self.all_stages)}>"
 
     @property
     def all_stages(self) -> list[str]:
@@ -123,12 +128,24 @@ def _without_none(value: Any) -> Any:
 # ---- loading
 
 
-def load_recipe(path: str | Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe. Raises RecipeError with every problem, UsageError for a bad call."""
-    return _load(_read(Path(path)), Path(path), set, unset)
+def load_recipe(
+    source: str | Path | Mapping[str, Any], *, set: Sequence[str] = (), unset: Sequence[str] = ()
+) -> Recipe:
+    """Read and check a recipe: a file, a shipped recipe's name, or its tables as a mapping.
+
+    Relative paths in a mapping start from the current folder, and its run is called "recipe".
+    Raises RecipeError with every problem, UsageError for a bad call.
+    """
+    if isinstance(source, Mapping):
+        import tomlkit
+
+        return loads(tomlkit.dumps(source), Path("recipe.toml"), set, unset)
+    path = find_recipe(source) if isinstance(source, str) else source
+    return loads(_read(path), path, set, unset)
 
 
-def _load(text: str, path: Path, set: Sequence[str], unset: Sequence[str]) -> Recipe:
+def loads(text: str, path: Path, set: Sequence[str] = (), unset: Sequence[str] = ()) -> Recipe:
+    """A recipe from its text, as if that stood in `path`. Raises as `load_recipe` does."""
     edited = edit(text, set, unset)
     if secrets := _secrets(text, path, set):
         raise RecipeError(secrets)
@@ -157,7 +174,7 @@ def _secrets(text: str, path: Path, set: Sequence[str]) -> list[Problem]:
 
 def changed(recipe: Recipe, words: Sequence[str]) -> Recipe:
     """The recipe with more words of `--set`. Raises RecipeError."""
-    return _load(recipe.text, recipe.path, words, ())
+    return loads(recipe.text, recipe.path, words, ())
 
 
 def _read(path: Path) -> str:
@@ -250,9 +267,12 @@ def shipped_recipes() -> list[Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """A file, or a shipped recipe by its stem. Raises UsageError."""
-    if os.path.isfile(name):
-        return Path(name)
+    """A file, with or without its ".toml", or a shipped recipe by its stem. Raises UsageError."""
+    if form_of(name):
+        raise UsageError(f"{name} holds rows, not a recipe", f"rlhf-recipes init {name} writes one")
+    for file in (name, f"{name}.toml"):
+        if os.path.isfile(file):
+            return Path(file)
     shipped = {path.stem: path for path in shipped_recipes()}
     if name not in shipped:
         near = suggest(name, shipped)
@@ -263,18 +283,26 @@ def find_recipe(name: str) -> Path:
 def fork_recipe(
     source: Path, new: Path, *, set: Sequence[str] = (), unset: Sequence[str] = ()
 ) -> Path:
-    """Write a copy to change: comments kept, relative paths re-based, what it came from on line 1.
+    """Write a copy to change: relative paths re-based, what it came from on line 1.
 
+    Comments are kept, but those of changed lines. A title that is written becomes the copy's name.
     Relative paths in `set` start from where the copy will lie.
     Raises RecipeError if the copy would not be valid, UsageError if `new` is there already.
     """
     new = new if new.suffix == ".toml" else new.with_name(new.name + ".toml")
     if new.exists():
         raise UsageError(f"{new} is there already", "choose another name")
-    load_recipe(source)
+    titled = load_recipe(source).title != source.stem
     new.parent.mkdir(parents=True, exist_ok=True)
     moved = rebase(_read(source), source.parent, new.parent)
-    recipe = _load(moved, new, set, unset)
-    changes = ", ".join(edit(moved, set, unset).changes) or "nothing changed yet"
-    new.write_text(f"# Forked from {source}: {changes}\n{recipe.text}", encoding="utf-8")
+    edited = edit(moved, set, unset)
+    changes = ", ".join(edited.changes) or "nothing changed yet"
+    if titled and not {("title",)} & edited.words.keys() and "title" not in unset:
+        set = [*set, f"title={json.dumps(new.stem)}"]
+        edited.words[("title",)] = ""
+    text = without_comments(loads(moved, new, set, unset).text, edited.words)
+    head = "\n".join(f"# {line}" for line in textwrap.wrap(f"Forked from {source}: {changes}", 98))
+    if edited.changes:
+        head += "\n# The comments are of that recipe; changed lines have none."
+    new.write_text(f"{head}\n{text}", encoding="utf-8")
     return new

@@ -172,6 +172,10 @@ def test_shipped_recipes_are_found_by_name(tmp_path: Path) -> None:
     assert find_recipe("smoke").name == "smoke.toml"
     file = write(tmp_path, MINIMAL)
     assert find_recipe(str(file)) == file
+    assert find_recipe(str(file.with_suffix(""))) == file
+    with pytest.raises(UsageError, match="pairs.csv holds rows, not a recipe") as error:
+        find_recipe("pairs.csv")
+    assert error.value.hint == "rlhf-recipes init pairs.csv writes one"
     with pytest.raises(UsageError, match=r'no recipe smok \(did you mean "smoke"\?\) \(shipped: '):
         find_recipe("smok")
 
