@@ -421,16 +421,16 @@ def _part(
 
 
 def _check_share(data: Data, table: Any) -> None:
-    dropped = data.dropped.total() - sum(data.dropped[why] for why in ASKED_FOR)
+    causes = Counter({why: n for why, n in data.dropped.items() if why not in ASKED_FOR})
     if data.rows == 0:
         raise DataError(f"{table.path} holds no rows")
-    if dropped * 2 > data.rows:
-        reasons = ", ".join(f"{n} × {why}" for why, n in data.dropped.most_common(3))
-        most = next(why for why, _ in data.dropped.most_common() if why not in ASKED_FOR)
+    if causes.total() * 2 > data.rows:
+        reasons = ", ".join(f"{n} × {why}" for why, n in causes.most_common(3))
+        most = causes.most_common(1)[0][0]
         number, columns, way = data.first[most]
         held = "; ".join(f"{name}: {_cut(value)}" for name, value in list(columns.items())[:8])
         raise DataError(
-            f"{table.path}: {dropped} of {data.rows} rows are unusable ({reasons}); "
+            f"{table.path}: {causes.total()} of {data.rows} rows are unusable ({reasons}); "
             f"row {number} has {held}",
             f"{way}{way and '; or '}the shapes that are understood:\n{SHAPES}"
             if most.startswith("no ")

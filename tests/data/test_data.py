@@ -83,6 +83,15 @@ def test_more_than_half_bad_stops_with_the_columns_and_the_shapes(
     assert "prompt + chosen + rejected" in str(error.value)
 
 
+def test_an_answer_that_is_called_bad_is_not_among_the_reasons(
+    tmp_path: Path, tokens: Tokens
+) -> None:
+    rows = [{"prompt": "red", "completion": "", "label": True}] * 3
+    rows += [{"prompt": "red", "completion": "cat", "label": False}] * 2
+    with pytest.raises(DataError, match=r"3 of 5 rows are unusable \(3 × empty answer\); "):
+        load_data(table(write(tmp_path, rows)), tokens)
+
+
 def test_no_prompt_is_on_two_sides_whatever_the_file(
     tmp_path: Path, tiny_pairs: Path, tokens: Tokens
 ) -> None:

@@ -1,10 +1,11 @@
 """Kills a run where it is told to, runs it again, and says what it ended with.
 
-    python -m tests.killing RECIPE FOLDER POINTS
+    python -m tests.helpers.killing RECIPE FOLDER POINTS [STAGE ...]
 
 One process imports what a run needs and forks for each: a run in one piece first, whose calls are
 counted, then for every point a run that is killed there and the same run again. POINTS is how many
-to a stage. Prints a JSON line for each: the stage, the point, and what differs from the first run.
+to a stage. Where stages are named, only these are killed. Prints a JSON line for each: the stage,
+the point, and what differs from the first run.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def spread(count: int, points: int) -> list[int]:
     return sorted({1 + round(i * (count - 1) / (points - 1)) for i in range(points)})
 
 
-def main(recipe: Path, folder: Path, points: int) -> None:
+def main(recipe: Path, folder: Path, points: int, killed: list[str]) -> None:
     import rlhf_recipes.stages.ppo.trainer
     import rlhf_recipes.stages.reward
     import rlhf_recipes.stages.session
@@ -159,7 +160,7 @@ def main(recipe: Path, folder: Path, points: int) -> None:
         if forked(recipe, whole, stage, Places(None, counts), log):
             raise SystemExit(log.read_text())
         wanted, seen = left(whole, stage), json.loads(counts.read_text())
-        for kind, share in KINDS.items():
+        for kind, share in KINDS.items() if not killed or stage in killed else ():
             for number in spread(seen[kind], max(1, share * points // 20)):
                 runs = folder / "runs"
                 shutil.copytree(before, runs)
@@ -183,4 +184,4 @@ def main(recipe: Path, folder: Path, points: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
