@@ -15,6 +15,9 @@ from rlhf_recipes.data.turns import Messages
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.files import to_json, whole
 
+ANSWERS = "answers.jsonl"  # in the output of a `sample` stage
+ROWS = "feedback.jsonl"  # in the output of a `label` stage: what can be learned from
+
 
 @dataclass(frozen=True)
 class Item:
@@ -63,6 +66,10 @@ def write_items(file: Path, items: Iterable[Item]) -> None:
     with whole(file) as stream:
         for one in items:
             stream.write((to_json(asdict(one)) + "\n").encode())
+
+
+def ids_of(file: Path) -> list[str]:
+    return [one.id for one in read_items(file)]
 
 
 def read_items(file: Path) -> Iterator[Item]:

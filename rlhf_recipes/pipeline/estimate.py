@@ -53,7 +53,7 @@ def _by_rule(
         count = weights(session.model_folder)
         with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
             for stage in stages:
-                amount = work_of(recipe, stage, session.data(recipe.dataset_of(stage.name)))
+                amount = work_of(recipe, stage, session.data_of(stage.name))
                 took[stage.name] = room.seconds(amount, count) or 0.0
     there = f"by rule{'' if session else ', at the longest rows that the recipe lets in'}"
     there += f"; {room.name} has {size(room.bytes)}"

@@ -71,7 +71,7 @@ class Ahead:
     needs: dict[str, Counter[str]] = field(default_factory=dict)  # by stage: bytes by role
 
     def data(self, stage: PlannedStage) -> Data:
-        return self.session.data(self.plan.recipe.dataset_of(stage.name))
+        return self.session.data_of(stage.name)
 
 
 def cost(ahead: Ahead) -> tuple[float, float]:
@@ -158,9 +158,9 @@ def _stage(
     whole = ahead.plan.recipe
     trial = trial_of(whole, stage)
     recipe = own.recipe = trial.recipe
-    for table in (whole.dataset, whole.dataset_of(stage.name)):
-        few = longest(ahead.session.data(table), stage, trial)
-        own.put_data(table, few)
+    few = longest(ahead.data(stage), stage, trial)
+    own.put_data(whole.dataset, longest(ahead.session.data(whole.dataset), stage, trial))
+    own.put_data(whole.dataset_of(stage.name), few)
     layout.clear_stage(folder)
     clock = Clock()
     memory.begin()

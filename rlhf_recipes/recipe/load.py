@@ -82,6 +82,14 @@ class Recipe:
         trained = self.explorer.said(key) if self.explorer else None
         return getattr(self.evaluation, key, None) or trained
 
+    def most_tokens(self, stage: str) -> int | None:
+        """The most tokens of an answer that a stage samples; None where it samples none."""
+        table = self.tables[stage]
+        if not table.of.samples:
+            return None
+        lent = self.explorer.said("response_length") if self.explorer else None
+        return table.said("response_length") or lent or self.dataset.max_answer_tokens
+
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]
 

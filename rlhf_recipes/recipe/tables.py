@@ -138,6 +138,7 @@ class DatasetTable:
     weight: float | None = _key(None, range="above 0, at most 1")
     # What the file calls COLUMNS otherwise: ours = theirs.
     columns: dict[str, str] | None = field(default=None, hash=False, metadata={"key": False})
+    judged: bool = field(default=False, metadata={"key": False})  # rows of a `label` stage
     more: tuple[DatasetTable, ...] = field(default=(), metadata={"key": False})
     base: Path = _base()
 
@@ -183,7 +184,7 @@ class EvaluationTable:
 
 def written(table: ModelTable | DatasetTable | EvaluationTable) -> dict[str, Any]:
     """A table's keys with their values, as a recipe has them; None: left out."""
-    return asdict(table) | {"base": None, "more": None}
+    return asdict(table) | {"base": None, "more": None, "judged": None}
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ class StageTable:
     policy: str | None  # a stage; None: the bare base
     reward_model: str | None  # a stage, a folder or a hub id; None: no model, or rules alone
     reference: str | None  # a stage; None: the policy that the stage starts from
+    against: str | None  # a stage, whose answers are set against the policy's
+    answers: str | None  # a stage, whose answers are judged
     dataset: DatasetTable | None  # its own; None: the recipe's
     extras: dict[str, Any]  # our own keys of the kind
     options: dict[str, Any]  # every passed field of TRL's config
@@ -208,6 +211,11 @@ class StageTable:
     def rewards(self) -> list[Term]:
         """What the stage trains on, where the recipe lists it: its reward model, and rules."""
         return terms(self.extras.get("rewards"))
+
+    @property
+    def rule(self) -> Term | None:
+        """What judges by a rule."""
+        return term(self.extras["rule"]) if self.extras.get("rule") else None
 
     def called(self, key: str) -> str:
         """What the kind's config calls a setting that PPO has as `key`."""
@@ -308,10 +316,12 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
     for table in (data if isinstance(data, list) else [data]) + own:
         if DatasetTable(table["path"]).is_local:
             table["path"] = moved(table["path"])
-    for table, key in [(model, "name"), *((stage, "reward_model") for stage in stages)]:
+    named = [(stage, key) for stage in stages for key in ("reward_model", "guideline")]
+    for table, key in [(model, "name"), *named]:
         if is_path(table.get(key) or ""):
             table[key] = moved(table[key])
     asked = recipe.get("evaluation") or {}
-    for table, key in [(asked, "judge"), *((stage, "rewards") for stage in stages)]:
+    of_stages = [(stage, key) for stage in stages for key in ("rewards", "rule")]
+    for table, key in [(asked, "judge"), *of_stages]:
         if table.get(key):
             move_terms(table, key, moved)

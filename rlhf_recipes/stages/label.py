@@ -1,0 +1,162 @@
+"""Judgements of sampled answers, as rows that a reward model, DPO and KTO learn from.
+
+People judge on the page (`rlhf-recipes label`), outside of the stage: it takes what they said from
+the store, or ends with exit code 4 where that is too little. A rule judges here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.errors import PeopleNeeded, StageError
+from rlhf_recipes.feedback.items import ANSWERS, ROWS, Item, read_items
+from rlhf_recipes.feedback.store import Judged, Store, majority, snapshot
+from rlhf_recipes.models.fake_model import Held, Sim
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages.rewards.rule import Said, load_rule
+from rlhf_recipes.store.files import to_json, whole
+
+Verdicts = dict[str, str]  # by item: first, second, tie, both_bad, good, bad
+Row = dict[str, Any]
+
+
+def run(context: StageContext) -> StageResult:
+    table = context.recipe.table(context.name)
+    items = list(read_items(context.inputs["answers"] / ANSWERS))
+    margins: dict[str, float] = {}
+    if table.extras["by"] == "rule":
+        verdicts = by_rule(context, items)
+    else:
+        said = _of_people(context, items)
+        verdicts, margins = majority(said), strengths(said)
+    rows = [row for one in items for row in rows_of(one, verdicts.get(one.id), margins)]
+    if not rows:
+        raise StageError(
+            f"{context.name}: of {len(verdicts)} judgements none says which answer is better",
+            "sample other answers: raise temperature, or answers",
+        )
+    with whole(context.folder / "output" / ROWS) as stream:
+        for row in rows:
+            stream.write((to_json(row) + "\n").encode())
+    counts = Counter(verdicts.values())
+    pairs = counts["first"] + counts["second"]
+    metrics: dict[str, float | int | str] = {
+        "by": table.extras["by"],
+        "items": len(items),
+        "judged": len(verdicts),
+        "pairs": pairs,
+        "labels": counts["good"] + counts["bad"],
+        "ties": counts["tie"],
+        "both_bad": counts["both_bad"],
+    }
+    if longer := [_longer(one, verdicts[one.id]) for one in items if one.id in verdicts]:
+        told = [value for value in longer if value is not None]
+        metrics |= {"longer_preferred": fmean(told)} if told else {}
+    return StageResult(metrics, f"{len(rows)} rows from {len(verdicts)} judgements")
+
+
+def rows_of(one: Item, verdict: str | None, margins: dict[str, float]) -> Iterable[Row]:
+    """What an item teaches: a pair, or a labelled answer; nothing of ties."""
+    prompt = [dict(turn) for turn in one.prompt]
+    if verdict in ("good", "bad"):
+        yield {"prompt": prompt, "completion": one.answers[0], "label": verdict == "good"}
+    elif verdict in ("first", "second"):
+        better, worse = one.answers if verdict == "first" else one.answers[::-1]
+        margin = {"margin": margins[one.id]} if one.id in margins else {}
+        yield {"prompt": prompt, "chosen": better, "rejected": worse, **margin, **one.row}
+
+
+def _longer(one: Item, verdict: str) -> float | None:
+    """Whether the longer of two answers won, where they differ by a tenth."""
+    if verdict not in ("first", "second"):
+        return None
+    first, second = map(len, one.answers)
+    if 10 * abs(first - second) <= max(first, second):
+        return None
+    return float((first > second) == (verdict == "first"))
+
+
+def strengths(said: Iterable[Judged]) -> dict[str, float]:
+    """By item: by how much the better answer is better, in the mean; where people said so."""
+    votes: dict[str, list[float]] = {}
+    for one in said:
+        if one.strength is not None and one.verdict in ("first", "second"):
+            sign = 1 if one.verdict == "first" else -1
+            votes.setdefault(one.item, []).append(sign * one.strength)
+    return {key: abs(fmean(values)) for key, values in votes.items() if fmean(values)}
+
+
+# ---- who judges
+
+
+def lacking(
+    items: Sequence[Item], said: Sequence[Judged], votes: int, least: dict[str, int]
+) -> int:
+    """How many judgements are missing for a stage to go on. Of a side, all items are enough."""
+    counts = Counter(one.item for one in said)
+    missing = 0
+    for tests, wanted in ((False, least["minimum"]), (True, least["minimum_test"])):
+        side = [one for one in items if (one.side == "test") == tests]
+        done = sum(min(votes, counts[one.id]) for one in side)
+        missing += max(0, votes * min(wanted, len(side)) - done)
+    return missing
+
+
+def _of_people(context: StageContext, items: Sequence[Item]) -> list[Judged]:
+    """What people said, if it is enough and what the stage's key knows of."""
+    extras, runs = context.recipe.table(context.name).extras, context.session.runs
+    said = Store(runs).judged(one.id for one in items) if runs else []
+    if missing := lacking(items, said, extras["votes"], extras):
+        done = f"{len({one.item for one in said})} of {len(items)} are judged"
+        raise PeopleNeeded(
+            f"people have to judge first: {done}, {missing} more are needed",
+            f"rlhf-recipes label {context.recipe.path}",
+        )
+    if snapshot(said) != context.judged:
+        what = "judgements came in as the run was planned"
+        raise StageError(f"{context.name}: {what}", "the same command goes on")
+    return said
+
+
+def by_rule(context: StageContext, items: Sequence[Item]) -> Verdicts:
+    """The answer with the higher number is better; of a single answer, from ½ on it is good."""
+    tokens, table = context.session.tokens, context.recipe.table(context.name)
+    assert table.rule
+    rule = load_rule(table.rule, context.recipe.model.base)
+    assert rule
+    found: Verdicts = {}
+    for done, one in enumerate(items, 1):
+        numbers = []
+        for place, text in enumerate(one.answers):
+            ended = one.made.get("ended", [True, True])[place]
+            ids = tokens.tokenizer(text, add_special_tokens=False)["input_ids"]
+            numbers.append(rule(Said(one.prompt[-1]["content"], one.row, text, ids, ended)))
+        if None in numbers:
+            continue  # the rule does not speak of the row
+        if len(numbers) == 1:
+            found[one.id] = "good" if numbers[0] >= 0.5 else "bad"
+        else:
+            first, second = numbers
+            found[one.id] = "tie" if first == second else "first" if first > second else "second"
+        context.progress.update(done, len(items))
+    return found
+
+
+# ---- it is not rehearsed; it has no model
+
+
+def trial(recipe: Recipe, name: str) -> Trial:
+    return Trial(recipe, 0, 0)
+
+
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    return Work(1, 1.0)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    yield Counter()
