@@ -114,7 +114,7 @@ def schema_json() -> str:
         said.setdefault(name, {}).update(texts)
     top = table(top_keys(), said[""])
     places = top["properties"]
-    for name in ("model", "dataset", "evaluation", "lora"):
+    for name in ("model", "dataset", "evaluation", "lora", "rounds"):
         places[name] = table(top_keys()[name], said[name])
     for name in ("evaluation", "lora"):
         places[name] = {"anyOf": [{"const": False}, places[name]]}

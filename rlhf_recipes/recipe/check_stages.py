@@ -25,6 +25,7 @@ from rlhf_recipes.recipe.kinds import (
     makes,
 )
 from rlhf_recipes.recipe.rewards import python_judge
+from rlhf_recipes.recipe.rounds import expand
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -223,8 +224,11 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
 
     `data` is the parsed recipe, `path` its file: relative paths start from the folder around it.
     """
-    base = path.parent.resolve()
+    base, (data, wrong) = path.parent.resolve(), expand(data)
     checker = StageChecker(data, base)
+    checker.table(data.get("rounds", {}), tables.keys_of("rounds"), ("rounds",))
+    for key, what in wrong:
+        checker.problem(key, what)
     top = checker.top()
     model, datasets, evaluation = checker.model(), checker.datasets(), checker.evaluation()
     lora = checker.lora(model.get("quantization", ModelTable.quantization))

@@ -96,6 +96,7 @@ _PENALTY = Field(("float",), 1.0, range="at least 0")  # else it learns to talk 
 _COUNT = Field(("int",), range="at least 1")
 _SAMPLE: Keys = {
     "prompts": replace(_COUNT, default=400),
+    "skip": Field(("int",), 0, range="at least 0"),
     "answers": Field(("int",), 2, range="at least 1"),
     # None: as the next stage that explores has them.
     "temperature": Field(("float",), range="above 0"),

@@ -182,6 +182,18 @@ class EvaluationTable:
         return dict(zip((JUDGE, "judge2"), map(term, listed), strict=False))
 
 
+@dataclass(frozen=True)
+class RoundsTable:
+    """Expanded before all else: see `rounds.py`. So what it says is in keys by its effects."""
+
+    count: int = _key(1, effect="neutral", range="at least 1")
+    from_: str | None = field(default=None, metadata={"key": False})  # `from` in the recipe
+    policy: str = _key("last", effect="neutral", choices=("last", "first"))
+    reference: str = _key("first", effect="neutral", choices=("first", "last"))
+    pairs: str = _key("all", effect="neutral", choices=("all", "last"))
+    prompts: str = _key("new", effect="neutral", choices=("new", "same"))
+
+
 def written(table: ModelTable | DatasetTable | EvaluationTable) -> dict[str, Any]:
     """A table's keys with their values, as a recipe has them; None: left out."""
     return asdict(table) | {"base": None, "more": None, "judged": None}
@@ -272,6 +284,7 @@ def top_keys() -> dict[str, Field | Keys]:
         "lora": fields_for(LORA),
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),
+        "rounds": {"from": Field(("str",), effect="neutral"), **fields_of(RoundsTable)},
     }
 
 

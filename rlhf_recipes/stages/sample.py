@@ -44,7 +44,7 @@ class Draw(NamedTuple):
 def run(context: StageContext) -> StageResult:
     recipe, table = context.recipe, context.recipe.table(context.name)
     data, found = load_rows(context)
-    asked = share(data, found, table.extras["prompts"])
+    asked = share(data, found, table.extras["prompts"], table.extras["skip"])
     length, temperature = answer_length(recipe, context.name), warmth(recipe, context.name)
     setting = Setting(length, temperature, context.seed())
 
@@ -93,18 +93,23 @@ def run(context: StageContext) -> StageResult:
     return StageResult(metrics, f"{len(items)} {what} to be judged")
 
 
-def share(data: Data, found: Sequence[Example], most: int) -> list[tuple[str, Example]]:
-    """The first prompts of each side, in proportion; at most so many in all."""
+def share(
+    data: Data, found: Sequence[Example], most: int, skip: int = 0
+) -> list[tuple[str, Example]]:
+    """The first prompts of each side after `skip`, in proportion; at most `most` in all.
+
+    Where a side has no more of them, it begins anew.
+    """
     sides = {id(example): side for side in SIDES for example in getattr(data, side)}
     by_side: dict[str, list[Example]] = {side: [] for side in SIDES}
     for example in found:
         by_side[sides[id(example)]].append(example)
-    part = min(1.0, most / len(found))
-    return [
-        (side, example)
-        for side, examples in by_side.items()
-        for example in examples[: round(part * len(examples))]
-    ]
+    part, chosen = min(1.0, most / len(found)), []
+    for side, examples in by_side.items():
+        first = round(skip / len(found) * len(examples))
+        places = range(first, first + round(part * len(examples)))
+        chosen += [(side, examples[place % len(examples)]) for place in places]
+    return chosen
 
 
 def _draw(
