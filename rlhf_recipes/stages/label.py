@@ -21,6 +21,8 @@ from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.rewards.rule import Said, load_rule
 from rlhf_recipes.store.files import to_json, whole
 
+__all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
+
 Verdicts = dict[str, str]  # by item: first, second, tie, both_bad, good, bad
 Row = dict[str, Any]
 

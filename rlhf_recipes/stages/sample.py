@@ -27,6 +27,8 @@ from rlhf_recipes.stages.training import FORWARD, load_rows
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.digests import derive_seed
 
+__all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
+
 SIDES = ("train", "validation", "test")
 AGAIN = 2  # further draws for a prompt whose answers are all the same
 
