@@ -36,7 +36,6 @@ from rlhf_recipes.feedback.asks import Ask, Asks
 from rlhf_recipes.feedback.guard import Guard
 from rlhf_recipes.report.html import ENVIRONMENT, STYLE
 from rlhf_recipes.store.digests import digest
-from rlhf_recipes.text import duration
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGES = ENVIRONMENT.overlay(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined)
@@ -46,7 +45,8 @@ STATIC = {
     "page.js": ((TEMPLATES / "page.js").read_text(encoding="utf-8"), "text/javascript"),
 }
 VERSION = digest([content for content, _ in STATIC.values()])[:12]
-BODY, FIELDS, BODY_SECONDS = 16 * 1024, 8, 10.0
+BODY = 40 * 1024  # bytes: a note of NOTE Chinese characters takes nine apiece in a form
+FIELDS, BODY_SECONDS = 8, 10.0
 NOTE = 4000  # characters
 LISTED = 200  # of what a person said
 SOONEST = 0.3  # seconds: a verdict that follows its page sooner was a double click's second half
@@ -201,7 +201,8 @@ class Page:
     def _page(self, name: str, request: Request, code: int = 200, **values: Any) -> Response:
         person = self._person(request)
         progress = self.asks.progress(person)
-        rest = duration(progress.left * progress.seconds) if progress.seconds else ""
+        minutes = round(progress.left * (progress.seconds or 0) / 60)
+        rest = f"{minutes} minute{'s' * (minutes > 1)} left" if minutes else "under a minute left"
         shared = {
             "page": self,
             "person": person if len(self.people) > 1 else "",

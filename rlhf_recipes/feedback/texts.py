@@ -79,6 +79,8 @@ def _marks(html: str) -> Markup:
 
 def _markdown(source: str) -> str:
     tokens = MARKDOWN.parse(source)
-    for token in tokens:  # no class of a language, no style of a column
+    for token in tokens:  # no class of a language, no style of a column; the page has the one h1
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(int(token.tag[1]) + 1, 6)}"
         token.info, token.attrs = "", {k: v for k, v in token.attrs.items() if k == "start"}
     return MARKDOWN.renderer.render(tokens, MARKDOWN.options, {})
