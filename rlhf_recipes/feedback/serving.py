@@ -66,17 +66,18 @@ def serve(
         wanted=wanted,
         about=about,
     )
-    with _listening(port) as listener, store.reading():  # open, so that SQLite's own files stay
+    with listening(port) as listener, store.reading():  # open, so that SQLite's own files stay
         port = listener.getsockname()[1]
         for token, person in addresses.items():
             name = f"{person}: " if len(addresses) > 1 else ""
             tell(f"{name}http://127.0.0.1:{port}/{token}/")
         if "SSH_CONNECTION" in os.environ:
             tell(f"from your own machine: ssh -L {port}:127.0.0.1:{port} {platform.node()}")
-        return _served(page, listener)
+        return served(page, listener)
 
 
-def _served(page: Page, listener: socket.socket) -> bool:
+def served(page: Page, listener: socket.socket) -> bool:
+    """Serve a page at a socket of this machine until it is ended (True) or Ctrl-C comes (False)."""
     config = uvicorn.Config(
         page.app,
         http=_Protocol,
@@ -119,7 +120,8 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-def _listening(port: int) -> socket.socket:
+def listening(port: int) -> socket.socket:
+    """A socket at 127.0.0.1 alone. Raises UsageError where the port cannot be had."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

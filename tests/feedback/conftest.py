@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from starlette.testclient import TestClient
 from rlhf_recipes.feedback.asks import Asks
 from rlhf_recipes.feedback.items import Item, item
 from rlhf_recipes.feedback.page import Page
+from rlhf_recipes.feedback.serving import listening, served
 from rlhf_recipes.feedback.store import Store
 
 ADDRESS = "http://127.0.0.1:8017"
@@ -56,6 +60,39 @@ class Labelling:
         with self.store.reading() as db:
             rows = db.execute("select ask, verdict, strength, note from judgement order by n")
             return [tuple(row) for row in rows]
+
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[int]:
+        """The port at which the page is served, by a thread of this process."""
+        ended: list[bool] = []
+        with listening(0) as listener:
+            port = listener.getsockname()[1]
+            thread = threading.Thread(target=lambda: ended.append(served(self.page, listener)))
+            thread.start()
+            try:
+                yield port
+            finally:
+                form = "content-type: application/x-www-form-urlencoded\r\ncontent-length: 0\r\n"
+                raw(port, f"POST /{next(iter(self.page.people))}/end HTTP/1.1\r\n{form}")
+                thread.join(20)
+        assert ended == [True]
+
+
+def raw(port: int, request: str | bytes, host: str = "host: localhost\r\n") -> str:
+    """What the server says to a request that no client of good manners would send."""
+    data = request if isinstance(request, bytes) else f"{request}{host}\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(data)
+        answer = b""
+        connection.settimeout(5)
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            while piece := connection.recv(65536):
+                answer += piece
+                if b"\r\n\r\n" in answer:
+                    break
+    return answer.decode("latin1")
 
 
 @pytest.fixture
