@@ -28,16 +28,19 @@ SIDES = {"left": ("first", "second"), "right": ("second", "first")}  # as stored
 
 # Items that this person may be asked, those first that others have begun to judge.
 OPEN = """
-select q.item, coalesce(json_extract(i.made, '$.side'), 'train') <> 'train' as held_out, (
-    select count(distinct a.person) from ask a
-    left join judgement j on j.n = (select max(n) from judgement where ask = a.id)
-    where a.item = q.item and a.question = :question and a.again = 0 and a.person <> :person
-      and coalesce(j.verdict <> 'skip', a.at between :since and :now)) as votes
-from queue q join item i on i.id = q.item
-where q.name = :queue and votes < :votes and not exists (
-    select 1 from ask a
-    where a.item = q.item and a.question = :question and a.again = 0 and a.person = :person
-      and (a.at between :since and :now or exists (select 1 from judgement where ask = a.id)))
+with latest as (
+    select a.item, a.person, a.at between :since and :now as waits, j.verdict
+    from ask a left join judgement j on j.n = (select max(n) from judgement where ask = a.id)
+    where a.question = :question and a.again = 0
+), taken as (
+    select item, max(person = :person and (waits or verdict is not null)) as mine,
+        count(distinct person) filter (
+            where person <> :person and coalesce(verdict <> 'skip', waits)) as votes
+    from latest group by item
+)
+select q.item from queue q left join taken t on t.item = q.item
+where q.name = :queue and coalesce(t.votes, 0) < :votes and coalesce(t.mine, 0) = 0
+order by coalesce(t.votes, 0) desc, q.place
 """
 OWN = """
 select a.rowid as place, a.*, j.verdict, j.strength, j.note, j.seconds
@@ -110,19 +113,18 @@ class Asks:
 
         It is on disk. Where nothing else is left, it is the oldest that waits for them elsewhere.
         """
-        words = self._words(person)
         with self.store.writing() as db:
+            # Only now: whoever wrote while this waited did so before this moment.
+            words = self._words(person)
             made = "select count(*) from ask where person = :person and question = :question"
             place = db.execute(made, words).fetchone()[0] + 1
-            words["held_out"] = place % HELD_OUT == 0
-            order = "order by held_out <> :held_out, votes desc, q.place limit 1"
-            found = db.execute(OPEN + order, words).fetchone()
+            found = self._found(db, words, held_out=place % HELD_OUT == 0)
             if found is None:
                 waits = "and a.again = 0 and j.n is null and a.item not in (select item from"
                 waits += " counted where person = :person and question = :question and again = 0)"
                 waiting = db.execute(f"{OWN} {waits} order by place limit 1", words).fetchone()
                 return waiting and waiting["id"]
-            item, flipped, again = found["item"], self.draw.random() < 0.5, False
+            item, flipped, again = found, self.draw.random() < 0.5, False
             if place % AGAIN == 0 and (before := self._to_repeat(db, words)):
                 item, flipped, again = *before, True
             ask = secrets.token_hex(12)
@@ -132,6 +134,16 @@ class Asks:
                  words["now"]],
             )  # fmt: skip
         return ask
+
+    def _found(self, db: Any, words: dict[str, Any], held_out: bool) -> str | None:
+        """The item that is next, of that side where there is one."""
+        sql = "select coalesce(json_extract(made, '$.side'), 'train') from item where id = ?"
+        first = None
+        for row in db.execute(OPEN, words):
+            first = first or row["item"]
+            if (db.execute(sql, [row["item"]]).fetchone()[0] != "train") == held_out:
+                return row["item"]
+        return first
 
     def _to_repeat(self, db: Any, words: dict[str, Any]) -> tuple[str, bool] | None:
         """An item that this person judged long enough ago and not twice, and its sides swapped."""

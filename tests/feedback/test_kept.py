@@ -35,8 +35,7 @@ class Tab(threading.Thread):
         self.draw = random.Random(seed)
         self.said: dict[str, list[str]] = {}  # by ask: what was sent, and then acknowledged
         self.sent: dict[str, list[str]] = {}
-        self.seen: set[str] = set()
-        self.done = False
+        self.done, self.count = False, 0
 
     def run(self) -> None:
         while not self.stop.is_set() and not self.done:
@@ -57,6 +56,7 @@ class Tab(threading.Thread):
             self.sent.setdefault(ask, []).append(verdict)
             self.ask("POST", place, f"verdict={verdict}")
             self.said.setdefault(ask, []).append(verdict)
+            self.count += 1
 
     def ask(self, method: str, path: str, body: str = "") -> str:
         """Where it leads. Raises OSError where there is no answer."""
@@ -94,7 +94,8 @@ def kill_and_count(folder: Path, kills: int, items: int, servers: int = 1) -> di
         tab.start()
     try:
         for _ in range(kills):
-            time.sleep(draw.uniform(0.02, 0.5))
+            wait_for(tabs, draw.randrange(10))
+            time.sleep(draw.uniform(0.0, 0.03))
             port = draw.choice(ports)
             running[port].send_signal(signal.SIGKILL)
             running[port].communicate()
@@ -107,6 +108,15 @@ def kill_and_count(folder: Path, kills: int, items: int, servers: int = 1) -> di
             process.kill()
             process.communicate()
     return compared(store, tabs)
+
+
+def wait_for(tabs: list[Tab], more: int) -> None:
+    """Until so many more judgements are acknowledged, however slow this machine is."""
+    until, limit = sum(tab.count for tab in tabs) + more, time.monotonic() + 20
+    while sum(tab.count for tab in tabs) < until and time.monotonic() < limit:
+        if all(tab.done for tab in tabs):
+            return
+        time.sleep(0.002)
 
 
 def start(folder: Path, port: int) -> subprocess.Popen[str]:
@@ -156,8 +166,8 @@ def compared(store: Store, tabs: list[Tab]) -> dict[str, int]:
 
 
 def test_ten_kills_lose_and_double_nothing(tmp_path):
-    found = kill_and_count(tmp_path, 10, items=2000)
-    assert found["acknowledged"] > 30
+    found = kill_and_count(tmp_path, 10, items=300)
+    assert found["acknowledged"] > 20
 
 
 def test_two_servers_on_one_store_keep_to_the_votes(tmp_path):
@@ -167,7 +177,7 @@ def test_two_servers_on_one_store_keep_to_the_votes(tmp_path):
 
 @pytest.mark.torture
 def test_two_hundred_kills_lose_and_double_nothing(tmp_path, record_property):
-    found = kill_and_count(tmp_path, 200, items=20_000)
+    found = kill_and_count(tmp_path, 200, items=3000)
     print(found)
     assert found["acknowledged"] > 1000
     record_property("cases", f"200 kills, {found['acknowledged']} kept")
