@@ -63,6 +63,14 @@ Form = Annotated[str, Option(metavar="merged|adapter|gguf", help="What to write.
 Type = Annotated[
     str | None, Option("--type", metavar="f16|q8_0", help="How a GGUF stores weights. [f16]")
 ]
+Answers = Annotated[Path, Argument(metavar="FILE", help="A file of answers: pairs or single ones.")]
+People = Annotated[
+    list[str], Option("--person", metavar="NAME", help="Who judges; again for each. [you]")
+]
+Votes = Annotated[int, Option(metavar="N", help="People who judge each.")]
+Guideline = Annotated[Path | None, Option(metavar="FILE", help="What is better, in Markdown.")]
+Strength = Annotated[bool, Option("--strength", help="Ask how much better, too.")]
+Port = Annotated[int, Option(metavar="N", help="Of the page; 0 takes any.")]
 Push = Annotated[
     str | None, Option(metavar="USER/NAME", help="Upload it to the hub, too, as a private model.")
 ]
@@ -264,6 +272,42 @@ def schema() -> None:
     with quietly():
         schema = schema_json()
     print(schema, end="")
+
+
+@app.command()
+def label(
+    file: Answers,
+    person: People = NONE,
+    votes: Votes = 1,
+    guideline: Guideline = None,
+    strength: Strength = False,
+    port: Port = 8017,
+    runs: Runs = RUNS,
+) -> None:
+    """Judge answers on a page in the browser; what you say is kept in the runs folder."""
+    from rlhf_recipes.feedback.items import items_of
+    from rlhf_recipes.feedback.serving import serve
+    from rlhf_recipes.feedback.store import Store
+    from rlhf_recipes.store.digests import digest
+
+    items = items_of(file, lambda said: _print(said, file=sys.stderr))
+    store = Store(runs)
+    ids = [one.id for one in items]
+    store.put(items, queue := digest(ids))
+    serve(
+        store,
+        queue,
+        title=file.name,
+        people=person or ["you"],
+        votes=votes,
+        guideline=guideline,
+        strength=strength,
+        port=port,
+        end="Finish",
+        tell=_print,
+    )
+    judged = {one.item for one in store.judged(ids) if one.verdict != "skip"}
+    _print(f"{len(judged)} of {len(ids)} are judged, in {store.file}")
 
 
 @app.command("runs")

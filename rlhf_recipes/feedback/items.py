@@ -5,13 +5,21 @@ A file of items is JSON lines, one item a line, in the order in which they are t
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data.turns import Messages
+from rlhf_recipes.data.exports import plain_rows
+from rlhf_recipes.data.files import rows_of
+from rlhf_recipes.data.names import NAMES, plain_name
+from rlhf_recipes.data.shapes import Row, understand
+from rlhf_recipes.data.turns import Messages, Unusable
+from rlhf_recipes.errors import DataError, UsageError
+from rlhf_recipes.recipe.tables import form_of
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.files import to_json, whole
 
@@ -78,3 +86,66 @@ def read_items(file: Path) -> Iterator[Item]:
         for line in stream:
             held = json.loads(line)
             yield Item(**held | {"answers": tuple(held["answers"])})
+
+
+def items_of(file: Path, tell: Callable[[str], Any] = lambda said: None) -> list[Item]:
+    """The items in any file of answers, each once: pairs, lists of answers, or single ones.
+
+    What such a file says of them already is not read: they are to be judged anew. `tell` is told of
+    rows that are left out. Raises UsageError and DataError where there is nothing to judge.
+    """
+    form = form_of(file)
+    if form not in ("json", "csv") or not file.is_file():
+        what = "is not a file of rows" if file.exists() else "is not there"
+        raise UsageError(f"{file} {what}", "name a file .jsonl, .json, .csv or .tsv")
+    if form == "json" and (ours := _own(file)):
+        return ours
+    found: dict[str, Item] = {}
+    dropped: Counter[str] = Counter()
+    rows, _ = rows_of(file, form)
+    for columns in itertools.chain.from_iterable(map(plain_rows, rows)):
+        try:
+            for one in _in_row(columns):
+                dropped["are there twice"] += one.id in found
+                found.setdefault(one.id, one)
+        except Unusable as reason:
+            dropped[f"left out: {reason}"] += 1
+    said = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+    if not found:
+        hint = 'a row is {"prompt": "…", "answers": ["…", "…"]}'
+        raise DataError(f"{file} holds no answers to judge{said and f' ({said})'}", hint)
+    if said:
+        tell(f"{file}: {said}")
+    return list(found.values())
+
+
+def _own(file: Path) -> list[Item]:
+    """The items of a file that `write_items` wrote; none of another one."""
+    try:
+        held = list(read_items(file))
+        whole_ones = all(item(one.prompt, one.answers).id == one.id for one in held)
+    except (KeyError, TypeError, ValueError):
+        return []
+    return held if whole_ones else []
+
+
+def _in_row(columns: Mapping[str, Any]) -> Iterator[Item]:
+    """Of several answers each pair. Raises Unusable where there are none, or they are equal."""
+    several = next((v for n, v in columns.items() if plain_name(n) in NAMES["responses"]), None)
+    if not isinstance(several, list) or not all(isinstance(one, str) for one in several):
+        yield _judgeable({**columns, "winner": "left", "label": "good"})  # whichever it is
+    elif len(several) == 1:
+        yield _judgeable({**columns, "completion": several[0], "label": "good"})
+    else:
+        for chosen, rejected in itertools.combinations(several, 2):
+            yield _judgeable({**columns, "chosen": chosen, "rejected": rejected})
+
+
+def _judgeable(columns: Mapping[str, Any]) -> Item:
+    prompt, *answers = understand(Row(columns))
+    texts = [one if isinstance(one, str) else one["content"] for one in answers if one is not None]
+    if not texts:
+        raise Unusable("no answer")
+    if len({*texts}) < len(texts):
+        raise Unusable("two answers that are equal")
+    return item([dict(turn) for turn in prompt], texts)

@@ -34,8 +34,8 @@ create table item (
   id text primary key, prompt text not null, first text not null,
   second text,  -- null: a single answer
   made text not null, row text not null) strict;
-create table queue (
-  name text not null, place integer not null, item text not null references item,
+create table queue (  -- its key first: SQLite 3.40's integrity_check finds fault with other orders
+  name text not null, item text not null references item, place integer not null,
   primary key (name, item)) strict, without rowid;
 create table ask (
   id text primary key, item text not null references item, question text not null,
@@ -161,7 +161,7 @@ class Store:
                 if queue is not None:
                     place += 1
                     words = "insert or ignore into queue values (?, ?, ?)"
-                    db.execute(words, [queue, place, one.id])
+                    db.execute(words, [queue, one.id, place])
 
     def items(self, ids: Iterable[str]) -> list[Item]:
         """Those of them that are there, in this order."""
