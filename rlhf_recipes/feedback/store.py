@@ -171,12 +171,17 @@ class Store:
 
     # ---- what was said
 
-    def judged(self, ids: Iterable[str], question: str = QUESTION) -> list[Judged]:
-        """What each person says of each of these items, apart from asks for self-agreement."""
+    def judged(
+        self, ids: Iterable[str], question: str = QUESTION, again: bool = False
+    ) -> list[Judged]:
+        """What each person says of each of these items, apart from asks for self-agreement.
+
+        With `again`, what they say in those asks.
+        """
         wanted, found = {*ids}, {}
         with self.reading() as db:
-            words = "select * from counted where question = ? and again = 0 order by n"
-            for row in db.execute(words, [question]):
+            words = "select * from counted where question = ? and again = ? order by n"
+            for row in db.execute(words, [question, again]):
                 if row["item"] in wanted:
                     found[row["item"], row["person"]] = Judged(
                         row["item"],
