@@ -169,6 +169,14 @@ class Store:
             rows = [db.execute("select * from item where id = ?", [id]).fetchone() for id in ids]
         return [as_item(row) for row in rows if row is not None]
 
+    def ids(self, queue: str | None = None) -> list[str]:
+        """Of the items of a queue, in its order; or of all that there are, in that of coming."""
+        words = "select id from item where ? is null order by rowid"
+        if queue is not None:
+            words = "select item from queue where name = ? order by place"
+        with self.reading() as db:
+            return [row[0] for row in db.execute(words, [queue])]
+
     # ---- what was said
 
     def judged(
