@@ -297,10 +297,15 @@ def compare(run: SomeRuns, page: Page = None, runs: Runs = RUNS, json: Json = Fa
 @app.command()
 def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
+    from rlhf_recipes.feedback import winrate
     from rlhf_recipes.report import run_page
     from rlhf_recipes.store.layout import REPORT
 
     folder = _find(run, runs)
+    try:
+        winrate.write(folder)
+    except UsageError as error:
+        _print(str(error), file=sys.stderr)
     _print(findings.shown(run_page.write(folder)))
     _print(f"\nreport   {folder / REPORT}")
     if open_:

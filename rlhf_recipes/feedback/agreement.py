@@ -14,7 +14,7 @@ from statistics import fmean, median
 
 from rlhf_recipes.feedback.store import QUESTION, Judged, Store
 from rlhf_recipes.findings import said
-from rlhf_recipes.stats import Share, wilson
+from rlhf_recipes.stats import Share, share_of
 
 SCALE = {"first": 0, "tie": 1, "both_bad": 1, "second": 2}
 VALUE = {**SCALE, "good": 0, "bad": 2}
@@ -120,10 +120,7 @@ def lines(
 
 
 def _share(values: Sequence[float]) -> Share | None:
-    if not values:
-        return None
-    value = fmean(values)
-    return Share(value, *wilson(value, len(values)), len(values))
+    return share_of(values) if values else None
 
 
 def _by_item(judged: Iterable[Judged]) -> dict[str, dict[str, int]]:
