@@ -13,6 +13,7 @@ from rlhf_recipes.stats import Share
 # What answers.jsonl calls what a policy's answer may be chosen by, and what the table calls it.
 SCORERS = {"judged": "the judge", "judged2": "the second judge", "tokens": "the longer answer"}
 PART = "reward."
+FIELDS = ("value", "low", "high", "count")  # of a share
 AGREEING = {"each other": "people with each other", "themselves": "people with themselves"}
 
 
@@ -42,7 +43,7 @@ def table(facts: Facts) -> list[list[str]]:
     rows = []
     for by, found in (facts.people.get("agreement") or {}).items():
         held = found if isinstance(found, dict) else {}
-        value, low, high, count = (number(held, key) for key in Share._fields)
+        value, low, high, count = (number(held, key) for key in FIELDS)
         if value is None or low is None or high is None or count is None:
             continue
         share = Share(value, low, high, int(count))

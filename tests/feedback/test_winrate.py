@@ -17,6 +17,7 @@ from rlhf_recipes.feedback.winrate import (
 )
 from rlhf_recipes.report import run_page
 from rlhf_recipes.report.facts import Facts
+from rlhf_recipes.report.people import table
 from rlhf_recipes.report.verdict import verdict
 from rlhf_recipes.stats import wilson
 from rlhf_recipes.store.files import read_json
@@ -151,10 +152,10 @@ def test_another_evaluation_s_judgements_do_not_count(run: Path):
     held = read_json(run / "people.json") | {"evaluation": "f" * 64}
     (run / "people.json").write_text(json.dumps(held))
     assert Facts(run).number("ppo.people_win_rate") is None
-    for damaged in ({"results": 1}, {"agreement": {"scores": {"value": "x"}, "judged": 3}}, {}):
-        text = json.dumps({"format": 1, "evaluation": KEY, **damaged})
-        (run / "people.json").write_text(text)
-        run_page.write(run)
+    damaged = {"scores": {"value": "x"}, "judged": 3}
+    text = json.dumps({"format": 1, "evaluation": KEY, "agreement": damaged})
+    (run / "people.json").write_text(text)
+    assert table(Facts(run)) == []
     (run.parent / "feedback.db").unlink()
     write(run)
     assert not (run / "people.json").exists() and not (run.parent / "feedback.db").exists()
