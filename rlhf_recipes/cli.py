@@ -343,6 +343,7 @@ def feedback(
 
     items = exchange.items_of(source, runs) if source else None
     store = Store(runs)
+    store.put(items or [])
     for file in add:
         _print(f"{file}: {imports.add(store, file)}")
     ids = store.ids() if items is None else [one.id for one in items]

@@ -113,7 +113,7 @@ def lines(
         if one.rest:
             rows.append((f"{one.name} with the others", said(one.rest, "items")))
         if one.itself:
-            rows.append((f"{one.name} with themselves", said(one.itself, "items asked again")))
+            rows.append((f"{one.name} with themselves", said(one.itself, "asked again")))
         if one.left:
             rows.append((f"{one.name} says left in", said(one.left, "verdicts")))
     return rows

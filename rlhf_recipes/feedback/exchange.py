@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -91,24 +91,20 @@ def pair_rows(items: Iterable[Item], judged: Iterable[Judged]) -> list[Json]:
             continue
         best = one.answers[verdict == "second"]
         worst = one.answers[verdict == "first"]
-        said = Counter(each.verdict for each in by_item[one.id])
-        of_best = [each.strength for each in by_item[one.id] if each.verdict == verdict]
+        said = [each for each in by_item[one.id] if each.verdict != "skip"]
+        of_best = [each.strength for each in said if each.verdict == verdict]
         strengths = [strength for strength in of_best if strength]
         row: Json = {
             "prompt": one.prompt,
             "chosen": [{"role": "assistant", "content": best}],
             "rejected": [{"role": "assistant", "content": worst}],
-            "votes": {"chosen": said.pop(verdict), "all": _votes(said) + len(of_best)},
+            "votes": {"chosen": len(of_best), "all": len(said)},
         }
         rows.append(row | ({"margin": fmean(strengths)} if strengths else {}))
     if not all("margin" in row for row in rows):
         for row in rows:
             row.pop("margin", None)
     return rows
-
-
-def _votes(said: Mapping[str, int]) -> int:
-    return sum(count for verdict, count in said.items() if verdict != "skip")
 
 
 def thumb_rows(items: Iterable[Item], judged: Iterable[Judged]) -> list[Json]:
@@ -208,7 +204,10 @@ def _argilla(items: list[Item], judged: list[Judged]) -> Made:
             }
         )
     labels = ", ".join(words.values())
-    return records, f"{len(records)} records{note}; the question `{question}` has labels {labels}"
+    told = (
+        f"the question `{question}` has labels {labels}; user_id is a name, and Argilla wants ids"
+    )
+    return records, f"{len(records)} records{note}; {told}"
 
 
 FORMS: dict[str, Callable[[list[Item], list[Judged]], Made]] = {

@@ -13,7 +13,6 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.feedback import agreement
 from rlhf_recipes.feedback.items import Item, item
 from rlhf_recipes.feedback.store import NAME, Store, majority
-from rlhf_recipes.findings import MARKS
 from rlhf_recipes.report import people
 from rlhf_recipes.report.facts import PEOPLE, Facts, Json, number
 from rlhf_recipes.stats import share_of
@@ -94,7 +93,7 @@ def people_lines(run_folder: Path, store: Store) -> list[tuple[str, str]]:
     """What people said of a run, for a page or a terminal, after people.json is written."""
     write(run_folder)
     facts = Facts(run_folder)
-    rows = [(MARKS[one.level], one.text) for one in people.preferred(facts)]
+    rows = [("win rate", one.text) for one in people.preferred(facts)]
     rows += [(who, value) for who, value in people.table(facts)[1:]]
     ids = [one.id for one, *_ in _compared(facts)]
     return rows + agreement.lines(store, ids, QUESTION_EVALUATION)

@@ -44,7 +44,7 @@ def test_people_with_each_other_with_the_rest_and_with_themselves(tmp_path):
     assert said["judged"] == "5 items, by 3 people"
     assert said["ada"] == "4 judged, 8 s each" and said["bob"] == "5 judged"
     assert said["people agree on"] == "58 % of 4 items (20–89)"
-    assert said["ada with themselves"] == "50 % of 2 items asked again (9–91)"
+    assert said["ada with themselves"] == "50 % of 2 asked again (9–91)"
     assert said["ada with the others"].startswith("62 % of 4 items")
     alone = dict(lines(store, IDS, without=["bob", "cy"]))
     assert "Krippendorff's α" not in alone and "ada with the others" not in alone

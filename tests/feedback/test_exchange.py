@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -12,12 +13,13 @@ from rlhf_recipes.data.shapes import Row, margin, understand
 from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.feedback.agreement import alpha
-from rlhf_recipes.feedback.exchange import FORMS, export, items_of
+from rlhf_recipes.feedback.exchange import FORMS, WINNERS, export, items_of
 from rlhf_recipes.feedback.imports import add
 from rlhf_recipes.feedback.items import item, write_items
 from rlhf_recipes.feedback.store import Store
 from rlhf_recipes.store.files import write_json
 from tests.helpers.people import say
+from tests.helpers.runs import call
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Red, "or"?\n'}]
 PAIRS = [
@@ -300,3 +302,30 @@ def test_where_items_come_from(tmp_path: Path):
     file.write_text('{"prompt": "red"}')
     with pytest.raises(UsageError, match="is not a file of items"):
         items_of(str(file), tmp_path / "runs")
+
+
+def test_the_command_says_writes_and_reads(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    file, new = tmp_path / "said.jsonl", item([{"role": "user", "content": "new?"}], ["yes", "no"])
+    runs = ("--runs", str(tmp_path / "runs"))
+    out, _ = call(monkeypatch, capfd, "feedback", "-o", str(file), "--as", "judgements", *runs)
+    assert out == [f"{file}: 16 judgements"]
+    other = ("--runs", str(tmp_path / "other"))
+    out, _ = call(monkeypatch, capfd, "feedback", "--add", str(file), "--without", "cy", *other)
+    assert out[0] == f"{file}: 16 judgements added"
+    shown = [" ".join(line.split()) for line in out[1:]]
+    assert shown[0] == "judged 7 items, by 2 people" and "bob 5 judged, 4 s each" in shown
+    assert not any("cy" in line for line in shown)
+    # A file of items names some; what is not judged yet is a task for others.
+    write_items(tmp_path / "items.jsonl", [PAIRS[0], new])
+    words = ("feedback", str(tmp_path / "items.jsonl"))
+    out, _ = call(monkeypatch, capfd, *words, *runs)
+    assert out[0].split() == "judged 1 item, by 3 people".split()
+    out, _ = call(monkeypatch, capfd, *words, "-o", str(file), "--as", "label-studio", *runs)
+    assert out[0].startswith(f"{file}: 2 tasks")
+    config = ElementTree.fromstring("\n".join(out[1:]))
+    assert [one.get("value") for one in config.iter("Choice")] == [*WINNERS.values()]
+    tasks = json.loads(file.read_text())
+    assert [len(task["annotations"]) for task in tasks] == [3, 0]
+    assert {one.get("value", "")[1:] for one in config} - {""} == {*tasks[0]["data"]}
