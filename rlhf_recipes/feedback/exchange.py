@@ -204,10 +204,8 @@ def _argilla(items: list[Item], judged: list[Judged]) -> Made:
             }
         )
     labels = ", ".join(words.values())
-    told = (
-        f"the question `{question}` has labels {labels}; user_id is a name, and Argilla wants ids"
-    )
-    return records, f"{len(records)} records{note}; {told}"
+    told = f"a ChatField `prompt`, TextFields, and a LabelQuestion `{question}` of {labels}"
+    return records, f"{len(records)} records{note}: {told}. Their user_id is a name here"
 
 
 FORMS: dict[str, Callable[[list[Item], list[Judged]], Made]] = {

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.data.exports import plain_rows
-from rlhf_recipes.data.labels import is_good, preferred, word_of
+from rlhf_recipes.data.labels import GOOD, preferred, says, word_of
 from rlhf_recipes.data.shapes import Row, understand
-from rlhf_recipes.data.turns import Unusable, readable
+from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import DataError, UsageError
 from rlhf_recipes.feedback.items import Item, item
 from rlhf_recipes.feedback.store import OF_ONE, OF_PAIRS, QUESTION, Store
 from rlhf_recipes.store.digests import digest
+from rlhf_recipes.store.files import to_json
 
 Json = dict[str, Any]
 
@@ -36,7 +37,7 @@ def add(store: Store, file: Path) -> str:
     for place, record in _records(file):
         try:
             found += _said_in(record, dropped)
-        except (Unusable, DataError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"{file}: record {place} is not a judgement: {_short(error)}"
             hint = "give a file of --as judgements, label-studio or argilla"
             raise UsageError(what, hint) from None
@@ -100,8 +101,6 @@ def _keep(db: Any, one: Item, said: Json) -> bool:
 def _ours(record: Json) -> tuple[Item, Json]:
     """A line of --as judgements. Raises ValueError where a value is not one that we write."""
     prompt = [{key: str(value) for key, value in turn.items()} for turn in record["prompt"]]
-    for text in [*record["answers"], *(text for turn in prompt for text in turn.values())]:
-        readable(text)
     one = item(prompt, record["answers"], record["made"], None, record["row"])
     if one.id != record["item"] or list(one.answers) != record["answers"]:
         raise ValueError("its id is not that of its prompt and answers")
@@ -109,7 +108,7 @@ def _ours(record: Json) -> tuple[Item, Json]:
     said |= {key: float(record[key]) for key in ("seconds", "at", "asked")}
     said |= {key: int(bool(record[key])) for key in ("flipped", "again")}
     for key in ("ask", "question", "person", "guideline"):
-        said[key] = readable(record[key])
+        said[key] = record[key] + ""  # a text
     if said["verdict"] not in (OF_PAIRS if len(one.answers) == 2 else OF_ONE):
         raise ValueError(f"{said['verdict']!r} is not a verdict on it")
     if said["strength"] not in (None, 1, 2, 3):
@@ -118,13 +117,14 @@ def _ours(record: Json) -> tuple[Item, Json]:
         raise ValueError("a time is not a number")
     if not said["person"]:
         raise ValueError("it names no person")
-    if said["note"] is not None and len(readable(said["note"])) > 4000:
+    if said["note"] is not None and len(said["note"] + "") > 4000:
         raise ValueError("its note is too long")
     return one, said
 
 
 def _said_in(record: Json, dropped: Counter[str]) -> Iterator[tuple[Item, Json]]:
     """The judgements in a record; those of other programs that hold no verdict are counted."""
+    to_json(record).encode()  # no store holds half a character
     if "ask" in record:
         yield _ours(record)
         return
@@ -185,17 +185,19 @@ def _said(fields: Json, row: Json, person: str, about: Json) -> tuple[Item, Json
     texts = [text for text in answers if text is not None]
     if not all(isinstance(text, str) for text in texts):
         raise Unusable("an answer with thoughts beside its text")
+    if not texts or len({*texts}) < len(texts):
+        raise Unusable("no answer, or two that are equal")
     one = item(prompt, texts)
     flipped = one.answers[0] != texts[0]
     if not row:
         verdict = "skip"
     elif len(texts) == 1:
-        if "label" not in row:
+        if not (word := says(row.get("label"))):
             raise Unusable("no verdict")
-        verdict = "good" if is_good(row["label"]) else "bad"
+        verdict = "good" if word in GOOD else "bad"
     else:
         verdict = _compared(row.get("winner"), flipped)
-    said = {"question": QUESTION, "person": readable(person), "flipped": int(flipped), "again": 0}
+    said = {"question": QUESTION, "person": person, "flipped": int(flipped), "again": 0}
     said |= {"strength": None, "note": None, "guideline": "", "seconds": 0.0, "at": 0.0, **about}
     key = digest(["imported", one.id, person])
     return one, said | {"ask": key, "asked": said["at"], "verdict": verdict}
@@ -209,6 +211,6 @@ def _compared(winner: Any, flipped: bool) -> str:
         return "both_bad"
     try:
         side = preferred(word, "a", "b")
-    except ValueError:
+    except (ValueError, DataError):
         raise Unusable("the winner is neither of the two answers, nor a tie") from None
     return "tie" if not side else "first" if (side > 0) != flipped else "second"

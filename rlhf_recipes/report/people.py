@@ -40,15 +40,14 @@ def preferred(facts: Facts) -> Found:
 
 def table(facts: Facts) -> list[list[str]]:
     """How often each scorer chooses the answer that people prefer; and people among themselves."""
-    rows = []
+    rows, names = [], {"scores": facts.scorer, **SCORERS, **AGREEING}
     for by, found in (facts.people.get("agreement") or {}).items():
         held = found if isinstance(found, dict) else {}
         value, low, high, count = (number(held, key) for key in FIELDS)
         if value is None or low is None or high is None or count is None:
             continue
         share = Share(value, low, high, int(count))
-        called = f"{by.removeprefix(PART)}, a part of the reward" if by.startswith(PART) else by
-        called = facts.scorer if by == "scores" else {**SCORERS, **AGREEING}.get(by, called)
+        called = names.get(by, f"{by.removeprefix(PART)}, a part of the reward")
         rows.append([called, said(share, "pairs")])
     return [["", "agrees with people on"], *rows] if rows else []
 

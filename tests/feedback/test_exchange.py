@@ -23,7 +23,7 @@ from tests.helpers.runs import call
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Red, "or"?\n'}]
 PAIRS = [
-    item([*TALK, *more], ["yes, red", "no"], {"side": "test", "seed": 42}, None, {"answer": n})
+    item([*TALK, *more], ["yes, red", ""], {"side": "test", "seed": 42}, None, {"answer": n})
     for n in range(5)
     for more in [[{"role": "assistant", "content": "?"}, {"role": "user", "content": f"{n}"}]]
 ]
@@ -139,23 +139,24 @@ def test_a_table_for_crowd_kit(store: Store, tmp_path: Path):
 
 def test_judgements_come_back_whole_and_once(store: Store, tmp_path: Path):
     file, again = tmp_path / "said.jsonl", tmp_path / "again.jsonl"
-    assert export(store, store.ids(), "judgements", file) == f"{file}: 16 judgements"
+    say(store, item(TALK, ["<img>", "\x00\u202e"]), "eve", "first", note="<script>")
+    assert export(store, store.ids(), "judgements", file) == f"{file}: 17 judgements"
     other = Store(tmp_path / "other")
-    assert add(other, file) == "16 judgements added"
+    assert add(other, file) == "17 judgements added"
     export(other, other.ids(), "judgements", again)
     assert again.read_text() == file.read_text()
     assert other.items(other.ids()) == store.items(store.ids())
     assert alpha(other.judged(other.ids())) == alpha(store.judged(store.ids()))
-    assert add(store, file) == "0 judgements added; 16 were there before"
+    assert add(store, file) == "0 judgements added; 17 were there before"
     # A laptop goes on, and corrects itself: what is new merges.
     with other.writing() as db:
         ask = db.execute("select ask from counted where person = 'cy' order by n").fetchone()[0]
         db.execute("insert into judgement values (null, ?, 'tie', null, null, 1, 99)", [ask])
     say(other, PAIRS[2], "cy", "second")
     export(other, other.ids(), "judgements", file)
-    assert add(store, file) == "2 judgements added; 16 were there before"
+    assert add(store, file) == "2 judgements added; 17 were there before"
     assert said(store) == said(other)
-    export(store, store.ids(), "judgements", file, without=["ada", "bob"])
+    export(store, store.ids(), "judgements", file, without=["ada", "bob", "eve"])
     assert len(file.read_text().splitlines()) == 4
 
 
@@ -237,6 +238,11 @@ def test_argilla_s_own_list(tmp_path: Path):
     }  # fmt: skip
     file.write_text(json.dumps([record, record | {"id": "b", "responses": {}}]))
     assert add(store, file) == "1 judgements added; 1 dropped: no verdict"
+    record["fields"] = fields | {"response2": "no"}
+    odd = record | {"fields": fields, "responses": {"better": [{"value": "0", "user_id": "u"}]}}
+    file.write_text(json.dumps([record, odd]))
+    why = "2 dropped: no answer, or two that are equal"
+    assert add(store, file) == f"0 judgements added; {why}; 1 dropped: no verdict"
     [one] = store.judged(store.ids())
     [of] = store.items([one.item])
     assert one.person == user and of.answers[one.verdict == "second"] == "yes"
@@ -256,7 +262,9 @@ def line(store: Store, file: Path, **changes: object) -> str:
         ({"item": "0" * 64}, "its id is not that of its prompt and answers"),
         ({"answers": ["no", "no"]}, "two that differ"),
         ({"note": "x" * 4001}, "its note is too long"),
-        ({"note": "\ud800"}, "lone surrogate"),
+        ({"note": "\ud800"}, "surrogates not allowed"),
+        ({"note": 5}, "is not a judgement"),
+        ({"made": {"stage": ["sft"]}}, "list index out of range"),
         ({"person": ""}, "names no person"),
         ({"at": float("nan")}, "NaN is not JSON"),
         ({"seconds": "1e999"}, "a time is not a number"),
