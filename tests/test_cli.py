@@ -19,7 +19,7 @@ from tests.helpers.counting import RECIPE, Counting, toy
 
 pytestmark = pytest.mark.train
 
-COMMANDS = "run plan check fork fetch recipes schema runs compare report doctor clean chat export"
+COMMANDS = "run plan check fork fetch recipes schema runs compare report feedback doctor clean chat export"
 COMMANDS = COMMANDS.split()
 
 
