@@ -11,12 +11,11 @@ import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.feedback.items import Item, read_items
-from rlhf_recipes.feedback.store import Judged, Store, as_item, majority
+from rlhf_recipes.feedback.items import ANSWERS, Item, read_items
+from rlhf_recipes.feedback.store import Judged, Store, as_item, majority, strengths
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.files import read_json, to_json, write_text
 
@@ -44,7 +43,7 @@ def items_of(source: str, runs: Path) -> list[Item]:
     folder = layout.find_run(source, runs)
     entries = (read_json(folder / layout.MANIFEST) or {}).get("stages", [])
     sampled = [entry for entry in entries if entry.get("kind") == "sample"]
-    files = [layout.entry_folder(runs, entry) / "output" / "answers.jsonl" for entry in sampled]
+    files = [layout.entry_folder(runs, entry) / "output" / ANSWERS for entry in sampled]
     found = [one for file in files if file.is_file() for one in read_items(file)]
     if not found:
         raise UsageError(f"{folder} has no answers of a `sample` stage", "name a file of items")
@@ -81,26 +80,24 @@ def export(
 def pair_rows(items: Iterable[Item], judged: Iterable[Judged]) -> list[Json]:
     """Pairs in TRL's form, one for each item of which most people prefer the same answer.
 
-    `margin` is the mean strength of those who preferred it, where every pair has one.
+    `margin` is by how much it is better, where every pair has one: TRL reads all or none.
     """
     judged = list(judged)
-    by_item = _by_item(judged)
+    by_item, margins = _by_item(judged), strengths(judged)
     rows, most = [], majority(judged)
     for one in items:
         if (verdict := most.get(one.id)) not in ("first", "second"):
             continue
         best = one.answers[verdict == "second"]
         worst = one.answers[verdict == "first"]
-        said = [each for each in by_item[one.id] if each.verdict != "skip"]
-        of_best = [each.strength for each in said if each.verdict == verdict]
-        strengths = [strength for strength in of_best if strength]
+        said = [each.verdict for each in by_item[one.id] if each.verdict != "skip"]
         row: Json = {
             "prompt": one.prompt,
             "chosen": [{"role": "assistant", "content": best}],
             "rejected": [{"role": "assistant", "content": worst}],
-            "votes": {"chosen": len(of_best), "all": len(said)},
+            "votes": {"chosen": said.count(verdict), "all": len(said)},
         }
-        rows.append(row | ({"margin": fmean(strengths)} if strengths else {}))
+        rows.append(row | ({"margin": margins[one.id]} if one.id in margins else {}))
     if not all("margin" in row for row in rows):
         for row in rows:
             row.pop("margin", None)

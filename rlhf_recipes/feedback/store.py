@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
@@ -219,6 +220,16 @@ def majority(judged: Iterable[Judged]) -> dict[str, str]:
         [(verdict, most), (_, second)] = [*said.most_common(2), ("", 0)][:2]
         found[key] = verdict if most > second else "tie"
     return found
+
+
+def strengths(said: Iterable[Judged]) -> dict[str, float]:
+    """By item: by how much the better answer is better, in the mean; where people said so."""
+    votes: dict[str, list[float]] = {}
+    for one in said:
+        if one.strength is not None and one.verdict in ("first", "second"):
+            sign = 1 if one.verdict == "first" else -1
+            votes.setdefault(one.item, []).append(sign * one.strength)
+    return {key: abs(fmean(values)) for key, values in votes.items() if fmean(values)}
 
 
 def snapshot(judged: Sequence[Judged]) -> dict[str, Any]:
