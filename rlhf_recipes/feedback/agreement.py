@@ -82,13 +82,12 @@ def alpha(judged: Iterable[Judged]) -> float | None:
 
     held = [one for one in judged if one.verdict in VALUE]
     by_item = _by_item([one for one in held if one.verdict in SCALE] or held)
-    names = sorted({name for values in by_item.values() for name in values})
-    table = [[values.get(name, np.nan) for values in by_item.values()] for name in names]
-    try:
-        found = krippendorff.alpha(np.array(table, dtype=float), level_of_measurement="ordinal")
-    except ValueError:
-        return None
-    return float(found)
+    both = [values for values in by_item.values() if len(values) > 1]
+    if len({value for values in both for value in values.values()}) < 2:
+        return None  # the package raises ValueError, or gives NaN where other items have others
+    names = sorted({name for values in both for name in values})
+    table = [[values.get(name, np.nan) for values in both] for name in names]
+    return float(krippendorff.alpha(np.array(table), level_of_measurement="ordinal"))
 
 
 def lines(

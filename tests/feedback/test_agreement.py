@@ -53,11 +53,18 @@ def test_people_with_each_other_with_the_rest_and_with_themselves(tmp_path):
 
 @pytest.mark.parametrize(
     "said",
-    [[], [("ada", 0), ("ada", 1)], [("ada", 0), ("bob", 1)], [("ada", 0), ("bob", 0)]],
-    ids=["nothing", "one person", "no overlap", "one value"],
+    [
+        {},
+        {("ada", 0): "first", ("ada", 1): "tie"},
+        {("ada", 0): "first", ("bob", 1): "tie"},
+        {("ada", 0): "first", ("bob", 0): "first"},
+        {("ada", 0): "first", ("bob", 0): "first", ("ada", 1): "second"},
+    ],
+    ids=["nothing", "one person", "no overlap", "one value", "one value where they overlap"],
 )
 def test_alpha_is_not_to_be_had(said):
-    assert alpha([Judged(IDS[n], who, "first", False) for who, n in said]) is None
+    rows = [Judged(IDS[n], who, verdict, False) for (who, n), verdict in said.items()]
+    assert alpha(rows) is None
 
 
 def test_alpha_of_good_and_bad():
