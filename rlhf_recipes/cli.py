@@ -35,6 +35,7 @@ Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped on
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 NONE: list[str] = []  # never changed
+NO_FILES: list[Path] = []
 PLAIN: Any = {"show_default": False, "show_envvar": False}
 RUNS = Path("runs")
 RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
@@ -340,16 +341,59 @@ def compare(run: SomeRuns, page: Page = None, runs: Runs = RUNS, json: Json = Fa
 @app.command()
 def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
+    from rlhf_recipes.feedback import winrate
     from rlhf_recipes.report import run_page
     from rlhf_recipes.store.layout import REPORT
 
     folder = _find(run, runs)
+    try:
+        winrate.write(folder)
+    except UsageError as error:
+        _print(str(error), file=sys.stderr)
     _print(findings.shown(run_page.write(folder)))
     _print(f"\nreport   {folder / REPORT}")
     if open_:
         import webbrowser
 
         webbrowser.open((folder / REPORT).resolve().as_uri())
+
+
+@app.command()
+def feedback(
+    source: Annotated[
+        str | None,
+        Argument(metavar="[SOURCE]", help="A file of items, or a run. [all that was judged]"),
+    ] = None,
+    out: Annotated[
+        Path | None, Option("-o", "--out", metavar="FILE", help="Write the judgements there.")
+    ] = None,
+    as_: Annotated[
+        str,
+        Option(
+            "--as",
+            metavar="FORM",
+            help="pairs, arena, thumbs, judgements, csv, label-studio or argilla.",
+        ),
+    ] = "pairs",
+    add: Annotated[
+        list[Path], Option(metavar="FILE", help="Read judgements from there, first.")
+    ] = NO_FILES,
+    without: Annotated[list[str], Option(metavar="NAME", help="Leave a person out.")] = NONE,
+    runs: Runs = RUNS,
+) -> None:
+    """Say how far people agree; write what they judged to a file, or read it from one."""
+    from rlhf_recipes.feedback import agreement, exchange, imports
+    from rlhf_recipes.feedback.store import Store
+
+    items = exchange.items_of(source, runs) if source else None
+    store = Store(runs)
+    store.put(items or [])
+    for file in add:
+        _print(f"{file}: {imports.add(store, file)}")
+    ids = store.ids() if items is None else [one.id for one in items]
+    if out:
+        return _print(exchange.export(store, ids, as_, out, without))
+    _print(text.table(agreement.lines(store, ids, without=without)))
 
 
 @app.command()

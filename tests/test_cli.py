@@ -19,8 +19,9 @@ from tests.helpers.counting import RECIPE, Counting, toy
 
 pytestmark = pytest.mark.train
 
-COMMANDS = "run plan check fork fetch recipes schema runs compare report doctor clean chat export"
-COMMANDS = COMMANDS.split()
+COMMANDS = (
+    "run plan check fork fetch recipes schema runs compare report feedback doctor clean chat export"
+).split()
 
 
 def hanging(cwd: Path) -> subprocess.Popen[str]:

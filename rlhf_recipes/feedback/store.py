@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
@@ -169,14 +170,27 @@ class Store:
             rows = [db.execute("select * from item where id = ?", [id]).fetchone() for id in ids]
         return [as_item(row) for row in rows if row is not None]
 
+    def ids(self, queue: str | None = None) -> list[str]:
+        """Of the items of a queue, in its order; or of all that there are, in that of coming."""
+        words = "select id from item where ? is null order by rowid"
+        if queue is not None:
+            words = "select item from queue where name = ? order by place"
+        with self.reading() as db:
+            return [row[0] for row in db.execute(words, [queue])]
+
     # ---- what was said
 
-    def judged(self, ids: Iterable[str], question: str = QUESTION) -> list[Judged]:
-        """What each person says of each of these items, apart from asks for self-agreement."""
+    def judged(
+        self, ids: Iterable[str], question: str = QUESTION, again: bool = False
+    ) -> list[Judged]:
+        """What each person says of each of these items, apart from asks for self-agreement.
+
+        With `again`, what they say in those asks.
+        """
         wanted, found = {*ids}, {}
         with self.reading() as db:
-            words = "select * from counted where question = ? and again = 0 order by n"
-            for row in db.execute(words, [question]):
+            words = "select * from counted where question = ? and again = ? order by n"
+            for row in db.execute(words, [question, again]):
                 if row["item"] in wanted:
                     found[row["item"], row["person"]] = Judged(
                         row["item"],
@@ -206,6 +220,16 @@ def majority(judged: Iterable[Judged]) -> dict[str, str]:
         [(verdict, most), (_, second)] = [*said.most_common(2), ("", 0)][:2]
         found[key] = verdict if most > second else "tie"
     return found
+
+
+def strengths(said: Iterable[Judged]) -> dict[str, float]:
+    """By item: by how much the better answer is better, in the mean; where people said so."""
+    votes: dict[str, list[float]] = {}
+    for one in said:
+        if one.strength is not None and one.verdict in ("first", "second"):
+            sign = 1 if one.verdict == "first" else -1
+            votes.setdefault(one.item, []).append(sign * one.strength)
+    return {key: abs(fmean(values)) for key, values in votes.items() if fmean(values)}
 
 
 def snapshot(judged: Sequence[Judged]) -> dict[str, Any]:

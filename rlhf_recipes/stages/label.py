@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.errors import PeopleNeeded, StageError
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, Item, read_items
-from rlhf_recipes.feedback.store import Judged, Store, majority, snapshot
+from rlhf_recipes.feedback.store import Judged, Store, majority, snapshot, strengths
 from rlhf_recipes.models.fake_model import Held, Sim
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
@@ -81,16 +81,6 @@ def _longer(one: Item, verdict: str) -> float | None:
     if 10 * abs(first - second) <= max(first, second):
         return None
     return float((first > second) == (verdict == "first"))
-
-
-def strengths(said: Iterable[Judged]) -> dict[str, float]:
-    """By item: by how much the better answer is better, in the mean; where people said so."""
-    votes: dict[str, list[float]] = {}
-    for one in said:
-        if one.strength is not None and one.verdict in ("first", "second"):
-            sign = 1 if one.verdict == "first" else -1
-            votes.setdefault(one.item, []).append(sign * one.strength)
-    return {key: abs(fmean(values)) for key, values in votes.items() if fmean(values)}
 
 
 # ---- who judges
