@@ -15,11 +15,27 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import cli_tables, errors, findings, text
+from rlhf_recipes import cli_feedback, cli_tables, errors, findings, text
+from rlhf_recipes.cli_options import (
+    NONE,
+    RUNS,
+    Json,
+    Name,
+    NoRehearsal,
+    Recipe,
+    Run,
+    Runs,
+    Set,
+    Stage,
+    Unset,
+    show,
+)
+from rlhf_recipes.cli_options import find as _find
+from rlhf_recipes.cli_options import load as _load
+from rlhf_recipes.cli_options import say as _print
 from rlhf_recipes.errors import UsageError, machine_error
 
 if TYPE_CHECKING:
-    from rlhf_recipes.recipe.load import Recipe as Loaded
     from rlhf_recipes.store.clean import Spare
 
 app = typer.Typer(
@@ -31,22 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
-Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
-Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
-NONE: list[str] = []  # never changed
-NO_FILES: list[Path] = []
-PLAIN: Any = {"show_default": False, "show_envvar": False}
-RUNS = Path("runs")
-RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
-Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
-Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
-Stage = Annotated[str | None, Option(help="A stage. [the last policy]")]
-Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
-Json = Annotated[bool, Option("--json", help="For a program to read.")]
-
 # Of one command each.
-NoRehearsal = Annotated[bool, Option("--no-rehearsal", help="Start without a step of each stage.")]
 Device = Annotated[
     str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
 ]
@@ -64,14 +65,6 @@ Form = Annotated[str, Option(metavar="merged|adapter|gguf", help="What to write.
 Type = Annotated[
     str | None, Option("--type", metavar="f16|q8_0", help="How a GGUF stores weights. [f16]")
 ]
-Answers = Annotated[Path, Argument(metavar="FILE", help="A file of answers: pairs or single ones.")]
-People = Annotated[
-    list[str], Option("--person", metavar="NAME", help="Who judges; again for each. [you]")
-]
-Votes = Annotated[int, Option(metavar="N", help="People who judge each.")]
-Guideline = Annotated[Path | None, Option(metavar="FILE", help="What is better, in Markdown.")]
-Strength = Annotated[bool, Option("--strength", help="Ask how much better, too.")]
-Port = Annotated[int, Option(metavar="N", help="Of the page; 0 takes any.")]
 Push = Annotated[
     str | None, Option(metavar="USER/NAME", help="Upload it to the hub, too, as a private model.")
 ]
@@ -105,7 +98,6 @@ def run(
 ) -> None:
     """Run what is not yet done of a recipe."""
     from rlhf_recipes.pipeline.runner import run as run_recipe
-    from rlhf_recipes.store.layout import REPORT
 
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
@@ -113,31 +105,7 @@ def run(
     outcome = run_recipe(
         loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait, rehearse=not no_rehearsal
     )
-    rows = [["stage", "", "time", "result"]]
-    for done in outcome.stages:
-        time = text.duration(done.record["seconds"])
-        rows.append([done.stage.name, done.did, time, done.record["summary"]])
-    _print(f"\n{text.table(rows, right=(2,))}\n")
-    if outcome.verdict:
-        _print(findings.shown(outcome.verdict), end="\n\n")
-    _print(f"results  {outcome.run_folder / 'results.json'}")
-    _print(f"report   {outcome.run_folder / REPORT}")
-    if outcome.model:
-        _print(f"model    {outcome.model}")
-        _print(f"next     rlhf-recipes chat {outcome.run_folder}")
-    _print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
-
-
-def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
-    from rlhf_recipes.recipe.load import find_recipe, load_recipe
-
-    return load_recipe(find_recipe(recipe), set=set_, unset=unset)
-
-
-def _find(run: str, runs: Path) -> Path:
-    from rlhf_recipes.store.layout import find_run
-
-    return find_run(run, runs)
+    show(outcome, recipe)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -275,42 +243,6 @@ def schema() -> None:
     print(schema, end="")
 
 
-@app.command()
-def label(
-    file: Answers,
-    person: People = NONE,
-    votes: Votes = 1,
-    guideline: Guideline = None,
-    strength: Strength = False,
-    port: Port = 8017,
-    runs: Runs = RUNS,
-) -> None:
-    """Judge answers on a page in the browser; what you say is kept in the runs folder."""
-    from rlhf_recipes.feedback.items import items_of
-    from rlhf_recipes.feedback.serving import serve
-    from rlhf_recipes.feedback.store import Store
-    from rlhf_recipes.store.digests import digest
-
-    items = items_of(file, lambda said: _print(said, file=sys.stderr))
-    store = Store(runs)
-    ids = [one.id for one in items]
-    store.put(items, queue := digest(ids))
-    serve(
-        store,
-        queue,
-        title=file.name,
-        people=person or ["you"],
-        votes=votes,
-        guideline=guideline,
-        strength=strength,
-        port=port,
-        end="Finish",
-        tell=_print,
-    )
-    judged = {one.item for one in store.judged(ids) if one.verdict != "skip"}
-    _print(f"{len(judged)} of {len(ids)} are judged, in {store.file}")
-
-
 @app.command("runs")
 def runs_(runs: Runs = RUNS, json: Json = False) -> None:
     """List what was run, the newest last."""
@@ -356,44 +288,6 @@ def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
         import webbrowser
 
         webbrowser.open((folder / REPORT).resolve().as_uri())
-
-
-@app.command()
-def feedback(
-    source: Annotated[
-        str | None,
-        Argument(metavar="[SOURCE]", help="A file of items, or a run. [all that was judged]"),
-    ] = None,
-    out: Annotated[
-        Path | None, Option("-o", "--out", metavar="FILE", help="Write the judgements there.")
-    ] = None,
-    as_: Annotated[
-        str,
-        Option(
-            "--as",
-            metavar="FORM",
-            help="pairs, arena, thumbs, judgements, csv, label-studio or argilla.",
-        ),
-    ] = "pairs",
-    add: Annotated[
-        list[Path], Option(metavar="FILE", help="Read judgements from there, first.")
-    ] = NO_FILES,
-    without: Annotated[list[str], Option(metavar="NAME", help="Leave a person out.")] = NONE,
-    runs: Runs = RUNS,
-) -> None:
-    """Say how far people agree; write what they judged to a file, or read it from one."""
-    from rlhf_recipes.feedback import agreement, exchange, imports
-    from rlhf_recipes.feedback.store import Store
-
-    items = exchange.items_of(source, runs) if source else None
-    store = Store(runs)
-    store.put(items or [])
-    for file in add:
-        _print(f"{file}: {imports.add(store, file)}")
-    ids = store.ids() if items is None else [one.id for one in items]
-    if out:
-        return _print(exchange.export(store, ids, as_, out, without))
-    _print(text.table(agreement.lines(store, ids, without=without)))
 
 
 @app.command()
@@ -484,6 +378,9 @@ def export(
     _print(said)
 
 
+app.add_typer(cli_feedback.app)
+
+
 def main() -> NoReturn:
     """The console script: errors as one line, and the exit codes.
 
@@ -515,12 +412,3 @@ def _say(message: str, code: int) -> int:
         _print(traceback.format_exc(), file=sys.stderr)
     _print(message, file=sys.stderr)
     return code
-
-
-def _print(said: str, **words: Any) -> None:
-    print(printable(text.masked(said)), **words)
-
-
-def printable(said: str) -> str:
-    """`said` without what would command a terminal: it may quote a stranger's file."""
-    return "".join(sign for sign in said if sign == "\n" or sign.isprintable())

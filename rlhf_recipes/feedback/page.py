@@ -74,7 +74,7 @@ class Page:
     end: str = "Train now"
     wanted: int = 0  # judged items, before `end` is what to do next
     ended: Callable[[], None] = lambda: None
-    about: Callable[[], list[tuple[str, str]]] = lambda: []  # more to say of what was judged
+    about: Callable[[], list[tuple[str, str]]] = list  # more to say of what was judged
     soonest: float = SOONEST
     shown_guideline: texts.Text = field(init=False)
 

@@ -61,7 +61,6 @@ class Labelling:
             rows = db.execute("select ask, verdict, strength, note from judgement order by n")
             return [tuple(row) for row in rows]
 
-
     @contextlib.contextmanager
     def live(self) -> Iterator[int]:
         """The port at which the page is served, by a thread of this process."""

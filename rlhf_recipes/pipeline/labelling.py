@@ -1,0 +1,157 @@
+"""The labelling page beside a recipe, a run or a file: what is asked, and what comes after it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_recipes.errors import PeopleNeeded
+from rlhf_recipes.feedback import agreement, winrate
+from rlhf_recipes.feedback.items import ANSWERS, Item, items_of, read_items
+from rlhf_recipes.feedback.serving import serve
+from rlhf_recipes.feedback.store import QUESTION, Store
+from rlhf_recipes.pipeline import runner
+from rlhf_recipes.pipeline.plan import PlannedStage, plan_run
+from rlhf_recipes.pipeline.runner import RunOutcome
+from rlhf_recipes.recipe.kinds import makes
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import form_of, located
+from rlhf_recipes.store.digests import digest
+from rlhf_recipes.store.layout import REPORT
+
+Lines = Callable[[], list[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class People:
+    """Who judges, and how they are asked. None: as the recipe says."""
+
+    names: Sequence[str]
+    votes: int | None
+    guideline: Path | None
+    strength: bool
+    port: int
+    tell: Callable[[str], None]
+
+
+def is_rows(source: str) -> bool:
+    return bool(form_of(source))
+
+
+def run(
+    recipe: Recipe, people: People, runs: Path, *, name: str | None = None, rehearse: bool = True
+) -> RunOutcome | None:
+    """Run a recipe, with the page wherever people have to judge. None: they did not end it.
+
+    Raises what `runner.run` does.
+    """
+    while True:
+        try:
+            return runner.run(recipe, runs=runs, name=name, rehearse=rehearse)
+        except PeopleNeeded as stopped:
+            people.tell(stopped.message)
+        gc.collect()  # the base model goes, while people judge
+        waiting = next(one for one in plan_run(recipe, runs, name=name).stages if _waits(one))
+        if not _judge(recipe, waiting, people, runs):
+            people.tell("the same command goes on from here")
+            return None
+
+
+def _waits(stage: PlannedStage) -> bool:
+    return makes(stage.kind, "judgements") and not stage.done
+
+
+def _judge(recipe: Recipe, stage: PlannedStage, people: People, runs: Path) -> bool:
+    """Serve the page of a stage. True where it was ended to train."""
+    from rlhf_recipes.stages.label import lacking
+
+    extras, source = recipe.table(stage.name).extras, recipe.table(stage.name).answers
+    samples = next(one for one in plan_run(recipe, runs).stages if one.name == source)
+    items = list(read_items(samples.folder / "output" / ANSWERS))
+    store, votes = Store(runs), people.votes or extras["votes"]
+    said = store.judged(one.id for one in items)
+    guideline = people.guideline
+    if guideline is None and extras["guideline"]:
+        guideline = located(extras["guideline"], recipe.model.base)
+    missing = lacking(items, said, votes, extras)
+    return _page(
+        store,
+        items,
+        people,
+        queue=samples.key,
+        title=recipe.title,
+        votes=votes,
+        guideline=guideline,
+        strength=people.strength or extras["strength"],
+        wanted=len({one.item for one in said}) + missing,
+    )
+
+
+def rows(file: Path, people: People, runs: Path) -> str:
+    """Judge what is in a file of answers; what came of it, in a line."""
+    items = items_of(file, people.tell)
+    ids, store = [one.id for one in items], Store(runs)
+    ended = {"end": "Finish", "queue": digest(ids), "title": file.name}
+    _page(store, items, people, guideline=people.guideline, votes=people.votes or 1, **ended)
+    judged = {one.item for one in store.judged(ids) if one.verdict != "skip"}
+    return f"{len(judged)} of {len(ids)} are judged, in {store.file}"
+
+
+def evaluated(run_folder: Path, people: People, pairs: int) -> str:
+    """Judge a run's last policy against its start; the report is written again."""
+    from rlhf_recipes.report import run_page
+
+    store = Store(run_folder.parent)
+    items = winrate.evaluation_items(run_folder, pairs)
+    _page(
+        store,
+        items,
+        people,
+        queue=winrate.queue(run_folder),
+        question=winrate.QUESTION_EVALUATION,
+        title=f"{run_folder.name}: which answer is better?",
+        votes=people.votes or 1,
+        guideline=people.guideline,
+        end="Finish",
+        about=lambda: winrate.people_lines(run_folder, store),
+    )
+    winrate.write(run_folder)
+    run_page.write(run_folder)
+    told = "\n".join(f"{name}: {value}" for name, value in winrate.people_lines(run_folder, store))
+    return f"{told}\nreport   {run_folder / REPORT}"
+
+
+def _page(
+    store: Store,
+    items: Sequence[Item],
+    people: People,
+    *,
+    queue: str,
+    title: str,
+    votes: int,
+    guideline: Path | None,
+    question: str = QUESTION,
+    strength: bool = False,
+    wanted: int = 0,
+    end: str = "Train now",
+    about: Lines | None = None,
+) -> bool:
+    store.put(items, queue)
+    ids = [one.id for one in items]
+    return serve(
+        store,
+        queue,
+        title=title,
+        people=people.names,
+        votes=votes,
+        guideline=guideline,
+        question=question,
+        strength=strength,
+        port=people.port,
+        wanted=wanted,
+        end=end,
+        about=about or (lambda: agreement.lines(store, ids, question)),
+        tell=people.tell,
+    )
