@@ -15,6 +15,7 @@ from rlhf_recipes.cli_options import (
     RUNS,
     Name,
     NoRehearsal,
+    Run,
     Runs,
     Set,
     Unset,
@@ -23,6 +24,7 @@ from rlhf_recipes.cli_options import (
     say,
     show,
 )
+from rlhf_recipes.errors import UsageError
 
 app = typer.Typer()
 
@@ -69,6 +71,32 @@ def label(
     if outcome is None:
         raise Exit(4)
     show(outcome, source)
+
+
+@app.command()
+def sample(
+    run: Run,
+    stage: Annotated[
+        list[str], Option(metavar="STAGE", help="A policy, or two. [the last]")
+    ] = NONE,
+    prompts: Annotated[
+        int | None, Option(metavar="N", help="Prompts that are asked. [400]")
+    ] = None,
+    answers: Annotated[int | None, Option(metavar="N", help="1: single answers. [2]")] = None,
+    out: Annotated[
+        Path | None, Option("-o", "--out", metavar="FILE", help="Add them there.")
+    ] = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Ask a run's policy for answers that are to be judged."""
+    from rlhf_recipes.pipeline import labelling
+
+    if len(stage) > 2:
+        raise UsageError("answers of two policies make a pair", "name one or two with --stage")
+    given = {"prompts": prompts, "answers": answers}
+    words = [f"{key}={value}" for key, value in given.items() if value is not None]
+    lines, count = labelling.sampled(find(run, runs), stage, out, words)
+    say(f"{count} items written to {out}" if out else lines)
 
 
 @app.command()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_recipes.errors import PeopleNeeded
+from rlhf_recipes.errors import PeopleNeeded, UsageError
 from rlhf_recipes.feedback import agreement, winrate
 from rlhf_recipes.feedback.items import ANSWERS, Item, items_of, read_items
 from rlhf_recipes.feedback.serving import serve
@@ -16,7 +18,7 @@ from rlhf_recipes.pipeline import runner
 from rlhf_recipes.pipeline.plan import PlannedStage, plan_run
 from rlhf_recipes.pipeline.runner import RunOutcome
 from rlhf_recipes.recipe.kinds import makes
-from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.load import Recipe, load_recipe
 from rlhf_recipes.recipe.tables import form_of, located
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.layout import REPORT
@@ -155,3 +157,46 @@ def _page(
         about=about or (lambda: agreement.lines(store, ids, question)),
         tell=people.tell,
     )
+
+
+def sampled(
+    run_folder: Path, policies: Sequence[str], out: Path | None, settings: Sequence[str]
+) -> tuple[str, int]:
+    """Items of a run's policy, or of two against each other, as lines; and how many.
+
+    A file that is there is continued: what it has already is not written again. `settings` are
+    words of --set for [sample]. Raises UsageError where the run has no such policy.
+    """
+    recipe = load_recipe(run_folder / "resolved.toml")
+    able = [name for name in recipe.stages if recipe.kind(name).makes == "policy"]
+    for name in policies:
+        if name not in able:
+            raise UsageError(f"{run_folder} has no policy {name!r}", f"there are {', '.join(able)}")
+    if not able:
+        raise UsageError(f"{run_folder} has no policy", "run its recipe first")
+    named = [*policies, *able[-1:]][: max(1, len(policies))]
+    place = max(recipe.stages.index(name) for name in named) + 1
+    title = next(f"asked{n or ''}" for n in range(99) if f"asked{n or ''}" not in recipe.stages)
+    words = [f"stages={json.dumps([*recipe.stages[:place], title, *recipe.stages[place:]])}"]
+    words += [f"{title}.kind=sample", f"{title}.policy={named[0]}"]
+    words += [f"{title}.against={one}" for one in named[1:]]
+    words += [f"{title}.{word}" for word in settings]
+    text = f"{recipe.text}\n[{title}]\n"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{run_folder.name}.toml"
+        file.write_text(text)
+        asked = load_recipe(file, set=words)
+        runs, name = run_folder.parent, f"{run_folder.name}-{title}"
+        planned = {one.name: one for one in plan_run(asked, runs, name=name).stages}
+        gone = [one for one in asked.stages[:place] if not planned[one].done]
+        if gone:
+            what = f"{', '.join(gone)} of {run_folder.name} would have to run again"
+            raise UsageError(what, f"rlhf-recipes run {run_folder / 'resolved.toml'}")
+        runner.run(asked, runs=runs, until=title, name=name, rehearse=False)
+    made = (planned[title].folder / "output" / ANSWERS).read_text(encoding="utf-8")
+    known = {one.id for one in read_items(out)} if out and out.exists() else set()
+    lines = [line for line in made.splitlines() if json.loads(line)["id"] not in known]
+    if out:
+        with out.open("a", encoding="utf-8") as stream:
+            stream.writelines(f"{line}\n" for line in lines)
+    return "\n".join(lines), len(lines)
