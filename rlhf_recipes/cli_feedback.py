@@ -103,7 +103,7 @@ def sample(
 def feedback(
     source: Annotated[
         str | None,
-        Argument(metavar="[SOURCE]", help="A file of items, or a run. [all that was judged]"),
+        Argument(metavar="[SOURCE]", help="A file of answers, or a run. [all that was judged]"),
     ] = None,
     out: Annotated[
         Path | None, Option("-o", "--out", metavar="FILE", help="Write the judgements there.")
@@ -126,7 +126,7 @@ def feedback(
     from rlhf_recipes.feedback import agreement, exchange, imports
     from rlhf_recipes.feedback.store import Store
 
-    items = exchange.items_of(source, runs) if source else None
+    items = exchange.items_named(source, runs, say) if source else None
     store = Store(runs)
     store.put(items or [])
     for file in add:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.feedback.items import ANSWERS, Item, read_items
+from rlhf_recipes.feedback.items import ANSWERS, Item, items_of, read_items
 from rlhf_recipes.feedback.store import Judged, Store, as_item, majority, strengths
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.files import read_json, to_json, write_text
@@ -33,13 +33,13 @@ STUDIO = """\
 </View>"""
 
 
-def items_of(source: str, runs: Path) -> list[Item]:
-    """Of a file of items, or of the `sample` stages of a run. Raises UsageError."""
+def items_named(source: str, runs: Path, tell: Callable[[str], Any]) -> list[Item]:
+    """The items of a file of answers, or of the `sample` stages of a run; `tell` as `items_of`.
+
+    Raises UsageError and DataError.
+    """
     if Path(source).is_file():
-        try:
-            return list(read_items(Path(source)))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{source} is not a file of items", "`sample` writes one") from None
+        return items_of(Path(source), tell)
     folder = layout.find_run(source, runs)
     entries = (read_json(folder / layout.MANIFEST) or {}).get("stages", [])
     sampled = [entry for entry in entries if entry.get("kind") == "sample"]

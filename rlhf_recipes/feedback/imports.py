@@ -15,10 +15,9 @@ from typing import Any
 
 from rlhf_recipes.data.exports import plain_rows
 from rlhf_recipes.data.labels import GOOD, preferred, says, word_of
-from rlhf_recipes.data.shapes import Row, understand
 from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import DataError, UsageError
-from rlhf_recipes.feedback.items import Item, item
+from rlhf_recipes.feedback.items import Item, item, judgeable
 from rlhf_recipes.feedback.store import OF_ONE, OF_PAIRS, QUESTION, Store
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.files import to_json
@@ -181,29 +180,22 @@ def _said(fields: Json, row: Json, person: str, about: Json) -> tuple[Item, Json
 
     Raises Unusable where there is no verdict in it.
     """
-    prompt, *answers = understand(Row(fields | {"winner": "left"}))  # in the order of the fields
-    texts = [text for text in answers if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        raise Unusable("an answer with thoughts beside its text")
-    if not texts or len({*texts}) < len(texts):
-        raise Unusable("no answer, or two that are equal")
-    one = item(prompt, texts)
-    flipped = one.answers[0] != texts[0]
+    one, plain = judgeable(fields)
     if not row:
         verdict = "skip"
-    elif len(texts) == 1:
+    elif len(one.answers) == 1:
         if not (word := says(row.get("label"))):
             raise Unusable("no verdict")
         verdict = "good" if word in GOOD else "bad"
     else:
-        verdict = _compared(row.get("winner"), flipped)
-    said = {"question": QUESTION, "person": person, "flipped": int(flipped), "again": 0}
+        verdict = _compared(row.get("winner"), plain)
+    said = {"question": QUESTION, "person": person, "flipped": int(not plain), "again": 0}
     said |= {"strength": None, "note": None, "guideline": "", "seconds": 0.0, "at": 0.0, **about}
     key = digest(["imported", one.id, person])
     return one, said | {"ask": key, "asked": said["at"], "verdict": verdict}
 
 
-def _compared(winner: Any, flipped: bool) -> str:
+def _compared(winner: Any, plain: bool) -> str:
     if winner is None:
         raise Unusable("no verdict")
     word = word_of(winner)
@@ -213,4 +205,4 @@ def _compared(winner: Any, flipped: bool) -> str:
         side = preferred(word, "a", "b")
     except (ValueError, DataError):
         raise Unusable("the winner is neither of the two answers, nor a tie") from None
-    return "tie" if not side else "first" if (side > 0) != flipped else "second"
+    return "tie" if not side else "first" if (side > 0) == plain else "second"

@@ -133,19 +133,24 @@ def _in_row(columns: Mapping[str, Any]) -> Iterator[Item]:
     """Of several answers each pair. Raises Unusable where there are none, or they are equal."""
     several = next((v for n, v in columns.items() if plain_name(n) in NAMES["responses"]), None)
     if not isinstance(several, list) or not all(isinstance(one, str) for one in several):
-        yield _judgeable({**columns, "winner": "left", "label": "good"})  # whichever it is
+        yield judgeable(columns)[0]
     elif len(several) == 1:
-        yield _judgeable({**columns, "completion": several[0], "label": "good"})
+        yield judgeable({**columns, "completion": several[0], "label": "good"})[0]
     else:
         for chosen, rejected in itertools.combinations(several, 2):
-            yield _judgeable({**columns, "chosen": chosen, "rejected": rejected})
+            yield judgeable({**columns, "chosen": chosen, "rejected": rejected})[0]
 
 
-def _judgeable(columns: Mapping[str, Any]) -> Item:
-    prompt, *answers = understand(Row(columns))
+def judgeable(columns: Mapping[str, Any]) -> tuple[Item, bool]:
+    """The item of a row of two answers or one, and whether its first answer is the row's.
+
+    What the row says of them is not read. Raises Unusable.
+    """
+    prompt, *answers = understand(Row({**columns, "winner": "left", "label": "good"}))
     texts = [one if isinstance(one, str) else one["content"] for one in answers if one is not None]
     if not texts:
         raise Unusable("no answer")
     if len({*texts}) < len(texts):
         raise Unusable("two answers that are equal")
-    return item([dict(turn) for turn in prompt], texts)
+    one = item([dict(turn) for turn in prompt], texts)
+    return one, one.answers[0] == texts[0]

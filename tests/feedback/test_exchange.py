@@ -13,7 +13,7 @@ from rlhf_recipes.data.shapes import Row, margin, understand
 from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.feedback.agreement import alpha
-from rlhf_recipes.feedback.exchange import FORMS, WINNERS, export, items_of
+from rlhf_recipes.feedback.exchange import FORMS, WINNERS, export, items_named
 from rlhf_recipes.feedback.imports import add
 from rlhf_recipes.feedback.items import item, write_items
 from rlhf_recipes.feedback.store import Store
@@ -241,7 +241,7 @@ def test_argilla_s_own_list(tmp_path: Path):
     record["fields"] = fields | {"response2": "no"}
     odd = record | {"fields": fields, "responses": {"better": [{"value": "0", "user_id": "u"}]}}
     file.write_text(json.dumps([record, odd]))
-    why = "2 dropped: no answer, or two that are equal"
+    why = "2 dropped: two answers that are equal"
     assert add(store, file) == f"0 judgements added; {why}; 1 dropped: no verdict"
     [one] = store.judged(store.ids())
     [of] = store.items([one.item])
@@ -298,18 +298,18 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path):
 def test_where_items_come_from(tmp_path: Path):
     file, folder = tmp_path / "items.jsonl", tmp_path / "runs" / "chat"
     write_items(file, PAIRS)
-    assert items_of(str(file), tmp_path / "runs") == PAIRS
+    assert items_named(str(file), tmp_path / "runs", print) == PAIRS
     stages = [{"name": n, "kind": k, "key": n, "folder": f".stages/{n}-1"} for n, k in
               [("sft", "sft"), ("sample", "sample"), ("more", "sample")]]  # fmt: skip
     write_json(folder / "manifest.json", {"stages": stages})
     with pytest.raises(UsageError, match="no answers of a `sample` stage"):
-        items_of("chat", tmp_path / "runs")
+        items_named("chat", tmp_path / "runs", print)
     for name, items in (("sample-1", PAIRS[:2]), ("more-1", SINGLES)):
         write_items(tmp_path / "runs" / ".stages" / name / "output" / "answers.jsonl", items)
-    assert items_of("chat", tmp_path / "runs") == PAIRS[:2] + SINGLES
-    file.write_text('{"prompt": "red"}')
-    with pytest.raises(UsageError, match="is not a file of items"):
-        items_of(str(file), tmp_path / "runs")
+    assert items_named("chat", tmp_path / "runs", print) == PAIRS[:2] + SINGLES
+    file.write_text('{"prompt": "red?", "chosen": "yes", "rejected": "no"}')
+    [one] = items_named(str(file), tmp_path / "runs", print)
+    assert {*one.answers} == {"yes", "no"}
 
 
 def test_the_command_says_writes_and_reads(
