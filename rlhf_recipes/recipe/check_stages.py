@@ -173,8 +173,21 @@ class StageChecker(Checker):
         elif rule is not None:
             what = f'must be a table with a rule, or "python:FILE.py:FUNCTION", not {show(rule)}'
             self.problem((*at, "rule"), what)
-        if extras["guideline"]:
-            self.file(extras["guideline"], (*at, "guideline"))
+        for key in ("guideline", "principles"):
+            if extras[key]:
+                self.file(extras[key], (*at, key))
+        name, price = extras["model"], extras["price"]
+        if by == "model" and not name:
+            self.problem(
+                (*at, "by"), 'needs model = "…": a hub id or a folder, or a server\'s name'
+            )
+        elif by != "model" and (name or extras["url"]):
+            self.problem((*at, "model" if name else "url"), f'is for by = "model", not {show(by)}')
+        elif name and not extras["url"]:
+            self.model_name(name, (*at, "model"))
+        if price and (len(price) != 2 or min(price) < 0):
+            what = "must be two numbers: dollars for a million tokens, in and out"
+            self.problem((*at, "price"), what)
 
     def rewards(self, name: str, values: Values) -> tuple[str, Key] | None:
         """What is wrong with a list of rewards; the reward model in it, and its place."""

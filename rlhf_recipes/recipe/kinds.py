@@ -107,6 +107,19 @@ _SAMPLE: Keys = {
 _LABEL: Keys = {
     "by": Field(("str",), "people", choices=("people", "model", "rule")),
     "rule": Field(("str", "dict"), effect="source"),  # as a judge of [evaluation]
+    # by = "model": a folder or hub id; with `url`, that server's name for it. `principles` is a file.
+    "model": Field(("str",), effect="source"),
+    "url": Field(("str",), effect="neutral"),
+    "principles": Field(("str",), effect="source"),
+    "question": Field(("str",)),
+    "reasons": Field(("bool",), False),
+    "samples": Field(("int",), 1, range="at least 1"),
+    "tie": Field(("float",), 0.1, range="at least 0 and below 1"),
+    "people": Field(("int",), 0, range="at least 0"),  # items that people judge first
+    "minimum_agreement": Field(("float",), range="from 0 to 1", effect="neutral"),
+    "budget": Field(("float",), range="above 0", effect="neutral"),
+    "price": Field(("list[float]",), effect="neutral"),
+    "concurrency": Field(("int",), 8, range="at least 1", effect="neutral"),
     # Judgements of the training and of the test side that people have to make before it ends.
     "minimum": Field(("int",), 100, range="at least 1", effect="neutral"),
     "minimum_test": Field(("int",), 20, range="at least 0", effect="neutral"),

@@ -329,7 +329,8 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
     for table in (data if isinstance(data, list) else [data]) + own:
         if DatasetTable(table["path"]).is_local:
             table["path"] = moved(table["path"])
-    named = [(stage, key) for stage in stages for key in ("reward_model", "guideline")]
+    files = ("reward_model", "guideline", "principles", "model")
+    named = [(stage, key) for stage in stages for key in files]
     for table, key in [(model, "name"), *named]:
         if is_path(table.get(key) or ""):
             table[key] = moved(table[key])

@@ -89,6 +89,18 @@ def columns_of(recipe: Recipe, stage: str) -> list[str]:
     return sorted({column for one in asked for column in one.columns})
 
 
+def model_judges(recipe: Recipe) -> list[str]:
+    """The models that judge in `label` stages on this machine, by folder or hub id."""
+    found = [t.extras for t in recipe.tables.values() if t.extras.get("by") == "model"]
+    return [extras["model"] for extras in found if not extras["url"]]
+
+
+def principles_of(recipe: Recipe) -> list[str]:
+    """The files of principles that models judge by."""
+    found = [table.extras.get("principles") for table in recipe.tables.values()]
+    return [file for file in found if file]
+
+
 def code_of(recipe: Recipe) -> list[Term]:
     """Every reward and judge that is a function in a Python file."""
     found = [*written_rules(recipe).values()]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import INDEPENDENT, is_path
-from rlhf_recipes.recipe.wiring import code_of
+from rlhf_recipes.recipe.wiring import code_of, model_judges
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.hub import Repo, says_no
@@ -64,6 +64,7 @@ def _models(recipe: Recipe) -> Iterator[str]:
     for table in recipe.tables.values():
         if table.reward_model and table.reward_model not in recipe.stages:
             yield table.reward_model
+    yield from model_judges(recipe)
     for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
         if judge.model and judge.model != INDEPENDENT:
             yield judge.model

@@ -15,7 +15,7 @@ from typing import Any
 from rlhf_recipes.errors import ModelError
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import DatasetTable, is_path, located
-from rlhf_recipes.recipe.wiring import code_of
+from rlhf_recipes.recipe.wiring import code_of, model_judges, principles_of
 from rlhf_recipes.sources import mirror, trust
 from rlhf_recipes.sources.hub import MODEL_FILES, Repo, says_no
 from rlhf_recipes.store.digests import digest, file_digest
@@ -44,10 +44,11 @@ def dataset_repo(table: DatasetTable) -> Repo:
 
 def identify(recipe: Recipe, runs: Path) -> Identities:
     """What every name in the recipe means here. Raises DataError and ModelError."""
-    rules = {one.code[0] for one in code_of(recipe) if one.code}
+    rules = {one.code[0] for one in code_of(recipe) if one.code} | {*principles_of(recipe)}
+    models = {*foreign_models(recipe), *model_judges(recipe)}
     return Identities(
         identify_base(recipe, runs),
-        {name: identify_model(name, recipe, runs) for name in set(foreign_models(recipe))},
+        {name: identify_model(name, recipe, runs) for name in models},
         {table: identify_dataset(table, runs) for table in dict.fromkeys(tables_read(recipe))},
         {file: content_digest(located(file, recipe.model.base), runs) for file in rules},
     )

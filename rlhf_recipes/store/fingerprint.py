@@ -43,7 +43,7 @@ class Identities:
     base: Values  # the base model
     models: Mapping[str, Values]  # every other model from elsewhere, by its name in the recipe
     datasets: Mapping[DatasetTable, Values]  # every table of `tables_read`
-    rules: Mapping[str, str]  # rewards and judges that are functions in a file, by its name
+    rules: Mapping[str, str]  # files of functions that reward or judge, and of principles
 
 
 def tables_read(recipe: Recipe) -> Iterable[DatasetTable]:
@@ -125,6 +125,10 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         found |= changed(kind.extras, table.extras, kind)
         if table.rule:
             found["rule"] = _term(table.rule, known)
+        if table.extras.get("by") == "model":
+            found["model"] = known.models.get(table.extras["model"]) or table.extras["model"]
+            if file := table.extras["principles"]:
+                found["principles"] = known.rules[file]
     elif table:
         fields, lora = fields_for(kind.config), recipe.lora is not None
         usual, _ = resolve(fields, {}, lora)

@@ -33,6 +33,9 @@ ROWS = {
     stages = ["sft", "label"] | nothing to judge
     stages = ["sample", "label"]; label.by = "rule" | 2 label.by: needs rule
     stages = ["sample", "label"]; label.rule = { rule = "ended" } | by = "rule"
+    stages = ["sample", "label"]; label.by = "model" | 2 label.by: needs model
+    stages = ["sample", "label"]; label.model = "a/b" | by = "model"
+    stages = ["sample", "label"]; label.price = [1.0] | two numbers
     stages = ["sample", "label"]; label.by = "rule"; label.rule = "x" | a table with a rule
     + reward.pairs = ["lable"] | neither
     + rounds.count = 2 | 2 rounds.from: must be one of stages
