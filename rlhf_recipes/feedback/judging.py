@@ -18,11 +18,12 @@ from typing import Any
 from rlhf_recipes.data.turns import Messages
 from rlhf_recipes.errors import GateError, StageError
 from rlhf_recipes.feedback import calls, endpoint, prompt
+from rlhf_recipes.feedback.agreement import alpha
 from rlhf_recipes.feedback.calls import Ask, Bill
 from rlhf_recipes.feedback.items import Item
 from rlhf_recipes.feedback.reading import Reply, preference
-from rlhf_recipes.feedback.store import Store, majority
-from rlhf_recipes.stats import wilson
+from rlhf_recipes.feedback.store import Judged, Store, majority
+from rlhf_recipes.stats import share_of
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.text import duration
 
@@ -30,6 +31,7 @@ PILOT = 24  # pairs that are judged first
 ONE_PLACE = 0.9  # of the pilot's texts that name one place: such a judge looks at nothing else
 DIFFERENT = 0.1  # of the longer answer's length: closer ones say nothing of a liking for length
 BINS = 5
+ENDS = ("", "_low", "_high", "_pairs")
 SOME_HEAT = 0.7  # the temperature where several samples are drawn
 TOKEN = 4  # bytes of English, about
 
@@ -43,6 +45,7 @@ class JudgeSettings:
     folder: Path | None = None  # of a local model
     content: str = ""  # a local model's digest or commit
     quantization: str = "none"  # of a local model
+    dtype: str = "auto"  # of a local model, as [model] dtype
     principles: str = ""  # the text: one a paragraph
     question: str = prompt.QUESTION
     reasons: bool = False  # reasons first, then the verdict
@@ -200,6 +203,7 @@ def _opened(
             mode=mode,
             temperature=judge.temperature,
             quantization=judge.quantization,
+            dtype=judge.dtype,
             name=judge.model,
         )
     spent = float(bill.calls) if judge.price is None else bill.dollars(judge.price)
@@ -367,14 +371,16 @@ def _with_people(
     named = [k for k, v in shared.items() if "tie" not in (v, people[k])]
     if not named:
         return {}, []
-    share = fmean(shared[key] == people[key] for key in named)
-    low, high = wilson(share, len(named))
-    numbers = {
-        "agreement": share,
-        "agreement_low": low,
-        "agreement_high": high,
-        "agreement_pairs": len(named),
-    }
+    share = share_of([float(shared[key] == people[key]) for key in named])
+    numbers = {f"agreement{end}": n for end, n in zip(ENDS, share, strict=True)}
+    both = [
+        Judged(key, who, said, False)
+        for key, verdict in shared.items()
+        for who, said in (("judge", verdict), ("people", people[key]))
+        if said
+    ]
+    if (found_alpha := alpha(both)) is not None:
+        numbers["agreement_alpha"] = found_alpha
     bins = []
     for number in range(BINS):
         there = [k for k in named if min(int((found.better[k] or 0) * BINS), BINS - 1) == number]
@@ -384,16 +390,4 @@ def _with_people(
             else [None, None]
         )
         bins.append({"pairs": len(there), "people": means[0], "judge": means[1]})
-    alpha = _alpha([(shared[key], people[key]) for key in shared])
-    return numbers | ({} if alpha is None else {"agreement_alpha": alpha}), bins
-
-
-def _alpha(said: Sequence[tuple[Any, str]]) -> float | None:
-    """Krippendorff's, ordinal over first < tie < second; None where all say one thing."""
-    import krippendorff
-
-    worth = {"first": 0, "tie": 1, "second": 2}
-    table = [[worth[one[who]] for one in said] for who in (0, 1)]
-    if len({number for row in table for number in row}) < 2:
-        return None
-    return float(krippendorff.alpha(table, level_of_measurement="ordinal", value_domain=[0, 1, 2]))
+    return numbers, bins

@@ -80,7 +80,8 @@ def from_completion(body: Any, mode: str) -> Reply:
     """What a chat completion says; `error` where it holds no verdict, `mass` where it is small."""
     if not isinstance(body, Mapping):
         return Reply(error="the reply is not JSON of a completion")
-    used = body.get("usage") if isinstance(body.get("usage"), Mapping) else {}
+    used: Any = body.get("usage")
+    used = used if isinstance(used, Mapping) else {}
     counts = [used.get(name) for name in ("prompt_tokens", "completion_tokens")]
     tokens_in, tokens_out = (n if type(n) is int and n >= 0 else None for n in counts)
     names = [body.get(name) for name in ("model", "system_fingerprint")]

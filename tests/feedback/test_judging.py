@@ -1,5 +1,7 @@
 """`judge_items` against a server whose judge is known: what is kept, said and paid."""
 
+import json
+import re
 import subprocess
 import sys
 import time
@@ -7,8 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from rlhf_recipes.errors import GateError
+from rlhf_recipes.cli import app
+from rlhf_recipes.data.shapes import Row, understand
+from rlhf_recipes.errors import GateError, UsageError
 from rlhf_recipes.feedback.calls import Ask, replies
 from rlhf_recipes.feedback.items import item, write_items
 from rlhf_recipes.feedback.judging import JudgeSettings, judge_items
@@ -168,3 +173,33 @@ def test_killed_at_any_moment_it_goes_on_and_pays_for_no_kept_verdict_again(tmp_
     assert len(server.served) == 80 and twice <= 4 * kills
     assert found.metrics["no_verdict"] == 0 and right(found.better, items) == 1.0
     assert found.metrics["calls"] == 80
+
+
+def test_the_command_writes_what_it_keeps_and_says_what_that_is_worth(tmp_path):
+    items, output = numbered(30), tmp_path / "kept.jsonl"
+    write_items(tmp_path / "items.jsonl", items)
+    (tmp_path / "principles.md").write_text("The larger number is better.\n")
+    words = ["judge", str(tmp_path / "items.jsonl"), "--model", "fake", "--runs", str(tmp_path)]
+    words += ["--principles", str(tmp_path / "principles.md"), "-o", str(output), "--show"]
+    with FakeJudge(odds, bias=0.3) as server:
+        words += ["--url", server.url, "--price", "1", "--price", "2", "--limit", "28"]
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert server.asked == 56
+        assert "1. The larger number is better." in server.bodies[0]["messages"][0]["content"]
+    assert re.search(r"^pairs +28$", done.stdout, re.MULTILINE)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert f"{len(rows)} pairs  {output}" in done.stdout
+    assert done.stdout.count("that the first is better") == 28
+    assert all(float(r["chosen"].split()[0]) > float(r["rejected"].split()[0]) for r in rows)
+    assert {"prompt", "chosen", "rejected", "p", "judge"} == rows[0].keys()
+    # The file is a dataset: a reward stage reads it.
+    prompt, chosen, rejected = understand(Row(rows[0]))
+    assert (chosen, rejected) == (rows[0]["chosen"], rows[0]["rejected"])
+
+
+def test_the_command_refuses_half_a_price_and_its_own_file(tmp_path):
+    write_items(tmp_path / "items.jsonl", numbered(1))
+    words = ["judge", str(tmp_path / "items.jsonl"), "--model", "fake", "--runs", str(tmp_path)]
+    for more, said in ((["--price", "1"], "a price is of"), (["-o", words[1]], "to be judged")):
+        with pytest.raises(UsageError, match=said):
+            CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
