@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +42,28 @@ Strength = Annotated[bool, Option("--strength", help="Ask how much better, too."
 Port = Annotated[int, Option(metavar="N", help="Of the page; 0 takes any.")]
 Evaluate = Annotated[bool, Option("--evaluate", help="A run's last policy against its start.")]
 Pairs = Annotated[int, Option(metavar="N", help="Of --evaluate: pairs that are asked.")]
+
+# Of `judge`.
+Judged = Annotated[Path, Argument(metavar="FILE", help="Pairs of answers, to be judged.")]
+Judge = Annotated[
+    str, Option("--model", metavar="NAME", help="A folder, hub id, or server's name.")
+]
+Url = Annotated[str, Option(metavar="URL", help="An OpenAI-compatible server. [runs it here]")]
+Principles = Annotated[
+    Path | None, Option(metavar="FILE", help="What to judge by: a principle a paragraph.")
+]
+Reasons = Annotated[bool, Option("--reasons", help="Have it give reasons first.")]
+Limit = Annotated[int | None, Option(metavar="N", min=1, help="Judge the first so many pairs.")]
+Show = Annotated[bool, Option("--show", help="Print each pair with its verdict.")]
+Budget = Annotated[
+    float | None, Option(metavar="X", min=0, help="Dollars at --price, else calls, at most.")
+]
+Price = Annotated[
+    list[float],
+    Option(metavar="IN --price OUT", min=0, help="Dollars per million tokens, in and out."),
+]
+NO_PRICE: list[float] = []  # never changed
+Kept = Annotated[Path | None, Option("-o", metavar="FILE", help="Write the pairs that are kept.")]
 
 
 @app.command()
@@ -135,3 +159,44 @@ def feedback(
     if out:
         return say(exchange.export(store, ids, as_, out, without))
     say(text.table(agreement.lines(store, ids, without=without)))
+
+
+@app.command()
+def judge(
+    file: Judged,
+    model: Judge,
+    url: Url = "",
+    principles: Principles = None,
+    reasons: Reasons = False,
+    limit: Limit = None,
+    show_: Show = False,
+    budget: Budget = None,
+    price: Price = NO_PRICE,
+    output: Kept = None,
+    runs: Runs = RUNS,
+) -> None:
+    """Have a model say which answer of each pair is better, in both orders."""
+    from rlhf_recipes import cli_tables
+    from rlhf_recipes.feedback.judge_file import judge_file, shown
+    from rlhf_recipes.feedback.judging import JudgeSettings
+    from rlhf_recipes.screen import quietly
+
+    if len(price) not in (0, 2):
+        raise UsageError("a price is of tokens in and of tokens out", "--price 0.15 --price 0.60")
+    settings = JudgeSettings(
+        model=model,
+        url=url,
+        principles=principles.read_text(encoding="utf-8") if principles else "",
+        reasons=reasons,
+        budget=budget,
+        price=(price[0], price[1]) if price else None,
+    )
+    person = sys.stderr
+    with quietly():
+        tell = partial(say, file=person)
+        items, found = judge_file(file, settings, runs, tell, limit=limit, output=output)
+    if show_:
+        say(shown(items, found))
+    say(cli_tables.judged(found.metrics))
+    if output:
+        say(f"\n{found.metrics['kept']} pairs  {output}")

@@ -22,7 +22,8 @@ HELP = ROOT / "docs" / "commands.md"
 PAGES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.glob("docs/*.md"))}
 PAGES["README.md"] = ROOT / "README.md"
 COMMANDS = (
-    "run plan check fork fetch recipes schema runs compare report feedback doctor clean chat export"
+    "run plan check fork fetch recipes schema runs compare report feedback judge doctor clean chat"
+    " export"
 ).split()
 MOST_LINES = 150
 LINK = re.compile(r"(?:\]\(|\bsrc=\"|\bsrcset=\")([^)\s\"]+)")
