@@ -67,27 +67,29 @@ def _waits(stage: PlannedStage) -> bool:
 
 def _judge(recipe: Recipe, stage: PlannedStage, people: People, runs: Path) -> bool:
     """Serve the page of a stage. True where it was ended to train."""
-    from rlhf_recipes.stages.label import lacking
+    from rlhf_recipes.stages.label import for_people, missing
 
     extras, source = recipe.table(stage.name).extras, recipe.table(stage.name).answers
     samples = next(one for one in plan_run(recipe, runs).stages if one.name == source)
     items = list(read_items(samples.folder / "output" / ANSWERS))
-    store, votes = Store(runs), people.votes or extras["votes"]
-    said = store.judged(one.id for one in items)
+    if people.votes:
+        extras = {**extras, "votes": people.votes}
+    asked, votes = for_people(extras, items)
+    store = Store(runs)
+    said = store.judged(one.id for one in asked)
     guideline = people.guideline
     if guideline is None and extras["guideline"]:
         guideline = located(extras["guideline"], recipe.model.base)
-    missing = lacking(items, said, votes, extras)
     return _page(
         store,
-        items,
+        asked,
         people,
-        queue=samples.key,
+        queue=samples.key if len(asked) == len(items) else digest([one.id for one in asked]),
         title=recipe.title,
         votes=votes,
         guideline=guideline,
         strength=people.strength or extras["strength"],
-        wanted=len({one.item for one in said}) + missing,
+        wanted=len({one.item for one in said}) + missing(extras, items, said),
     )
 
 

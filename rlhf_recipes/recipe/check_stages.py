@@ -178,9 +178,8 @@ class StageChecker(Checker):
                 self.file(extras[key], (*at, key))
         name, price = extras["model"], extras["price"]
         if by == "model" and not name:
-            self.problem(
-                (*at, "by"), 'needs model = "…": a hub id or a folder, or a server\'s name'
-            )
+            what = 'needs model = "…": a hub id or a folder, or with `url` its name there'
+            self.problem((*at, "by"), what)
         elif by != "model" and (name or extras["url"]):
             self.problem((*at, "model" if name else "url"), f'is for by = "model", not {show(by)}')
         elif name and not extras["url"]:

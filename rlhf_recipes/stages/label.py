@@ -6,23 +6,29 @@ the store, or ends with exit code 4 where that is too little. A rule judges here
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.data.dataset import Data
-from rlhf_recipes.errors import PeopleNeeded, StageError
+from rlhf_recipes.errors import GateError, PeopleNeeded, StageError
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, Item, read_items
+from rlhf_recipes.feedback.judging import JudgeSettings, judge_items
+from rlhf_recipes.feedback.prompt import QUESTION
 from rlhf_recipes.feedback.store import Judged, Store, majority, snapshot, strengths
 from rlhf_recipes.models.fake_model import Held, Sim
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import located
+from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.rewards.rule import Said, load_rule
-from rlhf_recipes.store.files import to_json, whole
+from rlhf_recipes.store.files import to_json, whole, write_json
 
 __all__ = ["memory", "run", "trial", "work"]  # see contract.StageModule
 
+JUDGED = "judge.json"  # in the output: what is known of a model as a judge
 Verdicts = dict[str, str]  # by item: first, second, tie, both_bad, good, bad
 Row = dict[str, Any]
 
@@ -31,8 +37,11 @@ def run(context: StageContext) -> StageResult:
     table = context.recipe.table(context.name)
     items = list(read_items(context.inputs["answers"] / ANSWERS))
     margins: dict[str, float] = {}
+    told: dict[str, float | int | str] = {}
     if table.extras["by"] == "rule":
         verdicts = by_rule(context, items)
+    elif table.extras["by"] == "model":
+        verdicts, told = by_model(context, items)
     else:
         said = _of_people(context, items)
         verdicts, margins = majority(said), strengths(said)
@@ -59,7 +68,7 @@ def run(context: StageContext) -> StageResult:
     if longer := [_longer(one, verdicts[one.id]) for one in items if one.id in verdicts]:
         told = [value for value in longer if value is not None]
         metrics |= {"longer_preferred": fmean(told)} if told else {}
-    return StageResult(metrics, f"{len(rows)} rows from {len(verdicts)} judgements")
+    return StageResult(metrics | told, f"{len(rows)} rows from {len(verdicts)} judgements")
 
 
 def rows_of(one: Item, verdict: str | None, margins: dict[str, float]) -> Iterable[Row]:
@@ -99,20 +108,96 @@ def lacking(
     return missing
 
 
+def for_people(extras: Mapping[str, Any], items: Sequence[Item]) -> tuple[list[Item], int]:
+    """What people are asked, and how many votes each; before a model judges, test items first."""
+    if extras["by"] != "model":
+        return list(items), extras["votes"]
+    return sorted(items, key=lambda one: one.side != "test")[: extras["people"]], extras["votes"]
+
+
+def missing(extras: Mapping[str, Any], items: Sequence[Item], said: Sequence[Judged]) -> int:
+    """How many judgements of people a stage waits for."""
+    asked, votes = for_people(extras, items)
+    every = {"minimum": len(asked), "minimum_test": len(asked)}
+    return lacking(asked, said, votes, every if extras["by"] == "model" else extras)
+
+
+def _enough(context: StageContext, items: Sequence[Item]) -> list[Judged]:
+    """What people said. Raises PeopleNeeded where it is too little."""
+    extras, runs = context.recipe.table(context.name).extras, context.session.runs
+    asked = for_people(extras, items)[0]
+    said = Store(runs).judged(one.id for one in asked) if runs else []
+    if wanted := missing(extras, items, said):
+        done = f"{len({one.item for one in said})} of {len(asked)} are judged"
+        words = ["rlhf-recipes", "label", str(context.recipe.path)]
+        for word in context.recipe.overrides:
+            unset, _, key = word.partition("unset ")
+            words += ["--unset", key] if not unset and key else ["--set", word]
+        raise PeopleNeeded(
+            f"people have to judge first: {done}, {wanted} more are needed", shlex.join(words)
+        )
+    return said
+
+
 def _of_people(context: StageContext, items: Sequence[Item]) -> list[Judged]:
     """What people said, if it is enough and what the stage's key knows of."""
-    extras, runs = context.recipe.table(context.name).extras, context.session.runs
-    said = Store(runs).judged(one.id for one in items) if runs else []
-    if missing := lacking(items, said, extras["votes"], extras):
-        done = f"{len({one.item for one in said})} of {len(items)} are judged"
-        raise PeopleNeeded(
-            f"people have to judge first: {done}, {missing} more are needed",
-            f"rlhf-recipes label {context.recipe.path}",
-        )
+    said = _enough(context, items)
     if snapshot(said) != context.judged:
         what = "judgements came in as the run was planned"
         raise StageError(f"{context.name}: {what}", "the same command goes on")
     return said
+
+
+def by_model(
+    context: StageContext, items: Sequence[Item]
+) -> tuple[Verdicts, dict[str, float | int | str]]:
+    """A model's verdicts on pairs; on the first `people` items, those of people count as well.
+
+    Raises GateError where the judge agrees with people too seldom.
+    """
+    extras, runs = context.recipe.table(context.name).extras, context.session.runs
+    if runs is None or len(items[0].answers) < 2:
+        raise StageError(f"{context.name}: a model judges pairs", "say answers = 2 in [sample]")
+    if extras["people"]:
+        _enough(context, items)
+    note, update = context.progress.note, context.progress.update
+    context.session.release()
+    found = judge_items(items, judge_of(context), Store(runs), note, update=update)
+    write_json(context.folder / "output" / JUDGED, {"bins": found.bins, **found.metrics})
+    agreed, least = found.metrics.get("agreement"), extras["minimum_agreement"]
+    if agreed is not None and least is not None and agreed < least:
+        what = f"the judge agrees with people on {agreed:.0%}, and {least:.0%} is asked for"
+        raise GateError(f"{context.name}: {what}", "change principles or the model")
+    verdicts = {one.id: said for one in items if (said := found.verdict(one.id))}
+    return verdicts, {"judge_model": extras["model"], **found.metrics}
+
+
+def judge_of(context: StageContext) -> JudgeSettings:
+    """The judge of a stage, as its table has it."""
+    runs = context.session.runs
+    assert runs
+    recipe, extras = context.recipe, context.recipe.table(context.name).extras
+    base, name = recipe.model.base, extras["model"]
+    local, content = None, ""
+    if not extras["url"]:
+        local = sources.model_folder(name, recipe)
+        known = sources.identify_model(name, recipe, runs)
+        content = known.get("content") or known["revision"]
+    principles = located(extras["principles"], base) if extras["principles"] else None
+    price = extras["price"]
+    return JudgeSettings(
+        model=name,
+        url=extras["url"] or "",
+        folder=local,
+        content=content,
+        quantization=recipe.model.quantization,
+        dtype=recipe.model.dtype,
+        principles=principles.read_text(encoding="utf-8") if principles else "",
+        question=extras["question"] or QUESTION,
+        **{key: extras[key] for key in ("reasons", "samples", "tie", "people", "budget")},
+        price=(price[0], price[1]) if price else None,
+        concurrency=extras["concurrency"],
+    )
 
 
 def by_rule(context: StageContext, items: Sequence[Item]) -> Verdicts:

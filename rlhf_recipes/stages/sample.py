@@ -29,7 +29,7 @@ from rlhf_recipes.store.digests import derive_seed
 
 __all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
 
-SIDES = ("train", "validation", "test")
+SIDES = ("train", "test", "validation")  # people are asked in this order
 AGAIN = 2  # further draws for a prompt whose answers are all the same
 
 
