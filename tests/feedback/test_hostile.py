@@ -82,7 +82,11 @@ def test_6_two_hosts_or_none_are_refused(made):
         assert " 200 " in raw(port, get)
 
 
-OTHERS = [{"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://localhost:8017"}]
+OTHERS = [
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+    {"origin": "http://localhost:8017"},
+]
 OTHERS += [{"origin": "https://127.0.0.1:8017"}, {"origin": "http://127.0.0.1"}]
 OTHERS += [{"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}]
 
@@ -131,7 +135,9 @@ def test_13_14_what_is_not_a_verdict_is_refused(made):
 
 def test_15_a_body_without_an_end_is_not_read(made, monkeypatch):
     monkeypatch.setattr(page_module, "BODY_SECONDS", 0.3)
-    head = f"POST {made.address} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {FORM['content-type']}"
+    head = (
+        f"POST {made.address} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {FORM['content-type']}"
+    )
     with made.live() as port:
         for length in ("content-length: 100000000", "transfer-encoding: chunked"):
             sent = 0
@@ -160,7 +166,9 @@ def test_16_ten_thousand_fields_are_not_taken(made):
 
 def test_17_a_note_of_bytes_that_are_no_text(made):
     for note in ("%FF%FE", "%ED%A0%80", "%C0%AF", "é".encode("latin1"), "x" * 5000):
-        body = f"verdict=left&note={note}" if isinstance(note, str) else b"verdict=left&note=" + note
+        body = (
+            f"verdict=left&note={note}" if isinstance(note, str) else b"verdict=left&note=" + note
+        )
         assert post(made, body).status_code == 400, note
 
 
@@ -338,6 +346,7 @@ def test_no_address_leads_to_another_machine(tmp_path, labelling, monkeypatch):
         target=serve,
         args=(made.store, "q"),
         kwargs={"title": "t", "port": 0, "people": ["ada", "bob"], "tell": said.append},
+        daemon=True,
     )
     thread.start()
     while len(said) < 3:

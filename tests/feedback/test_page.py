@@ -94,7 +94,9 @@ def test_every_key_that_is_told_is_a_buttons(labelling):
     made = labelling(guideline="Short is *good*.", strength=True)
     made.say(made.client.get(f"/{ADA}/?begin").headers["location"], "left-1")
     page = made.client.get(made.next()).text
-    keys = {key for keys in re.findall(r'aria-keyshortcuts="([^"]+)"', page) for key in keys.split()}
+    keys = {
+        key for keys in re.findall(r'aria-keyshortcuts="([^"]+)"', page) for key in keys.split()
+    }
     arrows = {"ArrowLeft", "ArrowRight", "ArrowDown"}
     assert keys == {*"1234567txsunmga?", *arrows}
 
@@ -132,7 +134,9 @@ def test_the_end_is_offered_first_only_once_enough_is_judged(labelling):
     assert "wanted" not in page
     assert re.search('<button class="first">Train now', page)
     assert not made.ended
-    done = made.client.post(f"/{ADA}/end", headers={"content-type": "application/x-www-form-urlencoded"})
+    done = made.client.post(
+        f"/{ADA}/end", headers={"content-type": "application/x-www-form-urlencoded"}
+    )
     assert "2 of 3 are judged" in text_of(done.text)
     assert made.ended == [True]
 
