@@ -44,7 +44,7 @@ def serve(
     port: int = 8017,
     end: str = "Train now",
     wanted: int = 0,
-    about: Callable[[], list[tuple[str, str]]] = lambda: [],
+    about: Callable[[], list[tuple[str, str]]] = list,
     tell: Callable[[str], None] = print,
 ) -> bool:
     """Serve the page of a queue. True where a person pressed `end`, False on Ctrl-C.
