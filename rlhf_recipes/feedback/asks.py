@@ -1,9 +1,9 @@
 """Who is asked what next, and what they said: a person's side of the store.
 
 An ask that is not judged yet is a lease of ten minutes: nobody else takes that vote, and a second
-tab of the same person gets another item. Every fifth ask is of an item that no training reads. Every
-twentieth shows again what this person judged before, sides swapped: it measures how well they agree
-with themselves.
+tab of the same person gets another item. Every fifth ask is of an item that no training reads.
+Every twentieth shows again what this person judged before, sides swapped: it measures how well they
+agree with themselves.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Ask:
     verdict: str | None  # as it was seen: left, right, tie, …
     strength: int | None
     note: str | None
-    at: float  # of the judgement; of the ask where there is none
+    at: float  # when it was asked
     earlier: bool  # there is an ask before it
 
     @property
@@ -162,10 +162,18 @@ class Asks:
             row = self._own(db, id, person)
             item = as_item(db.execute("select * from item where id = ?", [row["item"]]).fetchone())
             earlier = self._before(db, row, person) is not None
-        names = ("verdict", "strength", "note", "at")
-        verdict, *rest = (row[name] for name in names)
         flipped = bool(row["flipped"])
-        return Ask(id, item, flipped, bool(row["again"]), seen(verdict, flipped), *rest, earlier)
+        return Ask(
+            id,
+            item,
+            flipped,
+            bool(row["again"]),
+            seen(row["verdict"], flipped),
+            row["strength"],
+            row["note"],
+            row["at"],
+            earlier,
+        )
 
     def before(self, id: str, person: str) -> str:
         """What this person was asked, and said something to, before that; itself for the first."""

@@ -2,7 +2,7 @@
 
     GET  /<token>/              303 to an ask: its item and sides are on disk
     GET  /<token>/<ask>         the same item and sides, for ever; says what was said to it
-    POST /<token>/<ask>         on disk, then 303 to the next; where that fails, it stays and says so
+    POST /<token>/<ask>         on disk, then 303 to the next; else it stays and says why
     GET  /<token>/<ask>/before  303 to what this person judged before
     GET  /<token>/all           how far it is, and what was said
     POST /<token>/end           the page ends; what waits for it goes on
@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import hmac
 import sqlite3
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,22 +167,17 @@ class Page:
 
     def _all(self, request: Request) -> Response:
         person = self._person(request)
-        said = [
-            row | {"at": time.strftime("%H:%M", time.localtime(row["at"]))}
-            for row in self.asks.said(person, LISTED)
-        ]
+        said = self.asks.said(person, LISTED)
         items = {i.id: i for i in self.asks.store.items(row["item"] for row in said)}
         for row in said:
             row["prompt"] = items[row["item"]].prompt[-1]["content"][:LISTED]
-        values = {"said": said, "counts": self.asks.counts(), "about": self.about()}
-        return self._page("all.html", request, words=WORDS, **values)
+        counts, about = self.asks.counts(), self.about()
+        return self._page("all.html", request, words=WORDS, said=said, counts=counts, about=about)
 
     async def _end(self, request: Request) -> Response:
         await _fields(request)
-        person = self._person(request)
-        made = await run_in_threadpool(self._page, "ended.html", request)
+        made = await run_in_threadpool(self._page, "ended.html", request)  # 404 for a stranger
         self.ended()
-        del person
         return made
 
     # ---- what all of them share

@@ -52,7 +52,8 @@ def answers(values: Sequence[str]) -> list[Text]:
     words = [list(itertools.islice(WORD.finditer(value), MARKED + 1)) for value in values]
     if len(values) != 2 or max(map(len, words)) > MARKED:
         return [text(value) for value in values]
-    matcher = SequenceMatcher(None, *([word[0] for word in own] for own in words))
+    left, right = ([word[0] for word in own] for own in words)
+    matcher = SequenceMatcher(None, left, right)
     if matcher.ratio() < ALIKE:
         return [text(value) for value in values]
     found = []

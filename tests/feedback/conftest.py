@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class Labelling:
         ended: list[bool] = []
         with listening(0) as listener:
             port = listener.getsockname()[1]
-            thread = threading.Thread(target=lambda: ended.append(served(self.page, listener)))
+            serve = partial(served, self.page, listener)
+            thread = threading.Thread(target=lambda: ended.append(serve()), daemon=True)
             thread.start()
             try:
                 yield port

@@ -332,7 +332,8 @@ EVIL = """<!doctype html><iframe src="{url}"></iframe>
 <iframe name="to"></iframe><img src="{url}"><script src="{url}"></script>
 <script>
 document.forms[0].submit();
-fetch("{url}", {{mode: "no-cors"}}).then(() => document.title += " got", () => document.title += " none");
+fetch("{url}", {{mode: "no-cors"}})
+  .then(() => document.title += " got", () => document.title += " none");
 fetch("{url}", {{method: "POST", mode: "no-cors", body: new URLSearchParams("verdict=left")}})
   .then(() => 0, () => 0).then(() => document.title += " sent");
 </script>"""

@@ -346,6 +346,7 @@ def test_no_address_leads_to_another_machine(tmp_path, labelling, monkeypatch):
         target=serve,
         args=(made.store, "q"),
         kwargs={"title": "t", "port": 0, "people": ["ada", "bob"], "tell": said.append},
+        daemon=True,
     )
     thread.start()
     while len(said) < 3:

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_recipes.cli import app
 from rlhf_recipes.errors import UsageError
+from rlhf_recipes.feedback.page import SOONEST
 from rlhf_recipes.feedback.store import Store
 from tests.feedback.conftest import raw
 
@@ -35,15 +36,17 @@ def test_label_asks_for_what_is_not_judged_and_says_how_far_it_is(tmp_path, caps
     runs = tmp_path / "runs"
     for judged in (1, 2):
         words = (file, "--port", 0, "--runs", runs, "--person", "ada", "--person", "bob")
-        thread = threading.Thread(target=label, args=words)
+        thread = threading.Thread(target=label, args=words, daemon=True)
         thread.start()
         said = ""
-        while "bob: " not in said:
+        while "bob: " not in said and thread.is_alive():
             said += capsys.readouterr().out
             time.sleep(0.02)
         address = said.partition("ada: http://127.0.0.1:")[2].partition("\n")[0]
         port, path = int(address.partition("/")[0]), f"/{address.partition('/')[2]}"
-        assert ask(port, ask(port, path), "verdict=left") == path
+        first = ask(port, path)
+        time.sleep(SOONEST)
+        assert ask(port, first, "verdict=left") == path
         ask(port, f"{path}end", "")
         thread.join(20)
         last = f"{judged} of 3 are judged, in {runs / 'feedback.db'}\n"
