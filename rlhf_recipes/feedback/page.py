@@ -71,7 +71,7 @@ class Page:
     strength: bool = False
     notes: bool = True
     end: str = "Train now"
-    wanted: int = 0  # judged items, before `end` is what to do next
+    missing: Callable[[], int] = int  # judgements, before `end` is what to do next
     ended: Callable[[], None] = lambda: None
     about: Callable[[], list[tuple[str, str]]] = list  # more to say of what was judged
     soonest: float = SOONEST
@@ -202,7 +202,7 @@ class Page:
             "person": person if len(self.people) > 1 else "",
             "progress": progress,
             "rest": rest,
-            "missing": max(self.wanted - progress.judged, 0),
+            "missing": self.missing(),
             "version": VERSION,
         }
         return HTMLResponse(PAGES.get_template(name).render(shared | values), code)

@@ -43,13 +43,13 @@ def serve(
     notes: bool = True,
     port: int = 8017,
     end: str = "Train now",
-    wanted: int = 0,
+    missing: Callable[[], int] = int,
     about: Callable[[], list[tuple[str, str]]] = list,
     tell: Callable[[str], None] = print,
 ) -> bool:
     """Serve the page of a queue. True where a person pressed `end`, False on Ctrl-C.
 
-    `wanted` is how many items must be judged before `end` is what to do next. Raises UsageError
+    `missing` says how many judgements are wanted before `end` is what to do next. Raises UsageError
     for names and numbers that cannot be, and where the port is taken.
     """
     text = _guideline(guideline)
@@ -63,7 +63,7 @@ def serve(
         strength=strength,
         notes=notes,
         end=end,
-        wanted=wanted,
+        missing=missing,
         about=about,
     )
     with listening(port) as listener, store.reading():  # open, so that SQLite's own files stay

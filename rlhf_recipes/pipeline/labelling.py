@@ -76,7 +76,6 @@ def _judge(recipe: Recipe, stage: PlannedStage, people: People, runs: Path) -> b
         extras = {**extras, "votes": people.votes}
     asked, votes = for_people(extras, items)
     store = Store(runs)
-    said = store.judged(one.id for one in asked)
     guideline = people.guideline
     if guideline is None and extras["guideline"]:
         guideline = located(extras["guideline"], recipe.model.base)
@@ -89,7 +88,7 @@ def _judge(recipe: Recipe, stage: PlannedStage, people: People, runs: Path) -> b
         votes=votes,
         guideline=guideline,
         strength=people.strength or extras["strength"],
-        wanted=len({one.item for one in said}) + missing(extras, items, said),
+        missing=lambda: missing(extras, items, store.judged(one.id for one in asked)),
     )
 
 
@@ -138,7 +137,7 @@ def _page(
     guideline: Path | None,
     question: str = QUESTION,
     strength: bool = False,
-    wanted: int = 0,
+    missing: Callable[[], int] = int,
     end: str = "Train now",
     about: Lines | None = None,
 ) -> bool:
@@ -154,7 +153,7 @@ def _page(
         question=question,
         strength=strength,
         port=people.port,
-        wanted=wanted,
+        missing=missing,
         end=end,
         about=about or (lambda: agreement.lines(store, ids, question)),
         tell=people.tell,

@@ -65,9 +65,9 @@ def run(context: StageContext) -> StageResult:
         "ties": counts["tie"],
         "both_bad": counts["both_bad"],
     }
-    if longer := [_longer(one, verdicts[one.id]) for one in items if one.id in verdicts]:
-        told = [value for value in longer if value is not None]
-        metrics |= {"longer_preferred": fmean(told)} if told else {}
+    longer = [_longer(one, verdicts.get(one.id)) for one in items]
+    if apart := [value for value in longer if value is not None]:
+        metrics["longer_preferred"] = fmean(apart)
     return StageResult(metrics | told, f"{len(rows)} rows from {len(verdicts)} judgements")
 
 
@@ -82,7 +82,7 @@ def rows_of(one: Item, verdict: str | None, margins: dict[str, float]) -> Iterab
         yield {"prompt": prompt, "chosen": better, "rejected": worse, **margin, **one.row}
 
 
-def _longer(one: Item, verdict: str) -> float | None:
+def _longer(one: Item, verdict: str | None) -> float | None:
     """Whether the longer of two answers won, where they differ by a tenth."""
     if verdict not in ("first", "second"):
         return None

@@ -37,11 +37,12 @@ class Labelling:
 
     def __init__(self, store: Store, **words: Any) -> None:
         self.store = store
-        votes = words.pop("votes", 1)
+        votes, wanted = words.pop("votes", 1), words.pop("wanted", 0)
         self.asks = Asks(store, "q", votes=votes, draw=random.Random(0))
         self.ended: list[bool] = []
         plain = {"people": {ADA: "ada"}, "title": "sums", "soonest": 0.0}
         self.page = Page(self.asks, **plain | words)
+        self.page.missing = lambda: max(wanted - self.asks.progress("ada").judged, 0)
         self.page.ended = lambda: self.ended.append(True)
         self.client = TestClient(
             self.page.app, base_url=ADDRESS, follow_redirects=False, raise_server_exceptions=False

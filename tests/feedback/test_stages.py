@@ -132,6 +132,32 @@ def test_a_rule_judges_without_people(recipe: Any, tmp_path: Path, monkeypatch: 
     assert reasons[1] == "cached" and "rule" in reasons[2]
 
 
+def test_a_model_judges_and_people_measure_it(recipe: Any, tmp_path: Path):
+    from tests.helpers.fake_judge import FakeJudge, by_rule
+
+    runs = tmp_path / "runs"
+    with FakeJudge(by_rule(lambda prompt, answer: colours(answer)), bias=0.3) as server:
+        words = ["label.by=model", "label.model=fake", f"label.url={server.url}"]
+        made = recipe(*words, "label.people=10")
+        with pytest.raises(PeopleNeeded, match="0 of 10 are judged, 10 more are needed"):
+            go(made, runs)
+        assert server.asked == 0
+        items = items_of(plan_run(made, runs, name="mine").stages[1])
+        people(runs, [one for one in items if one.side == "test"])
+        people(runs, [one for one in items if one.side != "test"][:10])
+        results = go(made, runs, until="label").results
+        asked = server.asked
+        again = go(recipe(*words, "label.people=10", "label.concurrency=2"), runs, until="label")
+        assert [one.did for one in again.stages] == ["cached"] * 3
+        # A fork with another ceiling of length asks anew only about answers that are not the same.
+        go(recipe(*words, "label.tie=0.2"), runs, until="label")
+        assert server.asked == asked == 2 * len(items)
+    told = {one.id: verdict(one) for one in items}
+    assert results["label.judged"] == len(items) and results["label.judge_model"] == "fake"
+    assert results["label.ties"] == sum(said == "tie" for said in told.values())
+    assert results["label.agreement"] == 1.0
+
+
 def test_single_answers_are_labels_for_kto(recipe: Any, tmp_path: Path):
     runs, stages = tmp_path / "runs", 'stages=["sft", "sample", "label", "kto"]'
     words = [stages, "sample.answers=1", 'kto.pairs=["label"]', "kto.max_steps=2"]
