@@ -7,7 +7,6 @@ inside it: `--help` loads typer alone, and nothing here loads torch before a sta
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +15,27 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import cli_tables, errors, findings, text
+from rlhf_recipes import cli_feedback, cli_tables, errors, findings, text
+from rlhf_recipes.cli_options import (
+    NONE,
+    RUNS,
+    Json,
+    Name,
+    NoRehearsal,
+    Recipe,
+    Run,
+    Runs,
+    Set,
+    Stage,
+    Unset,
+    show,
+)
+from rlhf_recipes.cli_options import find as _find
+from rlhf_recipes.cli_options import load as _load
+from rlhf_recipes.cli_options import say as _print
 from rlhf_recipes.errors import UsageError, machine_error
 
 if TYPE_CHECKING:
-    from rlhf_recipes.recipe.load import Recipe as Loaded
     from rlhf_recipes.store.clean import Spare
 
 app = typer.Typer(
@@ -32,22 +47,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
-Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
-Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
-NONE: list[str] = []  # never changed
-PLAIN: Any = {"show_default": False, "show_envvar": False}
 STRICT = 5  # the exit code of a run that worked, whose verdict has a fault
-RUNS = Path("runs")
-RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
-Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
-Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
-Stage = Annotated[str | None, Option(help="A stage. [the last policy]")]
-Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
-Json = Annotated[bool, Option("--json", help="For a program to read.")]
 
 # Of one command each.
-NoRehearsal = Annotated[bool, Option("--no-rehearsal", help="Start without a step of each stage.")]
 Device = Annotated[
     str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
 ]
@@ -121,7 +123,6 @@ def run(
 ) -> None:
     """Run what is not yet done of a recipe."""
     from rlhf_recipes.pipeline.runner import run as run_recipe
-    from rlhf_recipes.store.layout import REPORT
 
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
@@ -129,33 +130,9 @@ def run(
     outcome = run_recipe(
         loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait, rehearse=not no_rehearsal
     )
-    rows = [["stage", "", "time", "result"]]
-    for done in outcome.stages:
-        time = text.duration(done.record["seconds"])
-        rows.append([done.stage.name, done.did, time, done.record["summary"]])
-    _print(f"\n{text.table(rows, right=(2,))}\n")
-    if outcome.verdict:
-        _print(findings.shown(outcome.verdict), end="\n\n")
-    _print(f"results  {outcome.run_folder / 'results.json'}")
-    _print(f"report   {outcome.run_folder / REPORT}")
-    if outcome.model:
-        _print(f"model    {outcome.model}")
-        _print(f"next     rlhf-recipes chat {outcome.run_folder}")
-    _print(f"{'' if outcome.model else 'next':<9}rlhf-recipes fork {recipe} my-recipe.toml")
+    show(outcome, recipe)
     if strict and any(line.level == "fault" for line in outcome.verdict):
         raise Exit(STRICT)
-
-
-def _load(recipe: str, set_: list[str], unset: list[str]) -> Loaded:
-    from rlhf_recipes.recipe.load import find_recipe, load_recipe
-
-    return load_recipe(find_recipe(recipe), set=set_, unset=unset)
-
-
-def _find(run: str, runs: Path) -> Path:
-    from rlhf_recipes.store.layout import find_run
-
-    return find_run(run, runs)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -353,10 +330,15 @@ def _head_to_head(first: Path, second: Path, json: bool) -> None:
 @app.command()
 def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
     """Write a run's report again: the evidence, in one HTML file."""
+    from rlhf_recipes.feedback import winrate
     from rlhf_recipes.report import run_page
     from rlhf_recipes.store.layout import REPORT
 
     folder = _find(run, runs)
+    try:
+        winrate.write(folder)
+    except UsageError as error:
+        _print(str(error), file=sys.stderr)
     _print(findings.shown(run_page.write(folder)))
     _print(f"\nreport   {folder / REPORT}")
     if open_:
@@ -453,6 +435,9 @@ def export(
     _print(said)
 
 
+app.add_typer(cli_feedback.app)
+
+
 def main() -> NoReturn:
     """The console script: errors as one line, and the exit codes.
 
@@ -486,17 +471,3 @@ def _say(message: str, code: int) -> int:
         _print(traceback.format_exc(), file=sys.stderr)
     _print(message, file=sys.stderr)
     return code
-
-
-def _print(said: str, **words: Any) -> None:
-    stream: Any = words.get("file", sys.stdout)
-    said = printable(text.masked(said))
-    if stream.isatty():
-        colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        said = text.dressed(said, shutil.get_terminal_size().columns, colours)
-    print(text.writable(said, stream.encoding or "utf-8"), **words)
-
-
-def printable(said: str) -> str:
-    """`said` without what would command a terminal: it may quote a stranger's file."""
-    return "".join(sign for sign in said if sign == "\n" or sign.isprintable())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,16 @@ def comparison(names: list[str], parts: dict[str, dict[str, list[Any]]]) -> str:
             lines.append([key, _value(first), *after])
         tables.append(table(lines))
     return "\n\n".join(tables)
+
+
+def judged(numbers: Mapping[str, float]) -> str:
+    """What a judge said, in numbers; an agreement with its interval."""
+    ends = {"agreement_low", "agreement_high"}
+    rows = [[key.replace("_", " "), _value(n)] for key, n in numbers.items() if key not in ends]
+    if "agreement" in numbers:
+        told = f"{numbers['agreement_low']:.0%} to {numbers['agreement_high']:.0%}"
+        rows = [[k, f"{n} ({told})" if k == "agreement" else n] for k, n in rows]
+    return table(rows, right=(1,))
 
 
 def _value(value: Any) -> str:

@@ -6,7 +6,8 @@
     ├── DataError                 1    the data cannot be used
     ├── ModelError                1    the model cannot be used
     ├── StageError                1    a stage failed
-    │   └── GateError             3    a stage saw no sense in going on
+    │   ├── GateError             3    a stage saw no sense in going on
+    │   └── PeopleNeeded          4    people have to judge before the run can go on
     ├── MachineError              1    disk or memory gave out
     ├── BusyError                75    another process holds the run
     └── Interrupted         130/143    stopped by a signal; the same command goes on from there
@@ -103,6 +104,10 @@ class StageError(RlhfRecipesError):
 
 class GateError(StageError):
     exit_code = 3
+
+
+class PeopleNeeded(StageError):
+    exit_code = 4
 
 
 def lost(what: str) -> StageError:

@@ -177,3 +177,9 @@ class Share(NamedTuple):
     low: float
     high: float
     count: int  # type: ignore[assignment]  # of cases; tuple's own method is not used
+
+
+def share_of(values: Sequence[float]) -> Share:
+    """The mean of at least one value between 0 and 1, one a case, with Wilson's interval."""
+    value = fmean(values)
+    return Share(value, *wilson(value, len(values)), len(values))

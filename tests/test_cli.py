@@ -22,8 +22,8 @@ pytestmark = pytest.mark.train
 
 COMMANDS = (
     "init run plan check fork fetch recipes schema runs compare report doctor clean chat export"
-)
-COMMANDS = COMMANDS.split()
+    " label sample feedback judge"
+).split()
 
 
 def hanging(cwd: Path) -> subprocess.Popen[str]:

@@ -17,10 +17,11 @@ LIGHT = ("recipe", "store", "sources", "report", "data.rows", "stages.contract",
 LIGHT += ("pipeline.plan", "pipeline.runner", "pipeline.doctor", "pipeline.memory")
 LIGHT += ("pipeline.export", "pipeline.to_gguf", "pipeline.modelfile", "stages.rewards.rule")
 LIGHT += ("pipeline.data_lint", "pipeline.estimate", "cli", "cli_tables", "screen", "signals")
+LIGHT += ("feedback.agreement", "feedback.exchange", "feedback.imports", "feedback.winrate")
 LIGHT += ("errors", "text", "stats", "findings")
 # Lines of code of recipe, store, data, models, stages, plan and runner. Growth is a decision: who
 # raises this number says why in the commit.
-CORE_BUDGET = 8_330
+CORE_BUDGET = 9_400
 
 
 def modules() -> dict[str, Path]:

@@ -52,7 +52,7 @@ changes, or the content of a source.
 
 def field_tables() -> dict[str, dict[str, Field]]:
     """Every upstream field, by the names that `tools/fields.toml` has for the configs."""
-    configs = {name: KINDS[name].config for name in listed()}
+    configs = {name: KINDS[name].config for name in listed() if KINDS[name].config}
     configs |= {"lora": LORA, "bitsandbytes": BITSANDBYTES}
     return {name: fields_for(config) for name, config in configs.items()}
 
@@ -101,10 +101,12 @@ def closed(standing: str) -> Iterator[str]:
 
 
 def keys_md() -> str:
-    stages = {kind: {**KINDS[kind].extras, **field_tables()[kind]} for kind in listed()}
+    trained, others = field_tables(), [kind for kind in listed() if not KINDS[kind].config]
+    stages = {kind: {**KINDS[kind].extras, **trained[kind]} for kind in listed() if kind in trained}
     own = {name: keys for name, keys in top_keys().items() if not isinstance(keys, Field)}
     parts = [OPENING, "## Stages\n", *passed(stages), ""]
     parts += ["`[ppo.guard]`:\n", *passed({"guard": KINDS["ppo"].extras["guard"]}), ""]
+    own = {kind: KINDS[kind].extras for kind in others} | own
     for name, keys in own.items():
         parts += [f"## `[{name}]`\n", *passed({name: keys}), ""]
     parts += [REWARDS]

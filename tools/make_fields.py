@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 TABLE = tomllib.loads((ROOT / "tools" / "fields.toml").read_text(encoding="utf-8"))
 # What fields.toml calls each config, and where it is.
-PLACES = {name: KINDS[name].config for name in listed()} | {
+PLACES = {name: KINDS[name].config for name in listed() if KINDS[name].config} | {
     "lora": LORA,
     "bitsandbytes": BITSANDBYTES,
 }

@@ -38,7 +38,7 @@ from rlhf_recipes.data.turns import BAD, Unusable
 from rlhf_recipes.errors import DataError, ModelError, machine_error
 from rlhf_recipes.recipe.fields import suggest
 from rlhf_recipes.recipe.tables import form_of
-from rlhf_recipes.recipe.wiring import columns_of
+from rlhf_recipes.recipe.wiring import columns_of, judged_before
 from rlhf_recipes.sources import trust
 from rlhf_recipes.sources.resolve import dataset_place
 from rlhf_recipes.store.digests import digest
@@ -138,6 +138,10 @@ class Data(Sides):
                 return feedback(self.judged("reward_train"))
             case "judge_feedback":
                 return feedback(self.judged("judge"))
+            case "every_prompt":
+                return unique_prompts([*self.train, *self.validation, *self.test], columns)
+            case "":
+                return []
             case "prompts":
                 return unique_prompts(self.train, columns)
             case "test_prompts":
@@ -150,20 +154,21 @@ def load_data(
 ) -> Data:
     """Read, encode and split a [dataset] table (`tables.DatasetTable`), with what it holds.
 
-    No prompt in `tested`, another dataset's, comes on another side than test. Examples keep
-    `columns` of their rows. Raises DataError where a column is not there, no row fits a shape, or
-    more than half are bad.
+    No prompt in `tested`, another dataset's, comes on another side than test; judged rows of such a
+    prompt come on that side. Examples keep `columns` of their rows. Raises DataError where a column
+    is not there, no row fits a shape, or more than half are bad.
     """
-    data, tables = Data(), (table, *table.more)
+    data, tables, tested = Data(), (table, *table.more), {*tested}
     test_fraction = 0.0 if any(one.test_split for one in tables) else table.test_fraction
     kept: list[tuple[str, str, Example]] = []
     bad: list[tuple[str, str, Example]] = []
     for one in tables:
         read = _read(one, tokens, columns)
+        of_tests = tested if one.judged else ()
         for rows, found in ((kept, read.kept), (bad, read.called_bad)):
-            rows += [
-                (s or _side(prompt, test_fraction, table), prompt, e) for s, prompt, e in found
-            ]
+            for side, prompt, example in found:
+                side = "test" if prompt in of_tests else side
+                rows.append((side or _side(prompt, test_fraction, table), prompt, example))
         data.rows += read.rows
         data.dropped += read.dropped
         data.columns += read.columns
@@ -323,7 +328,8 @@ def check_rows(recipe: Any) -> None:
         if whole and names and (what := lacking(names, sorted(wanted))):
             raise DataError(f"{table.path}: {what}")
         stages = [name for name in recipe.stages if repr(recipe.dataset_of(name)) == key]
-        none = [name for name in stages if not held.get(recipe.kind(name).learns_from, True)]
+        readers = [name for name in stages if not judged_before(recipe, name)]
+        none = [name for name in readers if not held.get(recipe.kind(name).learns_from, True)]
         told = not any(held.values()) and re.search("chosen|completion", hint)
         if none and (whole or told):  # further rows will not have answers under other names
             raise DataError(

@@ -113,7 +113,7 @@ def sequences(example: Example, learns_from: str) -> list[int]:
     prompt, chosen, rejected = example.prompt_ids, example.chosen_ids, example.rejected_ids
     if example.labelled and learns_from.endswith("feedback"):
         learns_from = "labels"
-    if learns_from in ("prompts", "test_prompts"):
+    if learns_from.endswith(("prompt", "prompts")):
         return [len(prompt)]
     if learns_from == "labels":
         return [len(prompt) + len(ids) for ids in (chosen, rejected) if ids is not None]

@@ -19,7 +19,7 @@ from rlhf_recipes.data.tokens import THINK, TODAY, render
 from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.recipe.kinds import EVALUATION
-from rlhf_recipes.recipe.wiring import columns_of
+from rlhf_recipes.recipe.wiring import columns_of, judged_before
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import datasets
@@ -131,8 +131,9 @@ def _lacks(plan: Plan, session: Session) -> Found:
     """Stages that would end, some hours in, because they find no rows of their kind."""
     recipe, none = plan.recipe, []
     for name in (stage.name for stage in plan.stages if not stage.done):
-        data = session.of(name).data(recipe.dataset_of(name))
-        none += [] if data.learned(recipe.kind(name).learns_from) else [name]
+        data = session.data_of(name)
+        wanted = "" if judged_before(recipe, name) else recipe.kind(name).learns_from
+        none += [name] if wanted and not data.learned(wanted) else []
         if what := lacking(data.named, columns_of(recipe, name)):
             yield Finding("fault", "rows", f"{name}: {what}")
     if none:

@@ -53,9 +53,8 @@ def _by_rule(
     if session and room.speed():
         with contextlib.suppress(RlhfRecipesError):  # rows that cannot be used: the lint says why
             for stage in stages:
-                on = session.of(stage.name)
-                count = weights(on.model_folder)
-                amount = work_of(recipe, stage, on.data(recipe.dataset_of(stage.name)))
+                count = weights(session.of(stage.name).model_folder)
+                amount = work_of(recipe, stage, session.data_of(stage.name))
                 took[stage.name] = room.seconds(amount, count) or 0.0
     there = f"by rule{'' if session else ', at the longest rows that the recipe lets in'}"
     there += f"; {room.name} has {size(room.bytes)}"

@@ -175,7 +175,7 @@ def shared_of(run_folder: Path) -> Session:
 def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]:
     """Name, kind and output folder of a run's stage; of its last policy where `stage` is None."""
     entries = [e for e in manifest_of(run_folder)["stages"] if e["outcome"] != "not run"]
-    models = [e for e in entries if not makes(e["kind"], "numbers")]
+    models = [e for e in entries if any(makes(e["kind"], m) for m in ("policy", "reward_model"))]
     policies = [e for e in models if makes(e["kind"], "policy")]
     fitting = policies if stage is None else [e for e in models if e["name"] == stage]
     if not fitting:

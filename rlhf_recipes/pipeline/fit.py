@@ -137,7 +137,7 @@ class Room:
         """The bytes that a stage's tensors take when they are most, by role."""
         recipe, data = recipe or self.recipe, None
         with contextlib.suppress(Exception):  # whatever it is, the stage says it better
-            data = self.session and self.session.of(stage.name).data(recipe.dataset_of(stage.name))
+            data = self.session and self.session.data_of(stage.name)
         most = lengths_of(recipe, stage, data)
         role = "reward_model"
         table = recipe.tables.get(stage.name)

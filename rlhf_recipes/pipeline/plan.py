@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.errors import UsageError
+from rlhf_recipes.feedback.items import ANSWERS, ROWS, ids_of
+from rlhf_recipes.feedback.store import Store, snapshot
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.sources.resolve import identify, remembered
 from rlhf_recipes.stages import contract
@@ -22,6 +24,7 @@ from rlhf_recipes.store.history import read_manifest
 # Stages of one name in two recipes need not be akin: past so many differences, it is just new.
 MOST_DIFFERENCES = 4
 SHOWN_DIFFERENCES = 3
+JUDGED = "judgements"  # in the payload of a stage in which people judge
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class PlannedStage:
         about = (self.name, self.kind, on.recipe, folder, inputs)
         if on is not session:  # one base at a time
             session.release()
-        result = contract.module_of(self.kind).run(StageContext(*about, progress, on, self.key))
+        context = StageContext(*about, progress, on, self.key, self.payload.get(JUDGED, {}))
+        result = contract.module_of(self.kind).run(context)
         if on is not session:
             on.release()
         return result
@@ -75,6 +79,17 @@ class Plan:
         return {stage.name: stage.folder / "output" for stage in self.stages}
 
     @property
+    def judged(self) -> dict[str, list[Path]]:
+        """By stage: the files of judgements that it learns from."""
+        outputs = self.outputs
+        return {
+            one.name: [
+                outputs[n] / ROWS for role, n in one.inputs.items() if role.startswith("label:")
+            ]
+            for one in self.stages
+        }
+
+    @property
     def mirrored(self) -> str | None:
         """Where the base model comes from, if it is not from where the recipe's name says."""
         if "mirror" not in self.model:
@@ -84,16 +99,24 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, identities: Identities, runs: Path, *, name: str | None = None
+    recipe: Recipe,
+    identities: Identities,
+    runs: Path,
+    *,
+    name: str | None = None,
+    judged: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> Plan:
     """Every stage of the recipe with its key and its folder; it reads no file.
 
-    Raises UsageError for a run name that is not a folder name.
+    `judged` says what people said of the answers in a `sample` stage's folder. Raises UsageError
+    for a run name that is not a folder name.
     """
     stages: dict[str, PlannedStage] = {}
     for index, (stage, payload) in enumerate(fingerprints(recipe, identities)):
         inputs = payload["inputs"]
         payload["inputs"] = {role: stages[source].key for role, source in inputs.items()}
+        if stage in recipe.tables and recipe.table(stage).extras.get("by") == "people":
+            payload[JUDGED] = judged(stages[inputs["answers"]].folder)
         key = digest(payload)
         folder = layout.stage_folder(runs, payload["kind"], key)
         stages[stage] = PlannedStage(stage, payload["kind"], index, key, folder, payload, inputs)
@@ -111,8 +134,15 @@ def plan_run(
     not available.
     """
     runs = layout.runs_folder(runs)
-    made = make_plan(recipe, identify(recipe, runs), runs, name=name)
+    made = make_plan(recipe, identify(recipe, runs), runs, name=name, judged=_judged)
     return replace(made, stages=tuple(_looked_up(stage, made, fresh) for stage in made.stages))
+
+
+def _judged(folder: Path) -> dict[str, Any]:
+    """What people said of the answers of a complete `sample` stage."""
+    if layout.read_record(folder) is None:
+        return snapshot([])
+    return snapshot(Store(folder.parents[1]).judged(ids_of(folder / "output" / ANSWERS)))
 
 
 def _looked_up(stage: PlannedStage, made: Plan, fresh: bool) -> PlannedStage:

@@ -80,7 +80,7 @@ class Ahead:
         return self.session.of(stage.name).model_folder
 
     def data(self, stage: PlannedStage) -> Data:
-        return self.session.of(stage.name).data(self.plan.recipe.dataset_of(stage.name))
+        return self.session.data_of(stage.name)
 
 
 def cost(ahead: Ahead) -> tuple[float, float]:
@@ -167,10 +167,11 @@ def _stage(
     whole = ahead.recipe
     trial = trial_of(whole, stage)
     recipe = own.recipe = trial.recipe
-    read, on = ahead.session.of(stage.name), own.of(stage.name)
-    for table in (whole.dataset, whole.dataset_of(stage.name)):
-        few = longest(read.data(table), stage, trial)
-        on.put_data(table, few)
+    few, on = longest(ahead.data(stage), stage, trial), own.of(stage.name)
+    on.put_data(
+        whole.dataset, longest(ahead.session.of(stage.name).data(whole.dataset), stage, trial)
+    )
+    on.put_data(whole.dataset_of(stage.name), few)
     layout.clear_stage(folder)
     clock = Clock()
     memory.begin()

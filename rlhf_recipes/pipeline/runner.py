@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import itertools
 import os
 import sys
 import time
@@ -150,10 +151,11 @@ class _Run:
         self.at = ""  # the stage that is at it, in its rehearsal too
 
     def go(self, wanted: list[str], rehearse: bool) -> RunOutcome:
-        self.rehearses = [stage for stage in self.plan.stages if rehearse and stage.name in wanted]
+        self.wanted, self.rehearses = wanted, rehearse
         try:
             self._write("unfinished")  # from here on, the run refers to its stages
-            for stage in self.plan.stages:
+            for place in range(len(self.plan.stages)):
+                stage = self._planned(place)
                 if stage.name not in wanted and not stage.done:
                     break  # what is done after `until` is no less done
                 self.done[stage.name] = self._stage(stage)
@@ -175,6 +177,15 @@ class _Run:
         return RunOutcome(self.plan.run_folder, stages, results, model, verdict)
 
     # ---- one stage ------------------------------------------------------------------------------
+
+    def _planned(self, place: int) -> PlannedStage:
+        """The stage at a place: planned anew where people judge, for they may have gone on."""
+        known = self.plan
+        if makes(known.stages[place].kind, "judgements"):
+            fresh, name = bool(self.since), known.run_folder.name
+            self.plan = plan_run(known.recipe, known.runs, name=name, fresh=fresh)
+        self.session.judged = self.plan.judged
+        return self.plan.stages[place]
 
     def _stage(self, stage: PlannedStage) -> StageOutcome:
         record = self._record(stage) if stage.done else None
@@ -205,19 +216,29 @@ class _Run:
         self.screen.line(f"{place} · {stage.name} — {reason}", "bold")
 
     def _prepare(self, stage: PlannedStage) -> None:
-        """Before the first stage that has to run: what is here, what the hub has, the rehearsal."""
-        if any(done.did == "ran" for done in self.done.values()):
+        """Before the first stage that has to run: what is here, what the hub has, the rehearsal.
+
+        The stages after a `label` stage are rehearsed once it has their rows.
+        """
+        done = [*self.done.values()]
+        if not any(one.did == "ran" for one in done):
+            _share_cores()
+            # What the hub sends, it shows itself; converting a mirror only makes noise.
+            with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
+                bring(self.plan.recipe, self.plan.model)
+            with self.screen.quiet():
+                for line in doctor.short(self.plan.runs):
+                    self.screen.line(f"  {line}", "dim")
+        elif not makes(done[-1].stage.kind, "judgements"):
             return
-        _share_cores()
-        # What the hub sends, it shows itself; converting a mirror only makes noise.
-        with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
-            bring(self.plan.recipe, self.plan.model)
-        with self.screen.quiet():
-            for line in doctor.short(self.plan.runs):
-                self.screen.line(f"  {line}", "dim")
-        pending = [other for other in self.rehearses if self._record(other) is None]
-        if pending:
+        if pending := self._pending(stage):
             self._rehearse(pending, any((stage.folder / "work").glob(layout.CHECKPOINTS)))
+
+    def _pending(self, stage: PlannedStage) -> list[PlannedStage]:
+        """What is to be rehearsed from a stage on: up to the next one whose rows are not there."""
+        rest = self.plan.stages[stage.index :] if self.rehearses else ()
+        known = itertools.takewhile(lambda one: not makes(one.kind, "judgements"), rest)
+        return [one for one in known if one.name in self.wanted and self._record(one) is None]
 
     def _rehearse(self, pending: list[PlannedStage], resumed: bool) -> None:
         with self.screen.quiet():

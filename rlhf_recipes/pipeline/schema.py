@@ -47,8 +47,9 @@ RANGES = {
 
 
 def configs() -> dict[str, type]:
-    """The config class of each kind of stage and of LoRA; importing them takes some ten seconds."""
+    """The config class of LoRA and of each kind that has one; importing them takes ten seconds."""
     places = {name: KINDS[name].config for name in listed()} | {"lora": LORA}
+    places = {name: place for name, place in places.items() if place}
     with warnings.catch_warnings(action="ignore"):  # trl.experimental announces itself
         return {name: pkgutil.resolve_name(place) for name, place in places.items()}
 
@@ -113,7 +114,7 @@ def schema_json() -> str:
         said.setdefault(name, {}).update(texts)
     top = table(top_keys(), said[""])
     places = top["properties"]
-    for name in ("model", "dataset", "evaluation", "lora"):
+    for name in ("model", "dataset", "evaluation", "lora", "rounds"):
         places[name] = table(top_keys()[name], said[name])
     for name in ("evaluation", "lora"):
         places[name] = {"anyOf": [{"const": False}, places[name]]}

@@ -12,9 +12,21 @@ from typing import Any
 from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
 from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
-from rlhf_recipes.recipe.fields import Values, fields_for, resolve, suggest
-from rlhf_recipes.recipe.kinds import JUDGE, KINDS, REWARD, ROLES, extras_of, kind_of, listed, makes
+from rlhf_recipes.recipe.fields import Values, fields_for, resolve, show, suggest
+from rlhf_recipes.recipe.kinds import (
+    FROM_DATASET,
+    JUDGE,
+    KINDS,
+    NAMED,
+    REWARD,
+    ROLES,
+    extras_of,
+    kind_of,
+    listed,
+    makes,
+)
 from rlhf_recipes.recipe.rewards import python_judge
+from rlhf_recipes.recipe.rounds import expand
 from rlhf_recipes.recipe.tables import DatasetTable, EvaluationTable, ModelTable, StageTable
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -93,9 +105,13 @@ class StageChecker(Checker):
             self.problem((*at, "kind"), f'must be "{name}", or left out')
         of = kind_of(kind)
         options, given = resolve(fields_for(of.config), values, lora)
-        extras = extras_of(of, values, options["learning_rate"])
-        for key, what in _clashes(options, extras):
+        extras = extras_of(of, values, options.get("learning_rate", 0.0))
+        for key, what in _clashes(options, extras) if options else ():
             self.problem((*at, key), what)
+        for place, one in enumerate(extras.get("pairs") or ()):
+            self.judgements((*at, "pairs", place), one, stages[: stages.index(name)])
+        if of.makes == "judgements":
+            self.judging(extras, at)
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
         able = ROLES if name in stages else ()  # the judge's table serves no role
         roles = dict.fromkeys(ROLES) | {r: self.role(r, name, values, stages) for r in able}
@@ -112,9 +128,12 @@ class StageChecker(Checker):
 
     def role(self, role: str, name: str, values: Values, stages: list[str]) -> str | None:
         """What serves a role: what the table names, or the latest stage before that can."""
-        if role not in tables.stage_keys(self.kinds[name]):
+        if role not in kind_of(self.kinds[name]).roles:
             return None
         before = stages[: stages.index(name)]
+        only = kind_of(self.kinds[name]).wants.get(role)
+        if only and values.get(only[0]) != only[1] and role not in values:
+            return None
         able = [s for s in before if makes(self.kinds[s], ROLES[role])]
         named: str | None = values.get(role)
         key: Key = (name, role)
@@ -123,7 +142,7 @@ class StageChecker(Checker):
                 return None
             named, key = found
         if named is None:
-            return able[-1] if able and role != "reference" else None
+            return able[-1] if able and role not in NAMED else None
         if role == "reward_model" and (tables.is_path(named) or "/" in named):
             self.model_name(named, key)
         elif named in before and named not in able:
@@ -137,6 +156,43 @@ class StageChecker(Checker):
         elif named not in able:
             self.problem(key, f'no stage is named "{named}"{suggest(named, able)}')
         return named
+
+    def judgements(self, key: Key, named: str, before: list[str]) -> None:
+        """One of `pairs`: what a stage learns from."""
+        able = [name for name in before if makes(self.kinds[name], "judgements")]
+        if named not in (FROM_DATASET, *able):
+            known = (FROM_DATASET, *able)
+            what = f"{show(named)} is neither {show(FROM_DATASET)} nor a label stage before it"
+            self.problem(key, what + suggest(named, known))
+
+    def judging(self, extras: Values, at: Key) -> None:
+        """Who judges in a `label` stage."""
+        rule, by = extras["rule"], extras["by"]
+        if by == "rule" and rule is None:
+            self.problem((*at, "by"), 'needs rule = { rule = "…" }, or "python:FILE.py:FUNCTION"')
+        elif by != "rule" and rule is not None:
+            self.problem((*at, "rule"), f'is for by = "rule", not {show(by)}')
+        elif isinstance(rule, dict):
+            self.term(rule, (*at, "rule"), judges=True)
+        elif rule is not None and (code := python_judge(rule)):
+            self.file(code[0], (*at, "rule"))
+        elif rule is not None:
+            what = f'must be a table with a rule, or "python:FILE.py:FUNCTION", not {show(rule)}'
+            self.problem((*at, "rule"), what)
+        for key in ("guideline", "principles"):
+            if extras[key]:
+                self.file(extras[key], (*at, key))
+        name, price = extras["model"], extras["price"]
+        if by == "model" and not name:
+            what = 'needs model = "…": a hub id or a folder, or with `url` its name there'
+            self.problem((*at, "by"), what)
+        elif by != "model" and (name or extras["url"]):
+            self.problem((*at, "model" if name else "url"), f'is for by = "model", not {show(by)}')
+        elif name and not extras["url"]:
+            self.model_name(name, (*at, "model"))
+        if price and (len(price) != 2 or min(price) < 0):
+            what = "must be two numbers: dollars for a million tokens, in and out"
+            self.problem((*at, "price"), what)
 
     def rewards(self, name: str, values: Values) -> tuple[str, Key] | None:
         """What is wrong with a list of rewards; the reward model in it, and its place."""
@@ -187,8 +243,11 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
 
     `data` is the parsed recipe, `path` its file: relative paths start from the folder around it.
     """
-    base = path.parent.resolve()
+    base, (data, wrong) = path.parent.resolve(), expand(data)
     checker = StageChecker(data, base)
+    checker.table(data.get("rounds", {}), tables.keys_of("rounds"), ("rounds",))
+    for key, what in wrong:
+        checker.problem(key, what)
     top = checker.top()
     model, datasets, evaluation = checker.model(), checker.datasets(), checker.evaluation()
     lora = checker.lora(model.get("quantization", ModelTable.quantization))
@@ -198,7 +257,10 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     if names == written:
         for stage in stages:
             scored = stage.reward_model is not None or stage.extras.get("rewards") is not None
-            if "reward_model" in stage.of.roles and not scored:
+            if "answers" in stage.of.roles and stage.answers is None:
+                key = (stage.name,) if stage.name in data else ("stages",)
+                checker.problem(key, f'{stage.name} has nothing to judge: put a "sample" before it')
+            if stage.of.explores and not scored:
                 key = (stage.name,) if stage.name in data else ("stages",)
                 what = 'put a "reward" stage before it, or say reward_model = "…" or rewards = […]'
                 checker.problem(key, f"{stage.name} has nothing to score with: {what}")

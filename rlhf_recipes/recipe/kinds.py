@@ -21,7 +21,16 @@ LORA, BITSANDBYTES = "peft:LoraConfig", "transformers:BitsAndBytesConfig"
 JUDGE, EVALUATION, BEST_OF = "judge", "evaluation", "best_of"
 REWARD = "reward"  # whose table the judge's settings are in, where no stage makes a reward model
 # What serves a role: a stage whose kind makes this.
-ROLES = {"policy": "policy", "reward_model": "reward_model", "reference": "policy"}
+ROLES = {
+    "policy": "policy",
+    "reward_model": "reward_model",
+    "reference": "policy",
+    "against": "policy",
+    "answers": "answers",
+}
+# Roles that nothing serves unless the recipe names it.
+NAMED = ("reference", "against")
+FROM_DATASET = "dataset"  # what `pairs` calls the rows of [dataset]
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,12 @@ class Kind:
     version: int  # goes up when the same settings would give another result
     module: str  # it describes the stage: see stages/contract.py
     config: str  # whose fields the stage's table passes on; "": no recipe has a table of the kind
-    makes: str  # policy | reward_model | numbers
-    learns_from: (
-        str  # answers | pairs | labels | feedback | judge_feedback | prompts | test_prompts
-    )
-    roles: tuple[str, ...] = ("policy",)  # of ROLES; without a reward_model there it cannot run
+    makes: str  # policy | reward_model | answers | judgements | numbers
+    # answers | pairs | labels | feedback | judge_feedback | prompts | every_prompt | test_prompts;
+    # "" where it reads no rows
+    learns_from: str
+    roles: tuple[str, ...] = ("policy",)  # of ROLES
+    wants: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # a role only where key = …
     samples: bool = False  # asks a policy for answers
     extras: Keys = field(default_factory=dict)  # our own keys, each with its effect on the result
     listed: bool = True  # a recipe's `stages` may name it
@@ -42,6 +52,11 @@ class Kind:
     # What its config calls a setting that PPO has under another name.
     calls: Mapping[str, str] = field(default_factory=dict)
     borrows: tuple[str, ...] = ()  # keys of the last policy that samples, where `reads` has none
+
+    @property
+    def compares(self) -> bool:
+        """Whether judgements of `label` stages before it are among the rows that it learns from."""
+        return self.learns_from in ("pairs", "labels", "feedback", "judge_feedback")
 
     @property
     def explores(self) -> bool:
@@ -76,7 +91,43 @@ _PPO: Keys = {
     "value_warmup_epochs": Field(("int",), 0, range="at least 0"),
     **_ON_POLICY,
 }
+# None: the rows of [dataset], and the judgements of every `label` before.
+_PAIRS: Keys = {"pairs": Field(("list[str]",), effect="source")}
 _PENALTY = Field(("float",), 1.0, range="at least 0")  # else it learns to talk until cut off
+_COUNT = Field(("int",), range="at least 1")
+_SAMPLE: Keys = {
+    "prompts": replace(_COUNT, default=400),
+    "skip": Field(("int",), 0, range="at least 0"),
+    "answers": Field(("int",), 2, range="at least 1"),
+    # None: as the next stage that explores has them.
+    "temperature": Field(("float",), range="above 0"),
+    "response_length": _COUNT,
+    "choose": Field(("str",), "all", choices=("all",)),
+    "count": _COUNT,  # of the items; None: all
+}
+_LABEL: Keys = {
+    "by": Field(("str",), "people", choices=("people", "model", "rule")),
+    "rule": Field(("str", "dict"), effect="source"),  # as a judge of [evaluation]
+    # by = "model": a folder or hub id; with `url`, that server's name for it. `principles`: a file.
+    "model": Field(("str",), effect="source"),
+    "url": Field(("str",), effect="neutral"),
+    "principles": Field(("str",), effect="source"),
+    "question": Field(("str",)),
+    "reasons": Field(("bool",), False),
+    "samples": Field(("int",), 1, range="at least 1"),
+    "tie": Field(("float",), 0.1, range="at least 0 and below 1"),
+    "people": Field(("int",), 0, range="at least 0"),  # items that people judge first
+    "minimum_agreement": Field(("float",), range="from 0 to 1", effect="neutral"),
+    "budget": Field(("float",), range="above 0", effect="neutral"),
+    "price": Field(("list[float]",), effect="neutral"),
+    "concurrency": Field(("int",), 8, range="at least 1", effect="neutral"),
+    # Judgements of the training and of the test side that people have to make before it ends.
+    "minimum": Field(("int",), 100, range="at least 1", effect="neutral"),
+    "minimum_test": Field(("int",), 20, range="at least 0", effect="neutral"),
+    "votes": Field(("int",), 1, range="at least 1", effect="neutral"),
+    "guideline": Field(("str",), effect="neutral"),
+    "strength": Field(("bool",), False, effect="neutral"),
+}
 _REWARD = Kind(
     REWARD,
     version=6,
@@ -88,6 +139,7 @@ _REWARD = Kind(
         "head_learning_rate": _RATE,
         "minimum_accuracy": _ACCURACY,
         "use_margin": Field(("bool",), False),
+        **_PAIRS,
     },
 )
 _EVALUATION = Kind(
@@ -152,6 +204,7 @@ KINDS: dict[str, Kind] = {
             makes="policy",
             learns_from="pairs",
             roles=("policy", "reference"),
+            extras=_PAIRS,
         ),
         Kind(
             "kto",
@@ -161,6 +214,7 @@ KINDS: dict[str, Kind] = {
             makes="policy",
             learns_from="labels",
             roles=("policy", "reference"),
+            extras=_PAIRS,
         ),
         _RLOO,
         replace(
@@ -168,6 +222,29 @@ KINDS: dict[str, Kind] = {
             name="grpo",
             module="rlhf_recipes.stages.grpo",
             config="trl:GRPOConfig",
+        ),
+        Kind(
+            "sample",
+            version=1,
+            module="rlhf_recipes.stages.sample",
+            config="",
+            makes="answers",
+            learns_from="every_prompt",
+            roles=("policy", "against", "reward_model"),
+            wants={"reward_model": ("choose", "unsure")},
+            samples=True,
+            extras=_SAMPLE,
+            borrows=("response_length", "temperature"),
+        ),
+        Kind(
+            "label",
+            version=1,
+            module="rlhf_recipes.stages.label",
+            config="",
+            makes="judgements",
+            learns_from="",
+            roles=("answers",),
+            extras=_LABEL,
         ),
         replace(
             _REWARD, name=JUDGE, version=7, learns_from="judge_feedback", roles=(), listed=False

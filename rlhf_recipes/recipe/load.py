@@ -94,6 +94,14 @@ class Recipe:
         usual = {"temperature": 0.7, "response_length": self.dataset.max_answer_tokens}
         return getattr(self.evaluation, key, None) or trained or usual.get(key)
 
+    def most_tokens(self, stage: str) -> int | None:
+        """The most tokens of an answer that a stage samples; None where it samples none."""
+        table = self.tables[stage]
+        if not table.of.samples:
+            return None
+        lent = self.explorer.said("response_length") if self.explorer else None
+        return table.said("response_length") or lent or self.dataset.max_answer_tokens
+
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]
 

@@ -141,6 +141,7 @@ class DatasetTable:
     weight: float | None = _key(None, range="above 0, at most 1")
     # What the file calls COLUMNS otherwise: ours = theirs.
     columns: dict[str, str] | None = field(default=None, hash=False, metadata={"key": False})
+    judged: bool = field(default=False, metadata={"key": False})  # rows of a `label` stage
     more: tuple[DatasetTable, ...] = field(default=(), metadata={"key": False})
     base: Path = _base()
 
@@ -185,9 +186,21 @@ class EvaluationTable:
         return dict(zip((JUDGE, "judge2"), map(term, listed), strict=False))
 
 
+@dataclass(frozen=True)
+class RoundsTable:
+    """Expanded before all else: see `rounds.py`. So what it says is in keys by its effects."""
+
+    count: int = _key(1, effect="neutral", range="at least 1")
+    from_: str | None = field(default=None, metadata={"key": False})  # `from` in the recipe
+    policy: str = _key("last", effect="neutral", choices=("last", "first"))
+    reference: str = _key("first", effect="neutral", choices=("first", "last"))
+    pairs: str = _key("all", effect="neutral", choices=("all", "last"))
+    prompts: str = _key("new", effect="neutral", choices=("new", "same"))
+
+
 def written(table: ModelTable | DatasetTable | EvaluationTable) -> dict[str, Any]:
     """A table's keys with their values, as a recipe has them; None: left out."""
-    return asdict(table) | {"base": None, "more": None}
+    return asdict(table) | {"base": None, "more": None, "judged": None}
 
 
 @dataclass(frozen=True)
@@ -199,6 +212,8 @@ class StageTable:
     policy: str | None  # a stage; None: the bare base
     reward_model: str | None  # a stage, a folder or a hub id; None: no model, or rules alone
     reference: str | None  # a stage; None: the policy that the stage starts from
+    against: str | None  # a stage, whose answers are set against the policy's
+    answers: str | None  # a stage, whose answers are judged
     dataset: DatasetTable | None  # its own; None: the recipe's
     extras: dict[str, Any]  # our own keys of the kind
     options: dict[str, Any]  # every passed field of TRL's config
@@ -212,6 +227,11 @@ class StageTable:
     def rewards(self) -> list[Term]:
         """What the stage trains on, where the recipe lists it: its reward model, and rules."""
         return terms(self.extras.get("rewards"))
+
+    @property
+    def rule(self) -> Term | None:
+        """What judges by a rule."""
+        return term(self.extras["rule"]) if self.extras.get("rule") else None
 
     def called(self, key: str) -> str:
         """What the kind's config calls a setting that PPO has as `key`."""
@@ -268,6 +288,7 @@ def top_keys() -> dict[str, Field | Keys]:
         "lora": fields_for(LORA),
         "dataset": dataset_keys(),
         "evaluation": fields_of(EvaluationTable),
+        "rounds": {"from": Field(("str",), effect="neutral"), **fields_of(RoundsTable)},
     }
 
 
@@ -313,10 +334,12 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
         if DatasetTable(table["path"]).is_local:
             table["path"] = moved(table["path"])
     asked = recipe.get("evaluation") or {}
-    models = [(model, "name"), (asked, "judge_model")]
-    for table, key in [*models, *((stage, "reward_model") for stage in stages)]:
+    files = ("reward_model", "guideline", "principles", "model")
+    named = [(stage, key) for stage in stages for key in files]
+    for table, key in [(model, "name"), (asked, "judge_model"), *named]:
         if is_path(table.get(key) or ""):
             table[key] = moved(table[key])
-    for table, key in [(asked, "judge"), *((stage, "rewards") for stage in stages)]:
+    of_stages = [(stage, key) for stage in stages for key in ("rewards", "rule")]
+    for table, key in [(asked, "judge"), *of_stages]:
         if table.get(key):
             move_terms(table, key, moved)

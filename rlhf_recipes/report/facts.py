@@ -21,10 +21,11 @@ from rlhf_recipes.store import files, layout, locks
 
 Json = dict[str, Any]
 SCORES = {"scores": "score", "judged": "judge", "judged2": "2nd judge"}  # in answers.jsonl
+PEOPLE = "people.json"  # in a run's folder: what people said of its evaluation
 SMALL = 30  # cases: a bootstrap of fewer is too sure of itself
 TYPES = {
     **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst"), list),
-    **dict.fromkeys(("error", "versions", "hardware", "dropped"), dict),
+    **dict.fromkeys(("error", "versions", "hardware", "dropped", "results", "agreement"), dict),
 }
 
 
@@ -63,6 +64,10 @@ class Facts:
                 self.stages.append(Stage(entry, folder.parent))
         outputs = {stage.kind: stage.folder / "output" for stage in self.stages if stage.record}
         self.answers = lines(outputs.get("evaluation", folder) / "answers.jsonl")
+        # They count for the evaluation that they name: another one's answers may be others.
+        people, keys = _json(folder / PEOPLE), [one.record.get("key") for one in self.stages]
+        self.people = people if people.get("evaluation") in keys else {}
+        self.results |= self.people.get("results", {})
         self.best_of = _json(outputs.get("best_of", folder) / "best_of.json")
 
     def number(self, key: str) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_recipes.findings import Finding, interval
 from rlhf_recipes.recipe.kinds import KINDS, makes
-from rlhf_recipes.report import card, charts
+from rlhf_recipes.report import card, charts, people
 from rlhf_recipes.report.facts import Facts, Json, Stage, number
 from rlhf_recipes.report.html import STYLE, TEMPLATES, page
 from rlhf_recipes.report.verdict import verdict
@@ -48,7 +48,7 @@ def _made_from(facts: Facts) -> str:
     """A digest of what a report shows; a complete stage's files follow from its record."""
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
-    shown = [facts.results, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
+    shown = [facts.results, facts.people, facts.recipe, _text(facts.folder / "recipe.toml"), stages]
     return digest(to_json([versions(), STYLE, outcome, *shown]))
 
 
@@ -80,6 +80,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "cases": _cases(facts, *last) if last else [],
         "ways": ways,
         "policies": policies(facts),
+        "judges": people.table(facts),
         "ppo": [(s, [*charts.ppo(facts, s)]) for s in explored if s.curve],
         "rewards": [_reward(facts, s) for s in rewards],
         "losses": [one for one in imitated if one[1]],

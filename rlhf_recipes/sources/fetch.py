@@ -8,7 +8,7 @@ from rlhf_recipes.errors import DataError, ModelError
 from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import INDEPENDENT, is_path
-from rlhf_recipes.recipe.wiring import code_of
+from rlhf_recipes.recipe.wiring import code_of, model_judges
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.hub import Repo, says_no
@@ -67,6 +67,7 @@ def _models(recipe: Recipe) -> Iterator[str]:
             yield table.reward_model
     if recipe.model_of(JUDGE) is not recipe.model:
         yield recipe.model_of(JUDGE).name
+    yield from model_judges(recipe)
     for judge in recipe.evaluation.judges.values() if recipe.evaluation else ():
         if judge.model and judge.model != INDEPENDENT:
             yield judge.model

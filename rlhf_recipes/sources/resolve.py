@@ -16,7 +16,7 @@ from rlhf_recipes.errors import ModelError
 from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import DatasetTable, is_path, located
-from rlhf_recipes.recipe.wiring import code_of
+from rlhf_recipes.recipe.wiring import code_of, model_judges, principles_of
 from rlhf_recipes.sources import mirror, trust
 from rlhf_recipes.sources.hub import MODEL_FILES, Repo, says_no
 from rlhf_recipes.store.digests import digest, file_digest
@@ -45,10 +45,11 @@ def dataset_repo(table: DatasetTable) -> Repo:
 
 def identify(recipe: Recipe, runs: Path) -> Identities:
     """What every name in the recipe means here. Raises DataError and ModelError."""
-    rules = {one.code[0] for one in code_of(recipe) if one.code}
+    rules = {one.code[0] for one in code_of(recipe) if one.code} | {*principles_of(recipe)}
     base, judging = identify_base(recipe, runs), recipe.model_of(JUDGE)
     own = {judging.name} if judging is not recipe.model else set()
-    models = {n: identify_model(n, recipe, runs) for n in {*foreign_models(recipe), *own}}
+    named = {*foreign_models(recipe), *model_judges(recipe), *own}
+    models = {n: identify_model(n, recipe, runs) for n in named}
     if any(models[name] == base for name in own):
         what = f"evaluation.judge_model is the recipe's own base, {recipe.model.name}"
         raise ModelError(what, "name a model of another make, or leave it out")

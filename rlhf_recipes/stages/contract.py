@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from rlhf_recipes.recipe.kinds import kind_of
 from rlhf_recipes.recipe.load import Recipe
@@ -49,6 +49,7 @@ class StageContext:
     progress: Progress
     session: Session  # tokenizer, rows and the one base model, loaded once a run
     key: str = ""  # the stage's
+    judged: Mapping[str, Any] = field(default_factory=dict)  # the judgements that the key knows of
 
     def seed(self, *place: str) -> int:
         """Of the stage's own draws, for one place of use."""

@@ -216,7 +216,9 @@ def _write_answers(
     decode = context.session.tokens.decode
     with (context.folder / "output" / "answers.jsonl").open("w") as out:
         for i, example in enumerate(examples):
-            row = {"prompt": example.prompt}
+            row: dict[str, Any] = {"prompt": example.prompt}
+            if len(example.turns) > 1:  # `prompt` is the last one
+                row["turns"] = example.turns
             row["answers"] = {name: decode(a.ids[i]) for name, a in given.items()}
             for who in dict.fromkeys(["", *given[BASE].said]):
                 said = {name: a.said[who][i] for name, a in given.items() if who in a.said}

@@ -18,6 +18,7 @@ from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example, judged
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
+from rlhf_recipes.recipe.wiring import judged_before
 from rlhf_recipes.stages.contract import StageContext
 from rlhf_recipes.store.files import write_json
 
@@ -80,7 +81,8 @@ def measure(
     """
     session, whole = context.session, context.recipe.dataset
     split = any(table.test_split for table in (whole, *whole.more))
-    rows = (session.data(whole) if split else data).judged("test")
+    own = split and not judged_before(context.recipe, context.name)
+    rows = (session.data(whole) if own else data).judged("test")
     numbers, evidence = {}, {"pairs": 0, "margins": [], "calibration": [], "worst": []}
     if found := compared(reward, rows, session.tokens.pad_id, batch):
         better, worse, places, apart = found

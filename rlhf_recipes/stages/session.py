@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.tables import is_path
-from rlhf_recipes.recipe.wiring import columns_of
+from rlhf_recipes.recipe.wiring import columns_of, reads_dataset
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources import trust
 from rlhf_recipes.store.fingerprint import foreign_models
@@ -36,6 +36,7 @@ class Session:
         self.recipe = recipe
         self.model = model  # the base model's identity, which says where it is loaded from
         self.runs = runs  # where encoded rows are kept; None: nowhere
+        self.judged: Mapping[str, Sequence[Path]] = {}  # by stage: files of judgements it reads
         self._data: dict[str, Data] = {}
 
     def of(self, stage: str) -> Session:
@@ -43,7 +44,7 @@ class Session:
         model = self.recipe.model_of(stage)
         if model == self.recipe.model:
             return self
-        self._judging.recipe = replace(self.recipe, model=model)
+        self._judging.recipe, self._judging.judged = replace(self.recipe, model=model), self.judged
         return self._judging
 
     @cached_property
@@ -113,6 +114,17 @@ class Session:
             self._data[key] = load_rows(table, self.tokens, tested, sorted(columns), self.runs)
         return self._data[key]
 
+    def data_of(self, stage: str) -> Data:
+        """The rows that a stage reads: of its dataset, and the judgements that are there."""
+        table, on = self.recipe.dataset_of(stage), self.of(stage)
+        files = [file for file in self.judged.get(stage, ()) if file.is_file()]
+        judged = [judged_table(self.recipe, table, file) for file in files]
+        if reads_dataset(self.recipe, stage):
+            judged = [table, *table.more, *judged]
+        if not files or not judged:
+            return on.data(table)
+        return on.data(replace(judged[0], more=tuple(judged[1:])))
+
     def put_data(self, table: DatasetTable, data: Data) -> None:
         """Let these rows stand for those of a [dataset] table."""
         self._data[repr(table)] = data
@@ -178,6 +190,20 @@ class Session:
             return lm
 
         return Base(load, self.recipe.lora, dtype)
+
+
+def judged_table(recipe: Recipe, table: DatasetTable, file: Path) -> DatasetTable:
+    """The table of a file of judgements, with another one's limits; no sampled answer is over them.
+
+    A text that was sampled may have a few tokens more once it is read again.
+    """
+    asked = max((most for name in recipe.stages if (most := recipe.most_tokens(name))), default=0)
+    most = max(table.max_answer_tokens, 2 * asked)
+    none = dict.fromkeys(["name", "data_dir", "data_files", "split", "revision", "max_rows"])
+    none |= dict.fromkeys(["test_split", "weight", "columns"])
+    return replace(
+        table, path=str(file.resolve()), **none, max_answer_tokens=most, more=(), judged=True
+    )
 
 
 def check_models(recipe: Recipe) -> None:

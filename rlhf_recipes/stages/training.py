@@ -45,6 +45,7 @@ WANTED = {  # by what a kind learns from
     "feedback": "pairs, and no labels of both kinds, on the train side",
     "judge_feedback": "pairs, and no labels of both kinds, in the judge's share of the train side",
     "prompts": "prompts on the train side",
+    "every_prompt": "prompts",
     "test_prompts": "prompts on the test side",
 }
 
@@ -98,7 +99,7 @@ def load_rows(context: StageContext) -> tuple[Data, list[Example]]:
 
     Says, and keeps in data.json, what became of the rows. Raises StageError where none are left.
     """
-    data = context.session.data(context.recipe.dataset_of(context.name))
+    data = context.session.data_of(context.name)
     sides = {side: len(getattr(data, side)) for side in ("train", "validation", "test", "judge")}
     dropped = dict(data.dropped.most_common())
     found = {"rows": data.rows, **sides, "dropped": dropped}

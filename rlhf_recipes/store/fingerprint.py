@@ -23,7 +23,13 @@ from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind, extras_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import RULES, Term
 from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, keys_of, top_keys
-from rlhf_recipes.recipe.wiring import rewards_of, wiring, written_rules
+from rlhf_recipes.recipe.wiring import (
+    columns_of,
+    reads_dataset,
+    rewards_of,
+    wiring,
+    written_rules,
+)
 from rlhf_recipes.store.digests import canonical
 
 Values = dict[str, Any]
@@ -37,7 +43,7 @@ class Identities:
     base: Values  # the base model
     models: Mapping[str, Values]  # every other model from elsewhere, by its name in the recipe
     datasets: Mapping[DatasetTable, Values]  # every table of `tables_read`
-    rules: Mapping[str, str]  # rewards and judges that are functions in a file, by its name
+    rules: Mapping[str, str]  # files of functions that reward or judge, and of principles
 
 
 def tables_read(recipe: Recipe) -> Iterable[DatasetTable]:
@@ -116,7 +122,15 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
     """The stage's own settings that determine its result. Of the batch only its size counts."""
     kind, table = recipe.kind(stage), recipe.tables.get(stage)
     found: Values = {}
-    if table:
+    if table and not kind.config:
+        found |= changed(kind.extras, table.extras, kind)
+        if table.rule:
+            found["rule"] = _term(table.rule, known)
+        if table.extras.get("by") == "model":
+            found["model"] = known.models.get(table.extras["model"]) or table.extras["model"]
+            if file := table.extras["principles"]:
+                found["principles"] = known.rules[file]
+    elif table:
         fields, lora = fields_for(kind.config), recipe.lora is not None
         usual, _ = resolve(fields, {}, lora)
         found |= changed(fields, table.options, kind, usual)
@@ -124,12 +138,17 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         found |= changed(kind.extras, table.extras, kind, rates)
         if _batch(table.options) != _batch(usual):
             found["batch_size"] = _batch(table.options)
+    asked = table.extras if table else {}
     if kind.reads:
         asked = {key: recipe.asked_with(key) for key in kind.reads}
         found |= changed(keys_of("evaluation"), asked)
-        if lent := recipe.explorer:
-            found |= {key: lent.said(key) for key in kind.borrows if asked.get(key) is None}
         found |= {role: _term(judge, known) for role, judge in written_rules(recipe).items()}
+    if lent := recipe.explorer:
+        found |= {key: lent.said(key) for key in kind.borrows if asked.get(key) is None}
+    if not reads_dataset(recipe, stage):
+        found["pairs"] = "judgements alone"
+    if kind.makes == "answers" and (columns := columns_of(recipe, stage)):
+        found["columns"] = columns
     if rewards := [_term(one, known) for one in rewards_of(recipe, stage)]:
         found |= {"rewards": rewards} if rewards != [_MODEL] else {}
     return found
@@ -152,7 +171,9 @@ def defaults(kind: Kind, lora: bool) -> Values:
     """Every default of the kind that its fingerprints leave out. A change needs a new version."""
     options, _ = resolve(fields_for(kind.config), {}, lora)
     found: Values = {}
-    if options:
+    if kind.listed and not options:
+        found = {key: _default(f) for key, f in kind.extras.items() if _counts(f)}
+    elif options:
         fields = fields_for(kind.config)
         found = {key: v for key, v in options.items() if fields[key].effect == "result"}
         found["batch_size"] = _batch(options)

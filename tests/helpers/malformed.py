@@ -30,6 +30,15 @@ ROWS = {
     + ppo.reference = "ppo" | does not come before
     + sft.reward_model = "reward" | one of [ppo]
     + sft.dataset.max_rows = 1 | 2 sft.dataset: needs path
+    stages = ["sft", "label"] | nothing to judge
+    stages = ["sample", "label"]; label.by = "rule" | 2 label.by: needs rule
+    stages = ["sample", "label"]; label.rule = { rule = "ended" } | by = "rule"
+    stages = ["sample", "label"]; label.by = "model" | 2 label.by: needs model
+    stages = ["sample", "label"]; label.model = "a/b" | by = "model"
+    stages = ["sample", "label"]; label.price = [1.0] | two numbers
+    stages = ["sample", "label"]; label.by = "rule"; label.rule = "x" | a table with a rule
+    + reward.pairs = ["lable"] | neither
+    + rounds.count = 2 | 2 rounds.from: must be one of stages
     + ppo.num_mini_batches = 2; ppo.whiten_rewards = true | at least 8 rows
     stages = ["rloo"]; rloo.reward_model = "a/b"; rloo.num_generations = 3 | does not divide
     stages = ["grpo"]; grpo.reward_model = "a/b"; grpo.generation_batch_size = 12 | not a multiple

@@ -324,7 +324,17 @@ def written(tables: dict[str, Any], draw: Random) -> str:
 
 # ---- keys ----------------------------------------------------------------------------------------
 
-PLACES = {"path", "revision", "judge", "kind", "policy", "reward_model", "reference", "rewards"}
+PLACES = {
+    "path",
+    "revision",
+    "judge",
+    "kind",
+    "policy",
+    "reward_model",
+    "reference",
+    "rewards",
+    "pairs",
+}
 
 
 def keys(tables: dict[str, Any]) -> dict[Key, Field]:

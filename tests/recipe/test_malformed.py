@@ -93,7 +93,7 @@ beta = 0
         'my.toml:3: stages: "ppo" stands twice: a second one needs a name and a kind',
         "my.toml:4: seed: must be at least 0, not -1",
         "my.toml:5: colour: unknown key"
-        " (there are title, stages, seed, model, lora, dataset, evaluation)",
+        " (there are title, stages, seed, model, lora, dataset, evaluation, rounds)",
         "my.toml:8: model.name: no such folder: nowhere",
         'my.toml:9: model.dtype: must be "auto", "bfloat16", "float16" or "float32", not "bf16"'
         ' (did you mean "bfloat16"?)',

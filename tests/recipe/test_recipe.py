@@ -60,6 +60,7 @@ def test_stages_resolved(tmp_path: Path) -> None:
         "head_learning_rate": 1e-4,
         "minimum_accuracy": 0.55,
         "use_margin": False,
+        "pairs": None,
     }
     assert ppo.extras == {
         "value_learning_rate": 1e-4,

@@ -15,7 +15,7 @@ from rlhf_recipes.report import run_page
 from rlhf_recipes.report.facts import TYPES, Facts
 from rlhf_recipes.report.html import STYLE, placeless
 from rlhf_recipes.store.files import read_json
-from tests.helpers.told import GOOD, shares, told
+from tests.helpers.told import GOOD, KEY, shares, told
 
 pytestmark = pytest.mark.train
 
@@ -319,7 +319,10 @@ def test_a_value_of_another_type_is_as_if_it_were_not_there(tmp_path: Path) -> N
         "manifest.json": ["overrides", "error", "versions", "hardware", "stages"],
         "data.json": ["dropped"],
         "evidence.json": ["margins", "calibration", "worst"],
+        "people.json": ["results", "agreement"],
     }
+    people = {"format": 1, "evaluation": KEY, "results": {}, "agreement": {}}
+    (run / "people.json").write_text(json.dumps(people))
     assert sorted(TYPES) == sorted(sum(damaged.values(), []))
     for name, keys in damaged.items():
         for file in run.parent.rglob(name):

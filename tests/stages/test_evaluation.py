@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,23 @@ def test_what_is_sampled_and_measured_is_what_a_user_is_given(
     near = 0.06 if chain.recipe.model.dtype == "bfloat16" else 1e-3
     assert metrics["sft.kl"] == pytest.approx(kl, rel=near)
     assert metrics["sft.nats_under_base"] == pytest.approx(nats, rel=near)
+
+
+def test_the_answers_file_keeps_the_turns_of_a_longer_prompt(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """People judge the answers by the whole talk; a prompt of one turn is told by its text."""
+    chain = chain_of(tiny_recipe, tmp_path, 'dataset.system="owl"')
+    alone = chain_of(tiny_recipe, tmp_path / "alone")
+    for one, count in ((chain, 2), (alone, 1)):
+        example = unique_prompts(one.session.data(one.recipe.dataset).test)[0]
+        context = SimpleNamespace(session=one.session, folder=tmp_path / str(count))
+        (context.folder / "output").mkdir(parents=True)
+        evaluate._write_answers(context, [example], {"base": evaluate.Answers([[5, 2]], 2, {})})
+        [line] = (context.folder / "output" / "answers.jsonl").read_text().splitlines()
+        row = json.loads(line)
+        assert len(example.turns) == count and row["prompt"] == example.turns[-1]["content"]
+        assert row.get("turns") == (example.turns if count > 1 else None)
 
 
 @pytest.mark.parametrize("bits", ["none", "4bit"])

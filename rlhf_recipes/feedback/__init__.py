@@ -1,0 +1,1 @@
+"""What people and judges say of answers: items by content, one store, the page, the AI judge."""

@@ -1,0 +1,189 @@
+"""Answers to be judged: a policy is asked for some to every prompt; two that differ are an item.
+
+Prompts come from every side of the split, so that a reward model is tested on answers that were
+judged in the same way. With `answers = 1` each answer is an item of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from rlhf_recipes.data.dataset import Data
+from rlhf_recipes.data.rows import Example
+from rlhf_recipes.data.turns import Messages
+from rlhf_recipes.errors import StageError
+from rlhf_recipes.feedback.items import ANSWERS, Item, item, write_items
+from rlhf_recipes.feedback.store import Store
+from rlhf_recipes.models.fake_model import Held, Sim, sampling
+from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
+from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import BASE
+from rlhf_recipes.stages.answers import Setting, answers_of
+from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
+from rlhf_recipes.stages.training import FORWARD, load_rows
+from rlhf_recipes.store import layout
+from rlhf_recipes.store.digests import derive_seed
+
+__all__ = ["answer_length", "memory", "run", "trial", "work"]  # see contract.StageModule
+
+SIDES = ("train", "test", "validation")  # people are asked in this order
+AGAIN = 2  # further draws for a prompt whose answers are all the same
+
+
+class Draw(NamedTuple):
+    """One answer of a policy."""
+
+    stage: str
+    key: str  # of that stage
+    number: int
+    text: str
+    ended: bool
+
+
+def run(context: StageContext) -> StageResult:
+    recipe, table = context.recipe, context.recipe.table(context.name)
+    data, found = load_rows(context)
+    asked = share(data, found, table.extras["prompts"], table.extras["skip"])
+    length, temperature = answer_length(recipe, context.name), warmth(recipe, context.name)
+    setting = Setting(length, temperature, context.seed())
+
+    # ---- draws: several of the policy, or one of each of two
+    policy, against = (context.inputs.get(role) for role in ("policy", "against"))
+    count = table.extras["answers"]
+    plan = [(policy, table.policy, n) for n in range(count)]
+    if table.against:
+        plan, count = [(policy, table.policy, 0), (against, table.against, 1)], 2
+    drawn: list[list[Draw]] = [[] for _ in asked]
+    for done, (output, stage, number) in enumerate(plan, 1):
+        _draw(context, output, stage, number, asked, drawn, setting)
+        context.progress.update(done, len(plan))
+    for number in range(count, count + AGAIN if count > 1 else count):
+        same = [i for i, draws in enumerate(drawn) if len({draw.text for draw in draws}) == 1]
+        if same and not table.against:
+            few = [drawn[i] for i in same]
+            _draw(context, policy, table.policy, number, [asked[i] for i in same], few, setting)
+
+    # ---- items
+    about = {"seed": recipe.seed, "temperature": temperature, "length": length}
+    items = [
+        one
+        for (side, example), draws in zip(asked, drawn, strict=True)
+        if (one := made(recipe, example, draws, min(count, 2), {**about, "side": side}))
+    ]
+    if not items:
+        raise StageError(
+            f"{context.name}: no prompt has answers that differ", "raise temperature, or prompts"
+        )
+    write_items(context.folder / "output" / ANSWERS, items)
+    if context.session.runs:  # a rehearsal has none
+        judged = {one.item for one in Store(context.session.runs).judged(one.id for one in items)}
+        if judged:
+            context.progress.note(f"{len(judged)} of {len(items)} are judged already")
+    every = [draw for draws in drawn for draw in draws]
+    metrics: dict[str, float | int | str] = {
+        "prompts": len(asked),
+        "items": len(items),
+        "identical": len(asked) - len(items),
+        "ended": fmean(draw.ended for draw in every),
+    }
+    for side in SIDES:
+        metrics[f"{side}_items"] = sum(one.side == side for one in items)
+    what = "pairs of answers" if count > 1 else "answers"
+    return StageResult(metrics, f"{len(items)} {what} to be judged")
+
+
+def share(
+    data: Data, found: Sequence[Example], most: int, skip: int = 0
+) -> list[tuple[str, Example]]:
+    """The first prompts of each side after `skip`, in proportion; at most `most` in all.
+
+    Where a side has no more of them, it begins anew.
+    """
+    sides = {id(example): side for side in SIDES for example in getattr(data, side)}
+    by_side: dict[str, list[Example]] = {side: [] for side in SIDES}
+    for example in found:
+        by_side[sides[id(example)]].append(example)
+    part, chosen = min(1.0, most / len(found)), []
+    for side, examples in by_side.items():
+        first = round(skip / len(found) * len(examples))
+        places = range(first, first + round(part * len(examples)))
+        chosen += [(side, examples[place % len(examples)]) for place in places]
+    return chosen
+
+
+def _draw(
+    context: StageContext,
+    output: Path | None,
+    stage: str | None,
+    number: int,
+    asked: Sequence[tuple[str, Example]],
+    drawn: Sequence[list[Draw]],
+    setting: Setting,
+) -> None:
+    """One more answer to each prompt, at the end of its list."""
+    tokens, examples = context.session.tokens, [example for _, example in asked]
+    seeds = [derive_seed(setting.seed, "draw", number)]
+    record = layout.read_record(output.parent) if output else None
+    key = record["key"][:12] if record else ""
+    for answers in answers_of(context, output, examples, setting, seeds):
+        for ids, draws in zip(answers, drawn, strict=True):
+            ended = ids[-1] == tokens.eos_id
+            draws.append(Draw(stage or BASE, key, number, tokens.decode(ids), ended))
+
+
+def made(
+    recipe: Recipe, example: Example, draws: Sequence[Draw], count: int, about: dict[str, Any]
+) -> Item | None:
+    """The item of the first so many answers that differ; None where there are not as many."""
+    different = [*{draw.text: draw for draw in reversed(draws) if draw.text.strip()}.values()]
+    used = different[::-1][:count]
+    if len(used) < count:
+        return None
+    about |= {name: [getattr(d, name) for d in used] for name in ("stage", "key", "ended")}
+    about["draw"] = [draw.number for draw in used]
+    texts, row = [draw.text for draw in used], dict(example.row)
+    return item(spoken(example.turns, recipe.dataset.system), texts, about, row=row)
+
+
+def spoken(turns: Messages, system: str | None) -> Messages:
+    """A prompt's turns as its row has them, without what [dataset] system puts before them."""
+    return turns[1:] if turns[0] == {"role": "system", "content": system} else turns
+
+
+def warmth(recipe: Recipe, name: str) -> float:
+    """The temperature: its own, else that of the last stage that explores."""
+    lent = recipe.explorer.said("temperature") if recipe.explorer else None
+    return recipe.table(name).extras["temperature"] or lent or 0.7
+
+
+def answer_length(recipe: Recipe, name: str) -> int:
+    """The most tokens of an answer."""
+    most = recipe.most_tokens(name)
+    assert most
+    return most
+
+
+# ---- the rehearsal, and what its memory and its work are counted from
+
+
+def trial(recipe: Recipe, name: str) -> Trial:
+    return Trial(recipe, SAMPLED, 0)
+
+
+def work(recipe: Recipe, name: str, data: Data) -> Work:
+    table, found = recipe.table(name), data.learned("every_prompt")
+    prompts, length = min(table.extras["prompts"], len(found)), answer_length(recipe, name)
+    read = fmean(len(e.prompt_ids) for e in found) + length
+    answers = 2 if table.against else table.extras["answers"]
+    passes = answers * -(-prompts // MOST) * length
+    return Work(1, prompts * answers * read * FORWARD, tokens=passes)
+
+
+def memory(sim: Sim) -> Iterator[Held]:
+    """A policy as it is exported, and as many answers as are sampled at a time."""
+    rows = held_at_once(sim.recipe.table(sim.name).extras["prompts"], sim.lengths.row)
+    with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
+        yield from sampling(tracker, policy, rows, sim.lengths)
