@@ -20,7 +20,7 @@ LIGHT += ("pipeline.data_lint", "pipeline.estimate", "cli", "cli_tables", "scree
 LIGHT += ("errors", "text", "stats", "findings")
 # Lines of code of recipe, store, data, models, stages, plan and runner. Growth is a decision: who
 # raises this number says why in the commit.
-CORE_BUDGET = 8_300
+CORE_BUDGET = 8_600
 
 
 def modules() -> dict[str, Path]:
