@@ -36,7 +36,7 @@ ITEMS = (
     ("chain", 150, True),
     ("bytes", 150, True),
     ("smoke3", 150, True),
-    ("sampling", 90, False),
+    ("sampling", 150, False),
     ("ppo_small", 120, False),
     ("ppo_large", 150, False),
     ("learning", 60, False),

@@ -50,7 +50,7 @@ def _start(runs: Path, words: list[str], name: str) -> subprocess.Popen[str]:
     command += ["--runs", str(runs), "--name", name, *(f"--set={word}" for word in words)]
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / f"{name}.out").open("a") as out:
-        env = environment(OMP_NUM_THREADS="2")
+        env = environment(OMP_NUM_THREADS="1" if "dataset.max_rows=160" in words else "2")
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True)
 
 

@@ -107,10 +107,13 @@ def _against_trl(work: Path, quick: bool, size: str, **given: Any) -> Row:
 
 
 def sampling(work: Path, quick: bool) -> Row:
-    """Tokens a second of the project's own sampler, and the share of what bandwidth allows."""
+    """Tokens a second by the adapters, from a merged copy, and with its steps compiled.
+
+    With the share of what bandwidth allows, and with what compiling took.
+    """
     import torch
 
-    from rlhf_recipes.models.sampling import sample
+    from rlhf_recipes.models.sampler import STEPS, Sampler
     from rlhf_recipes.recipe.load import load_recipe
     from rlhf_recipes.stages.session import Session
 
@@ -128,11 +131,21 @@ def sampling(work: Path, quick: bool) -> Row:
         for count in (4,) if quick else (16, 64, 256):
             prompts = [[7 + i % 50] * 64 for i in range(count)]
             words = dict(length=length, temperature=1.0, eos=-1, pad=0, batch=count, seed=1)
-            seconds = _timed(partial(sample, policy, prompts, **words), 1)
-            found = {"tokens_s": count * length / seconds, "ms_a_step": 1e3 * seconds / length}
-            if bandwidth:
-                found["of_bandwidth"] = held / bandwidth / (seconds / length)
-            row[f"{bits} {count} rows"] = found
+            ways = [(False, 0), (True, 0)]
+            if bits == "none" and count in (4, 256):  # a minute of compiling each
+                ways.append((True, STEPS))
+            for merge, steps in ways:
+                told: list[str] = []
+                sampler = Sampler(policy, merge, told.append, 64, steps)
+                began = time.perf_counter()
+                sampler.sample(prompts, **words)
+                first = time.perf_counter() - began
+                seconds = _timed(partial(sampler.sample, prompts, **words), 1)
+                found = {"tokens_s": count * length / seconds, "ms_a_step": 1e3 * seconds / length}
+                found |= {"first_s": first, "told": told}
+                if bandwidth:
+                    found["of_bandwidth"] = held / bandwidth / (seconds / length)
+                row[f"{bits} {count} rows, {sampler.told}"] = found
         session.base.close(policy)
         session.release()
     return row

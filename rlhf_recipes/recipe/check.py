@@ -307,9 +307,7 @@ class Checker:
             key = ("evaluation", "judge_model")
             self.model_name(named, key)
             if tables.INDEPENDENT not in listed:
-                self.problem(
-                    key, 'is read by judge = "independent" alone: say that, or leave it out'
-                )
+                self.notes.append('evaluation.judge_model: read by judge = "independent" alone')
         return tables.EvaluationTable(**values)
 
     def term(self, written: dict[str, Any], at: Key, judges: bool = False) -> None:

@@ -63,7 +63,7 @@ class Recipe:
     def model_of(self, stage: str) -> ModelTable:
         """The base model that a stage is on. The judge may have one of its own."""
         asked, own = self.model, self.evaluation.judge_model if self.evaluation else None
-        if stage != JUDGE or own is None:
+        if stage != JUDGE or own is None or JUDGE not in self.tables:
             return asked
         return ModelTable(own, dtype=asked.dtype, quantization=asked.quantization, base=asked.base)
 

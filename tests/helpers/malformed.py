@@ -72,7 +72,6 @@ ROWS = {
     + ppo.rewards = [{ python = "x" }] | 2 ppo.rewards.python: "FILE.py:FUNCTION"
     + evaluation.judge = "oracle" | "python:FILE.py:FUNCTION"
     + evaluation.judge = ["a/b", "a/b"] | two that differ
-    + evaluation.judge_model = "a/b" | judge = "independent" alone
     + evaluation.judge = "independent"; evaluation.judge_model = "./adapter" | not a whole model
     stages = ["sft", "dpo"]; evaluation.best_of = 16 | no stage makes one
     + title = "a\\nb" | one line

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_recipes.data.rows import unique_prompts
+from rlhf_recipes.models import sampler
 from rlhf_recipes.models.reward_model import open_reward, read_unit
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sample, score_ids
@@ -160,7 +161,7 @@ def test_one_model_is_in_memory_at_a_time(
 
     circular("exported")
     circular("load_base")
-    for module, name in [(answers, "sample"), (evaluate, "exact_kl"), (answers, "score_ids")]:
+    for module, name in [(sampler, "sample"), (evaluate, "exact_kl"), (answers, "score_ids")]:
         counted(module, name)
     gc.disable()
     try:

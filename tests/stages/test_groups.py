@@ -16,13 +16,13 @@ from datasets import Dataset
 from torch import nn
 
 from rlhf_recipes.data.tokens import settle
+from rlhf_recipes.models import sampler
 from rlhf_recipes.models.load import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages import groups
 from rlhf_recipes.stages.grpo import GRPOTrainer
-from rlhf_recipes.stages.ppo import loop
 from rlhf_recipes.stages.ppo.config import PPOConfig
 from rlhf_recipes.stages.rloo import RLOOTrainer
 from tests.helpers.chains import Chain, Silent, adapter, base_weights, differs
@@ -121,7 +121,7 @@ def ours(
     lm = load_causal_lm(model, dtype=torch.float32).requires_grad_(True)
     roles = [Role(one, None, torch.float32) for one in (lm, copy.deepcopy(lm))]
     updates = iter((1, 2))
-    monkeypatch.setattr(loop, "sample", lambda _, prompts, **__: given(prompts, next(updates)))
+    monkeypatch.setattr(sampler, "sample", lambda _, prompts, **__: given(prompts, next(updates)))
     made = trainer(
         args=PPOConfig(
             **SHARED,

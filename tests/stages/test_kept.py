@@ -24,14 +24,19 @@ FORK = [*SHORT, "ppo.learning_rate=2e-2"]
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """How many prompts were sampled, and how many answers scored, call by call."""
     seen: dict[str, list[int]] = {"sample": [], "score_ids": []}
-    for name, calls in seen.items():
-        real = getattr(answers, name)
+    real = answers.score_ids
 
-        def count(role: Any, rows: Any, *given: Any, r=real, c=calls, **words: Any) -> Any:
-            c.append(len(rows))
-            return r(role, rows, *given, **words)
+    class Counted(answers.Sampler):
+        def sample(self, prompts: Any, **words: Any) -> Any:
+            seen["sample"].append(len(prompts))
+            return super().sample(prompts, **words)
 
-        monkeypatch.setattr(answers, name, count)
+    def count(role: Any, rows: Any, *given: Any) -> Any:
+        seen["score_ids"].append(len(rows))
+        return real(role, rows, *given)
+
+    monkeypatch.setattr(answers, "Sampler", Counted)
+    monkeypatch.setattr(answers, "score_ids", count)
     return seen
 
 

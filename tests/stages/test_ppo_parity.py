@@ -16,11 +16,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_recipes.data.tokens import settle
+from rlhf_recipes.models import sampler
 from rlhf_recipes.models.load import load_causal_lm, load_tokenizer
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sampling
 from rlhf_recipes.recipe.kinds import Limits
-from rlhf_recipes.stages.ppo import loop
 from rlhf_recipes.stages.ppo.config import PPOConfig
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.chains import Silent
@@ -106,7 +106,7 @@ def run_ours(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list
         rows = generate(role.lm, queries, next(updates))[:, width:].tolist()
         return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
 
-    monkeypatch.setattr(loop, "sample", answers)
+    monkeypatch.setattr(sampler, "sample", answers)
     trainer = Ours(
         args=config(folder),
         processing_class=settle(load_tokenizer(model), 32).tokenizer,

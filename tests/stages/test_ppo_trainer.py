@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.models import sampler
 from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.load import load_causal_lm
 from rlhf_recipes.recipe.kinds import Limits
-from rlhf_recipes.stages.ppo import checks, loop
+from rlhf_recipes.stages.ppo import checks
 from rlhf_recipes.stages.ppo.guards import Guard
 from rlhf_recipes.stages.ppo.loop import LOSS_SCALE
 from rlhf_recipes.stages.ppo.losses import Rollout, Rows, advantages, explained_variance
@@ -170,8 +171,9 @@ def test_what_is_scored_together_says_nothing_of_what_is_sampled_together(
 ) -> None:
     """Logits bound the former, the cache the latter; 64 answers by 16 took four times as long."""
     batches, scored = [], []
-    real, opinions = loop.sample, PPOTrainer._opinions
-    monkeypatch.setattr(loop, "sample", lambda *a, **w: batches.append(w["batch"]) or real(*a, **w))
+    real, opinions = sampler.sample, PPOTrainer._opinions
+    counted = lambda *a, **w: batches.append(w["batch"]) or real(*a, **w)  # noqa: E731
+    monkeypatch.setattr(sampler, "sample", counted)
     monkeypatch.setattr(
         PPOTrainer, "_opinions", lambda self, c: scored.append(len(c)) or opinions(self, c)
     )
@@ -583,3 +585,26 @@ def test_answers_of_one_token_and_answers_that_never_end(make) -> None:
     assert all(m == m for metrics in seen for m in metrics.values())
     assert seen[0]["val/length"] == 1.0
     assert min(metrics["val/num_eos_tokens"] for metrics in seen) == 0
+
+
+def test_a_merged_copy_samples_and_is_let_go_of_where_it_is_far(make) -> None:
+    """The same answers, learned from the same readings; a checkpoint keeps which it was."""
+    plain, merged = (make(save_strategy="no", words={"merged": one}) for one in (None, True))
+    assert merged.sampler.told == "from a merged copy" and plain.sampler.copy is None
+    ends = []
+    for trainer in (plain, merged):
+        trainer.train()
+        assert 0 <= trainer.metrics["val/sampler_apart"] < 1e-4
+        ends.append([weight.detach().clone() for weight in trainer.policy_model.trainable()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
+    plain.carry(merged.carried())
+    assert plain.sampler.copy is not None
+    whole = plain.rollout(1)
+    with torch.no_grad():
+        plain.sampler.copy.refresh = lambda: None
+        for _, linear in plain.sampler.copy.layers:
+            linear.weight += torch.randn_like(linear.weight)
+    again = plain.rollout(1)
+    assert plain.sampler.copy is None and again.apart < 1e-4
+    assert torch.equal(again.sequences.ids, whole.sequences.ids)

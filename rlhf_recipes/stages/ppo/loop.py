@@ -75,7 +75,8 @@ class OnPolicyTrainer(Resumable, Trainer):
     reference must equal the policy at the start unless `other_reference`. With `keep="best"` the
     policy ends as it was where score - kl_coef × KL was highest on `validation_prompts`, within
     `limits.max_kl`, its start included. With `rewards` a score is their sum, the prompts are
-    `mixed.Prompt`s, and there need be no reward model. `merged`: answers come from a merged copy.
+    `mixed.Prompt`s, and there need be no reward model. `merged` says whether answers come from a
+    merged copy; None: as the checkpoint has it that the loop goes on from, else they do not.
     """
 
     whole_answers = False  # whether the ratio that is clipped is a whole answer's
@@ -99,7 +100,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         on_update: Callable[[Any, Rollout, dict[str, float]], None] = lambda *_: None,
         copies: int = 1,
         rewards: Rewards | None = None,
-        merged: bool = False,
+        merged: bool | None = None,
     ):
         self.key, self.progress = key, progress
         self.policy_model, self.ref_model, self.reward_model = model, ref_model, reward_model
@@ -134,7 +135,8 @@ class OnPolicyTrainer(Resumable, Trainer):
         prompts = [*(row["input_ids"] for row in train_dataset), *validation_prompts]
         self.longest = max(map(len, prompts))
         steps = self.updates * args.response_length
-        self.sampler = Sampler(model, merged, progress.note, self.longest, steps)
+        self.merged = merged
+        self.sampler = Sampler(model, bool(merged), progress.note, self.longest, steps)
         self.scaled = model.dtype == torch.float16
         self.loss_scale = LOSS_SCALE if self.scaled else 1.0
 
@@ -250,7 +252,8 @@ class OnPolicyTrainer(Resumable, Trainer):
             self.best = Best(*kept["best"], _copies(self.policy_model.trainable()))
         self.stopped, self.metrics = kept["stopped"], kept["metrics"]
         self.loss_scale, self.skipped = kept["scale"]
-        self.sampler.merge(kept.get("merged", False))
+        if self.merged is None:
+            self.sampler.merge(kept.get("merged", False))
         if self.rewards:
             self.rewards.carry(kept["over"])
 
@@ -453,9 +456,9 @@ def numbered(**parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _apart(picked: list[list[float]], read: torch.Tensor) -> float:
     """Mean distance of the sampler's log-probabilities from the trainer's `read` [batch, R]."""
-    rows = zip(picked, read.tolist(), strict=True)
+    rows = zip(picked, read.tolist(), strict=False)
     gaps = [abs(a - b) for mine, its in rows for a, b in zip(mine, its, strict=False)]
-    return sum(gaps) / len(gaps)
+    return sum(gaps) / max(1, len(gaps))
 
 
 def _copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

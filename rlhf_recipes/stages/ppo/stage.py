@@ -131,7 +131,7 @@ def run(context: StageContext, method: Method) -> StageResult:
         keep=table.extras["keep"],
         validation_prompts=[Prompt(example) for example in validation[:VALIDATION_PROMPTS]],
         on_update=report,
-        merged=recipe.model.sampler == "merged",
+        merged={"merged": True, "adapters": False}.get(recipe.model.sampler),
         key=context.key,
         progress=context.progress,
         **words,
