@@ -150,6 +150,9 @@ def judge_items(
     finally:
         if asker:
             asker.close()
+    served = {reply.model for ask in asks if (reply := known.get(ask.id(judge.name)))}
+    if len(served) > 1:  # a name on a server is not a commit
+        tell(f"the server changed its model: {', '.join(sorted(map(str, served)))}")
     bill = calls.bill(store, judge.name, pairs)
     if asker and asker.broke:
         unit = "calls" if judge.price is None else "dollars"
