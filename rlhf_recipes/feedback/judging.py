@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,8 @@ def judge_items(
     if asker and asker.broke:
         unit = "calls" if judge.price is None else "dollars"
         tell(f"the budget of {judge.budget:g} {unit} is spent: a larger one goes on from here")
-    return _verdicts(pairs, asks, known, judge, store, bill)
+    found = _verdicts(pairs, asks, known, judge, store, bill)
+    return replace(found, spent=bool(asker and asker.broke))
 
 
 def _drawn(judge: JudgeSettings) -> int:

@@ -28,6 +28,7 @@ class Verdicts:
     tie: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     bins: Sequence[Mapping[str, Any]] = ()  # p against people
+    spent: bool = False  # the budget ended before all was asked
 
     def verdict(self, item: str) -> str | None:
         """ "first", "second", "tie", or None where there is none."""

@@ -106,6 +106,7 @@ def test_the_budget_is_a_ceiling_and_a_larger_one_goes_on(tmp_path):
         again = judged(server.url, items, tmp_path, price=price, budget=whole / 2)
         assert again.metrics["dollars"] <= whole / 2
         found = judged(server.url, items, tmp_path, price=price, budget=whole * 2)
+    assert half.spent and again.spent and not found.spent
     assert found.metrics["no_verdict"] == 0
     assert server.billed == 80 and found.metrics["dollars"] == pytest.approx(whole)
 
