@@ -9,8 +9,9 @@ from typing import Any
 
 from rlhf_recipes.errors import DataError, UsageError
 from rlhf_recipes.feedback.items import Item, items_of
-from rlhf_recipes.feedback.judging import JudgeSettings, Verdicts, judge_items
+from rlhf_recipes.feedback.judging import JudgeSettings, judge_items
 from rlhf_recipes.feedback.store import Store
+from rlhf_recipes.feedback.verdicts import Verdicts
 from rlhf_recipes.sources import trust
 from rlhf_recipes.sources.resolve import content_digest, model_repo
 from rlhf_recipes.store.files import to_json, whole

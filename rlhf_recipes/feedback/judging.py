@@ -10,28 +10,23 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.data.turns import Messages
 from rlhf_recipes.errors import GateError, StageError
 from rlhf_recipes.feedback import calls, endpoint, prompt
-from rlhf_recipes.feedback.agreement import alpha
 from rlhf_recipes.feedback.calls import Ask, Bill
 from rlhf_recipes.feedback.items import Item
 from rlhf_recipes.feedback.reading import Reply, preference
-from rlhf_recipes.feedback.store import Judged, Store, majority
-from rlhf_recipes.stats import share_of
+from rlhf_recipes.feedback.store import Store, majority
+from rlhf_recipes.feedback.verdicts import Verdicts, counts, likings, with_people
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.text import duration
 
 PILOT = 24  # pairs that are judged first
 ONE_PLACE = 0.9  # of the pilot's texts that name one place: such a judge looks at nothing else
-DIFFERENT = 0.1  # of the longer answer's length: closer ones say nothing of a liking for length
-BINS = 5
-ENDS = ("", "_low", "_high", "_pairs")
 SOME_HEAT = 0.7  # the temperature where several samples are drawn
 TOKEN = 4  # bytes of English, about
 
@@ -100,25 +95,6 @@ class JudgeSettings:
         )
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """What a judge said of items."""
-
-    better: Mapping[str, float | None]  # by item: p that its first answer is better, or none
-    tie: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    bins: Sequence[Mapping[str, Any]] = ()  # p against people
-
-    def verdict(self, item: str) -> str | None:
-        """ "first", "second", "tie", or None where there is none."""
-        chance = self.better.get(item)
-        if chance is None:
-            return None
-        if abs(chance - 0.5) <= self.tie:
-            return "tie"
-        return "first" if chance > 0.5 else "second"
-
-
 Tell = Callable[[str], Any]
 
 
@@ -174,11 +150,15 @@ def judge_items(
     finally:
         if asker:
             asker.close()
+    served = {reply.model for ask in asks if (reply := known.get(ask.id(judge.name)))}
+    if len(served) > 1:  # a name on a server is not a commit
+        tell(f"the server changed its model: {', '.join(sorted(map(str, served)))}")
     bill = calls.bill(store, judge.name, pairs)
     if asker and asker.broke:
         unit = "calls" if judge.price is None else "dollars"
         tell(f"the budget of {judge.budget:g} {unit} is spent: a larger one goes on from here")
-    return _verdicts(pairs, asks, known, judge, store, bill)
+    found = _verdicts(pairs, asks, known, judge, store, bill)
+    return replace(found, spent=bool(asker and asker.broke))
 
 
 def _drawn(judge: JudgeSettings) -> int:
@@ -308,86 +288,6 @@ def _verdicts(
         for key, verdict in majority(store.judged(better)).items()
         if verdict in ("first", "second", "tie")
     }
-    metrics = _counts(found, bill, judge) | _likings(pairs, said, found, people)
-    agreed, bins = _with_people(found, people)
+    metrics = counts(found, bill, judge.price) | likings(pairs, said, found, people)
+    agreed, bins = with_people(found, people)
     return Verdicts(better, judge.tie, metrics | agreed, bins)
-
-
-def _counts(found: Verdicts, bill: Bill, judge: JudgeSettings) -> dict[str, float]:
-    verdicts = [found.verdict(key) for key in found.better]
-    numbers: dict[str, float] = {
-        "pairs": len(verdicts),
-        "kept": sum(one in ("first", "second") for one in verdicts),
-        "ties": verdicts.count("tie"),
-        "no_verdict": verdicts.count(None),
-        "calls": bill.calls,
-        "failed_calls": bill.failed,
-        "tokens_in": bill.tokens_in,
-        "tokens_out": bill.tokens_out,
-        "uncounted_calls": bill.uncounted,
-        "call_seconds": bill.seconds,
-    }
-    return numbers | ({"dollars": bill.dollars(judge.price)} if judge.price else {})
-
-
-def _likings(
-    pairs: Sequence[Item],
-    said: Mapping[str, tuple[list[Reply], list[Reply]]],
-    found: Verdicts,
-    people: Mapping[str, str],
-) -> dict[str, float]:
-    """For a place, and for length: what a judge looks at beside the answers."""
-    replies = [one for both in said.values() for order in both for one in order]
-    named = [one.named for one in replies if one.named != "tie"]
-    numbers: dict[str, float] = {}
-    if named:
-        numbers["first_share"] = named.count("1") / len(named)
-    if logits := [one.logit for one in replies if one.logit is not None]:
-        numbers["place_logit"] = fmean(logits)
-    both = [(s[0].named, o[0].named) for s, o in said.values() if s and o]
-    if both:
-        swap = {"1": "2", "2": "1", "tie": "tie"}
-        alike = [one == swap[other or "tie"] for one, other in both]
-        numbers["consistency"] = fmean(alike)
-    apart = {}
-    for one in pairs:
-        first, second = map(len, one.answers)
-        if abs(first - second) > DIFFERENT * max(first, second):
-            apart[one.id] = "first" if first > second else "second"
-    told = {key: found.verdict(key) for key in apart}
-    told = {key: verdict for key, verdict in told.items() if verdict in ("first", "second")}
-    if told:
-        numbers["longer_share"] = fmean(told[key] == apart[key] for key in told)
-    if shared := [key for key in told if people.get(key) in ("first", "second")]:
-        numbers["longer_share_people"] = fmean(people[key] == apart[key] for key in shared)
-    return numbers
-
-
-def _with_people(
-    found: Verdicts, people: Mapping[str, str]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """How often judge and people name the same answer, where both name one; α over all."""
-    shared = {key: found.verdict(key) for key in people if found.verdict(key)}
-    named = [k for k, v in shared.items() if "tie" not in (v, people[k])]
-    if not named:
-        return {}, []
-    share = share_of([float(shared[key] == people[key]) for key in named])
-    numbers = {f"agreement{end}": n for end, n in zip(ENDS, share, strict=True)}
-    both = [
-        Judged(key, who, said, False)
-        for key, verdict in shared.items()
-        for who, said in (("judge", verdict), ("people", people[key]))
-        if said
-    ]
-    if (found_alpha := alpha(both)) is not None:
-        numbers["agreement_alpha"] = found_alpha
-    bins = []
-    for number in range(BINS):
-        there = [k for k in named if min(int((found.better[k] or 0) * BINS), BINS - 1) == number]
-        means = (
-            [fmean(people[k] == "first" for k in there), fmean(found.better[k] or 0 for k in there)]
-            if there
-            else [None, None]
-        )
-        bins.append({"pairs": len(there), "people": means[0], "judge": means[1]})
-    return numbers, bins

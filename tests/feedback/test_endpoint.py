@@ -106,6 +106,7 @@ def test_the_budget_is_a_ceiling_and_a_larger_one_goes_on(tmp_path):
         again = judged(server.url, items, tmp_path, price=price, budget=whole / 2)
         assert again.metrics["dollars"] <= whole / 2
         found = judged(server.url, items, tmp_path, price=price, budget=whole * 2)
+    assert half.spent and again.spent and not found.spent
     assert found.metrics["no_verdict"] == 0
     assert server.billed == 80 and found.metrics["dollars"] == pytest.approx(whole)
 
@@ -210,3 +211,21 @@ def test_the_key_goes_to_its_own_host_alone_and_nothing_else_of_the_environment(
 def test_the_key_is_masked_in_messages(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_RECIPES_JUDGE_KEY", "judge-key-0123456789abcdef")
     assert "judge-key" not in str(StageError("it said judge-key-0123456789abcdef"))
+
+
+# ---- a real server
+
+
+@pytest.mark.skipif("TRY_JUDGE_URL" not in os.environ, reason="no server: set TRY_JUDGE_URL")
+def test_a_real_server_judges_or_says_why_not(tmp_path):
+    """As llama.cpp's or vLLM's; TRY_JUDGE_MODEL is what it calls its model."""
+    items, told = numbered(6), []
+    asked = JudgeSettings(os.environ.get("TRY_JUDGE_MODEL", "any"), os.environ["TRY_JUDGE_URL"])
+    try:
+        found = judge_items(items, asked, Store(tmp_path), told.append, typed=True)
+    except StageError as error:
+        assert "no reply to 12 calls is a verdict" in str(error), told
+    else:
+        numbers = found.metrics
+        assert numbers["kept"] + numbers["ties"] + numbers["no_verdict"] == 6
+        assert numbers["tokens_in"] > 12 * 100 and numbers["uncounted_calls"] == 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +122,16 @@ def test_agreement_with_people_and_a_liking_for_length_are_reported(tmp_path):
     assert sum(one["pairs"] for one in found.bins) == 29
 
 
+def test_a_server_that_changes_its_model_is_noted(tmp_path):
+    items, told = numbered(4), []
+    with FakeJudge(odds) as server:
+        judged(server, items[:2], tmp_path, told)
+        assert not any("changed" in line for line in told)
+        server.model = "fake-2"
+        judged(server, items, tmp_path, told)
+    assert told[-1] == "the server changed its model: fake-1, fake-2"
+
+
 def test_single_answers_are_left_out_and_verdicts_are_of_the_items_answers(tmp_path):
     prompt = [{"role": "user", "content": "?"}]
     items = [
@@ -149,24 +160,30 @@ judge_items(list(read_items(folder / "items.jsonl")), asked, Store(folder), prin
 
 
 def test_killed_at_any_moment_it_goes_on_and_pays_for_no_kept_verdict_again(tmp_path):
-    """What is under way as a kill comes is served, and nobody reads it: four calls at most."""
+    """What is under way as a kill comes is served, and nobody reads it: four calls at most.
+
+    Ctrl-C waits for those.
+    """
     items = numbered(40)
     write_items(tmp_path / "items.jsonl", items)
     store, kills = Store(tmp_path), 0
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with FakeJudge(odds, seconds=0.02) as server:
         name = JudgeSettings("fake", server.url).name
-        for _ in range(2):
+        for number in (signal.SIGINT, signal.SIGKILL):
             words = [sys.executable, "-c", KILLED, server.url, str(tmp_path)]
-            process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(words, cwd=ROOT, **quiet)
             enough = server.asked + 25
             while process.poll() is None and server.asked < enough:
                 time.sleep(0.01)
             kept = {*replies(store, name)}
             if process.poll() is None:
-                process.kill()
-                kills += 1
+                process.send_signal(number)
+                kills += number == signal.SIGKILL
             process.wait()
-            assert kept <= {*replies(store, name)}
+            after = {*replies(store, name)}
+            assert kept <= after
+            assert number == signal.SIGKILL or len(after) == server.billed  # all is kept
         assert kills and len(replies(store, name)) < 80
         found = judged(server, items, tmp_path)
         twice = sum(count - 1 for count in server.served.values())

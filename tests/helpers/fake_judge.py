@@ -64,6 +64,7 @@ class FakeJudge(ThreadingHTTPServer):
         self.odds, self.bias, self.noise = odds, bias, noise
         self.faults, self.logprobs, self.status = dict(faults or {}), logprobs, status
         self.redirect, self.thinks, self.seconds = redirect, thinks, seconds
+        self.model = "fake-1"
         self.draw = random.Random(0)
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -167,7 +168,7 @@ class _Answer(BaseHTTPRequestHandler):
             server.tokens_in += used["prompt_tokens"]
             server.tokens_out += used["completion_tokens"]
             server.served[found[0]] += not fault and ("logprobs" not in body or logits)
-        whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "fake-1"}
+        whole = {"id": "x", "object": "chat.completion", "created": 0, "model": server.model}
         self._send(200, whole | {"choices": [choice], "usage": used})
 
     def _refuse(self, status: int, message: str) -> None:
