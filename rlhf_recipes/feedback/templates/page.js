@@ -25,12 +25,12 @@ addEventListener("submit", (event) => {
   sent = true;
 });
 addEventListener("pageshow", () => { sent = false; });
-addEventListener("click", (event) => {  // of a double click, the second may meet the next page
+addEventListener("click", (event) => {
+  // Of a double click, the second may meet the next page.
   if (event.detail > 1 && event.target.closest("button")) event.preventDefault();
+  const summary = event.target.closest("summary");
+  if (summary) setTimeout(write, 0, summary.parentElement);
 });
-for (const one of document.querySelectorAll("details")) {
-  one.addEventListener("toggle", () => write(one));
-}
 const raw = document.querySelector("#raw");
 if (raw) {
   raw.checked = sessionStorage.getItem("raw") === "1";
