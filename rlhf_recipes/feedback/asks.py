@@ -256,22 +256,15 @@ class Asks:
     def counts(self) -> dict[str, Counter[str]]:
         """By person what they said in this queue, and how often: verdicts as they were seen.
 
-        Beside them "earlier guideline", and "again" and "the same again" of repeated asks.
+        Beside them "earlier guideline": how many were judged under another text than this one.
         """
         found: dict[str, Counter[str]] = {}
+        sql = "select c.* from counted c join queue q on q.item = c.item and q.name = :queue"
         with self.store.reading() as db:
-            sql = "select c.* from counted c join queue q on q.item = c.item and q.name = :queue"
-            rows = db.execute(f"{sql} where c.question = :question order by n", self._names)
-            held = rows.fetchall()
-        plain = {(row["item"], row["person"]): row["verdict"] for row in held if not row["again"]}
-        for row in held:
-            own = found.setdefault(row["person"], Counter())
-            if row["again"]:
-                own["again"] += 1
-                own["the same again"] += row["verdict"] == plain[row["item"], row["person"]]
-                continue
-            own[seen(row["verdict"], row["flipped"]) or ""] += 1
-            own["earlier guideline"] += row["guideline"] != self.guideline
+            for row in db.execute(f"{sql} where c.question = :question and again = 0", self._names):
+                own = found.setdefault(row["person"], Counter())
+                own[seen(row["verdict"], row["flipped"]) or ""] += 1
+                own["earlier guideline"] += row["guideline"] != self.guideline
         return found
 
     def begun(self, person: str) -> bool:

@@ -160,7 +160,7 @@ class Page:
             return self._shown(request, ask, f"Not saved: {error}.", note, 400)
         except sqlite3.Error as error:
             code, why = trouble(error)
-            return self._shown(request, ask, f"Not saved: {why}.", note, code)
+            return self._shown(request, ask, f"Not saved: {why}, then choose again.", note, code)
         return self._to(request, "")
 
     # ---- all of it, and the end
@@ -219,17 +219,17 @@ class Page:
     async def _failed(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, sqlite3.Error)
         code, why = trouble(error)
-        return _says(f"Nothing was changed: {why}. Then load this page again.", code)
+        return _says(f"Nothing was changed: {why}, then load this page again.", code)
 
 
 def trouble(error: sqlite3.Error) -> tuple[int, str]:
-    """An HTTP status, and in words what the store lacks and what to do."""
+    """An HTTP status, and in words what the store lacks and what to do first."""
     match getattr(error, "sqlite_errorcode", 0) & 0xFF:
         case sqlite3.SQLITE_FULL:
-            return 507, "the disk is full; free some space, then choose again"
+            return 507, "the disk is full. Free some space"
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return 503, "another program holds the store; choose again"
-    return 503, f"the store cannot be used ({error}); look at the disk, then choose again"
+            return 503, "another program holds the store. Wait a moment"
+    return 503, f"the store cannot be used ({error}). Look at the disk"
 
 
 def _says(line: str, code: int) -> Response:

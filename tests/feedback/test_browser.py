@@ -17,7 +17,7 @@ import pytest
 from rlhf_recipes.feedback.items import item
 from rlhf_recipes.feedback.serving import listening
 from rlhf_recipes.feedback.store import Store
-from tests.feedback.conftest import ADA, Labelling, pairs
+from tests.feedback.conftest import ADA, BOB, Labelling, pairs
 from tests.feedback.test_hostile import NASTY
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -256,9 +256,14 @@ def test_on_a_long_page_the_arrow_scrolls(tab, labelling):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_narrow_screen_and_can_be_read_in_the_dark(tab, labelling, scheme):
-    made = labelling([item([{"role": "user", "content": NASTY}], [NASTY, "w" * 3000])],
-                     guideline="Short is good.")  # fmt: skip
-    made.asks.next("ada")
+    about = [("ada with the others", "85 % of 27 items (68–94)")]
+    made = labelling(
+        [*pairs(1), item([{"role": "user", "content": NASTY}], [NASTY, "w" * 3000])],
+        guideline="Short is good.",
+        people={ADA: "ada", BOB: "bob"},
+        about=lambda: about,
+    )
+    made.asks.judge(made.asks.next("ada"), "ada", "left", None, "n" * 400)
     with made.live() as port:
         page = tab(port, color_scheme=scheme, viewport={"width": 320, "height": 568})
         pages = [page.url, f"http://127.0.0.1:{port}/{ADA}/all"]

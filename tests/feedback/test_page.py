@@ -161,7 +161,7 @@ def test_a_full_disk_is_a_red_line_on_the_same_ask_and_nothing_is_lost(labelling
         address = made.next()
     kept = made.kept
     assert answer.status_code == 507
-    assert "Not saved: the disk is full; free some space, then choose again." in answer.text
+    assert "Not saved: the disk is full. Free some space, then choose again." in answer.text
     assert f"{note}</textarea>" in answer.text
     assert 'aria-pressed="true"' not in answer.text
     store.full = False
@@ -177,7 +177,10 @@ def test_a_store_that_another_program_holds_is_said(labelling, monkeypatch):
     with made.store.writing():
         answer = made.say(address, "left")
         assert answer.status_code == 503
-        assert "Not saved: another program holds the store; choose again." in answer.text
+        assert (
+            "Not saved: another program holds the store. Wait a moment, then choose again."
+            in answer.text
+        )
         assert made.client.get(f"/{ADA}/").status_code == 503
     assert made.kept == []
     assert made.say(address, "left").status_code == 303
@@ -199,16 +202,13 @@ def test_a_store_that_is_replaced_while_the_page_is_open_is_one_line(labelling, 
             db.execute("create table item (x)")
     for answer in (made.say(address, "left"), made.client.get(f"/{ADA}/")):
         assert answer.status_code == 503
-        assert re.search("the store cannot be used .*; look at the disk", answer.text)
+        assert re.search(r"the store cannot be used .*\. Look at the disk, then", answer.text)
         assert "Traceback" not in answer.text
 
 
 def test_what_the_store_lacks_is_said_by_its_code():
     error = sqlite3.OperationalError("disk I/O error")
-    assert trouble(error) == (
-        503,
-        "the store cannot be used (disk I/O error); look at the disk, then choose again",
-    )
+    assert trouble(error) == (503, "the store cannot be used (disk I/O error). Look at the disk")
 
 
 def test_a_body_is_as_long_as_the_longest_note(labelling):

@@ -8,8 +8,8 @@ addEventListener("keydown", (event) => {
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && long)) return;
   const field = event.target.closest("textarea");
   if (event.key === "Escape") {
-    if (field) field.blur();
-    for (const open of document.querySelectorAll("details[open]")) open.open = false;
+    for (const open of field ? [] : document.querySelectorAll("details[open]")) open.open = false;
+    field?.blur();
   }
   if (field || (event.key === "ArrowDown" && root.scrollHeight > root.clientHeight)) return;
   const key = CSS.escape(long ? event.key : event.key.toLowerCase());
@@ -17,18 +17,20 @@ addEventListener("keydown", (event) => {
   if (!hit) return;
   event.preventDefault();
   hit.click();
+  write(hit.closest("details"));  // at once: what is typed next is the note's, not a verdict
 });
+const write = (details) => details?.open && details.querySelector("textarea")?.focus();
 addEventListener("submit", (event) => {
   if (sent) event.preventDefault();
   sent = true;
 });
 addEventListener("pageshow", () => { sent = false; });
-addEventListener("click", (event) => {  // of a double click, the second may meet the next page
+addEventListener("click", (event) => {
+  // Of a double click, the second may meet the next page.
   if (event.detail > 1 && event.target.closest("button")) event.preventDefault();
+  const summary = event.target.closest("summary");
+  if (summary) setTimeout(write, 0, summary.parentElement);
 });
-for (const one of document.querySelectorAll("details")) {
-  one.addEventListener("toggle", () => one.open && one.querySelector("textarea")?.focus());
-}
 const raw = document.querySelector("#raw");
 if (raw) {
   raw.checked = sessionStorage.getItem("raw") === "1";
