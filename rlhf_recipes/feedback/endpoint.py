@@ -137,7 +137,12 @@ class Endpoint:
         Raises StageError where no call can be answered.
         """
         with signals.deferred():
-            asyncio.run(self._ask(asks, keep))
+            try:
+                asyncio.run(self._ask(asks, keep))
+            finally:
+                if self.finished:  # of calls that another's failure cut off
+                    keep(self.finished)
+                    self.finished = []
 
     def close(self) -> None: ...
 
@@ -191,10 +196,12 @@ class Endpoint:
                 failed.append((ask, reply))
 
     async def _kept(self, ask: Ask, reply: Reply, keep: Keep) -> None:
-        """Return when it is on disk. Calls that end during a commit share the next one."""
+        """Calls that end during a commit go into the next one: a disk can be the slower part."""
         self.finished.append((ask, reply))
+        if self.disk.locked() and len(self.finished) < self.concurrency:
+            return
         async with self.disk:
-            if self.finished:
+            while self.finished:
                 some, self.finished = self.finished, []
                 await asyncio.to_thread(keep, some)
 

@@ -160,7 +160,7 @@ judge_items(list(read_items(folder / "items.jsonl")), asked, Store(folder), prin
 
 
 def test_killed_at_any_moment_it_goes_on_and_pays_for_no_kept_verdict_again(tmp_path):
-    """What is under way as a kill comes is served, and nobody reads it: four calls at most.
+    """What is under way as a kill comes, or on its way to the disk, is lost: eight calls at most.
 
     Ctrl-C waits for those.
     """
@@ -187,7 +187,7 @@ def test_killed_at_any_moment_it_goes_on_and_pays_for_no_kept_verdict_again(tmp_
         assert kills and len(replies(store, name)) < 80
         found = judged(server, items, tmp_path)
         twice = sum(count - 1 for count in server.served.values())
-    assert len(server.served) == 80 and twice <= 4 * kills
+    assert len(server.served) == 80 and twice <= 2 * 4 * kills
     assert found.metrics["no_verdict"] == 0 and right(found.better, items) == 1.0
     assert found.metrics["calls"] == 80
 
