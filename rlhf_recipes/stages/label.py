@@ -163,6 +163,9 @@ def by_model(
     note, update = context.progress.note, context.progress.update
     context.session.release()
     found = judge_items(items, judge_of(context), Store(runs), note, update=update)
+    if found.spent:
+        what = f"{context.name}: the budget of {extras['budget']:g} is spent"
+        raise StageError(what, "the same command with a larger budget goes on from here")
     write_json(context.folder / "output" / JUDGED, {"bins": found.bins, **found.metrics})
     agreed, least = found.metrics.get("agreement"), extras["minimum_agreement"]
     if agreed is not None and least is not None and agreed < least:
