@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from rlhf_recipes.findings import Finding, Found, said
 from rlhf_recipes.report.facts import Facts, number
+from rlhf_recipes.report.policy_rules import still
 from rlhf_recipes.stats import Share
 
 # What answers.jsonl calls what a policy's answer may be chosen by, and what the table calls it.
@@ -28,7 +29,8 @@ def preferred(facts: Facts) -> Found:
     if both := facts.people.get("both_bad"):
         text += f"; in {both} of them both answers are bad"
     if share.low > 0.5:
-        yield Finding("success", str(name), f"{text}.")
+        level = "good" if still(facts, str(name), start) else "success"
+        yield Finding(level, str(name), f"{text}.")
     elif share.high < 0.5:
         yield Finding(
             "fault", str(name), f"{text}: it became worse.", f"{facts.slower(str(name))}."

@@ -143,13 +143,13 @@ def blind_critic(facts: Facts) -> Found:
 def hardly_moved(facts: Facts) -> Found:
     """A policy that is nearly its start, whoever judged: a win over itself proves nothing."""
     for name, _, who, start in _trained(facts):
-        if told := _still(facts, name, start):
+        if told := still(facts, name, start):
             text = f"{who} has hardly moved: {told}. Whether it is better cannot be told."
             change = f"Raise {facts.setting(name, 'learning_rate')} or give it more steps."
             yield Finding("doubt", name, text, change)
 
 
-def _still(facts: Facts, name: str, start: str) -> str:
+def still(facts: Facts, name: str, start: str) -> str:
     """How little a policy moved, in a phrase; empty where it moved, or its start was kept."""
     same, kl = facts.number(f"{name}.unchanged"), facts.number(f"{name}.kl")
     if facts.number(f"{name}.kept_update") == 0:
@@ -226,7 +226,7 @@ def winning(facts: Facts) -> Found:
     """By the reward model, and by the judges that it was not trained against."""
     warned = False  # that the judge is on the same base: once is enough
     for name, _, who, start in _trained(facts):
-        if _still(facts, name, start):
+        if still(facts, name, start):
             continue
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
         own, judged = facts.reward_model(name), list(_judges(facts, name))

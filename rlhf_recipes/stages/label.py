@@ -98,11 +98,15 @@ def _longer(one: Item, verdict: str | None) -> float | None:
 def lacking(
     items: Sequence[Item], said: Sequence[Judged], votes: int, least: dict[str, int]
 ) -> int:
-    """How many judgements are missing for a stage to go on. Of a side, all items are enough."""
-    counts = Counter(one.item for one in said)
-    missing = 0
+    """How many judgements are missing for a stage to go on.
+
+    Of a side, all items are enough, but for those that people skipped.
+    """
+    counts = Counter(one.item for one in said if one.verdict != "skip")
+    skipped = {one.item for one in said} - counts.keys()
+    missing, left = 0, [one for one in items if one.id not in skipped]
     for tests, wanted in ((False, least["minimum"]), (True, least["minimum_test"])):
-        side = [one for one in items if (one.side == "test") == tests]
+        side = [one for one in left if (one.side == "test") == tests]
         done = sum(min(votes, counts[one.id]) for one in side)
         missing += max(0, votes * min(wanted, len(side)) - done)
     return missing

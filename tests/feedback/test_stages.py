@@ -238,5 +238,8 @@ def test_no_judgement_before_is_needed_where_a_side_has_few_items(recipe: Any):
     assert lacking(items, [], 1, least) == 33
     assert lacking(items, said[:3], 1, least) == 30
     assert lacking(items, said, 2, least) == 20 + 3
+    skips = [replace(one, verdict="skip") for one in said]
+    assert lacking(items, skips[:13], 1, least) == 30  # all 3 test items, 10 of 40 others
+    assert lacking(items, skips, 1, least) == 0
     twice = said + [replace(one, person="bob") for one in said]
     assert lacking(items, twice, 2, least) == 0
