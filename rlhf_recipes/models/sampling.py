@@ -258,7 +258,9 @@ def states_of(reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: in
     states = torch.empty(len(rows), reward.config.get_text_config().hidden_size)
     for part, found in _batches(reward, rows, pad, batch):
         hidden = reward.hidden(found.ids, found.mask)
-        states[part] = hidden[torch.arange(len(part)), found.last].float().cpu()
+        states[part] = (
+            hidden[torch.arange(len(part), device=hidden.device), found.last].float().cpu()
+        )
     return states
 
 
