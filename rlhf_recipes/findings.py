@@ -44,6 +44,12 @@ def interval(share: Share) -> str:
     return f"{100 * share.low:.0f}–{100 * share.high:.0f}"
 
 
+def points(value: float, low: float, high: float) -> str:
+    """+4.1 points (0.5 to 7.7): a difference of two shares."""
+    text = f"{100 * value:+.1f} points ({100 * low:.1f} to {100 * high:.1f})"
+    return text.replace("-", "−")
+
+
 def shown(found: Iterable[Finding]) -> str:
     """A line for each, without what it is about, and below it what to change."""
     lines = []

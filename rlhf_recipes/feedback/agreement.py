@@ -48,11 +48,7 @@ def agreement(
     store: Store, ids: Iterable[str], question: str = QUESTION, without: Sequence[str] = ()
 ) -> Agreement:
     """Of these items, less the verdicts of the people in `without`."""
-    ids = list(ids)
-    first, again = (
-        [one for one in found if one.person not in without and one.verdict in VALUE]
-        for found in (store.judged(ids, question), store.judged(ids, question, again=True))
-    )
+    first, again = _twice(store, ids, question, without)
     same = _with_themselves(first, again)
     rest = _with_the_rest(first)
     people = []
@@ -68,8 +64,26 @@ def agreement(
         people.append(Person(name, len(own), median(pace) if pace else None, *about))
     by_item = _by_item(first)
     agreeing = [_agreeing([*values.values()]) for values in by_item.values() if len(values) > 1]
-    every = [one for values in same.values() for one in values]
-    return Agreement(len(by_item), alpha(first), _share(agreeing), _share(every), tuple(people))
+    every = _share([one for values in same.values() for one in values])
+    return Agreement(len(by_item), alpha(first), _share(agreeing), every, tuple(people))
+
+
+def itself(store: Store, ids: Iterable[str], question: str = QUESTION) -> Share | None:
+    """How often everybody agrees with themselves on these items: `agreement`'s, alone."""
+    same = _with_themselves(*_twice(store, ids, question))
+    return _share([one for values in same.values() for one in values])
+
+
+def _twice(
+    store: Store, ids: Iterable[str], question: str, without: Sequence[str] = ()
+) -> tuple[list[Judged], list[Judged]]:
+    """What people said, and what they said as they were asked again."""
+    ids = list(ids)
+    first, again = (
+        [one for one in found if one.person not in without and one.verdict in VALUE]
+        for found in (store.judged(ids, question), store.judged(ids, question, again=True))
+    )
+    return first, again
 
 
 def alpha(judged: Iterable[Judged]) -> float | None:

@@ -6,7 +6,7 @@ where pad and EOS are one token, that loses the EOS (TRL-facts 13).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -241,17 +241,36 @@ def score_ids(
     batch: int,
     tell: Callable[[int], object] = lambda count: None,
 ) -> torch.Tensor:
-    """The reward [rows] of (prompt ids, answer ids), the longest first for the sake of padding.
+    """The reward [rows] of (prompt ids, answer ids).
 
     `tell` hears of so many rows more after each batch.
     """
     scores = torch.empty(len(rows))
+    for part, found in _batches(reward, rows, pad, batch):
+        scores[part] = score(reward, found.ids, found.mask, found.last).cpu()
+        tell(len(part))
+    return scores
+
+
+@torch.no_grad()
+def states_of(reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: int) -> torch.Tensor:
+    """The states [rows, size] that the head reads, at the end of (prompt ids, answer ids)."""
+    states = torch.empty(len(rows), reward.config.get_text_config().hidden_size)
+    for part, found in _batches(reward, rows, pad, batch):
+        hidden = reward.hidden(found.ids, found.mask)
+        states[part] = (
+            hidden[torch.arange(len(part), device=hidden.device), found.last].float().cpu()
+        )
+    return states
+
+
+def _batches(
+    reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: int
+) -> Iterator[tuple[list[int], Sequences]]:
+    """Places of `rows` and what stands there, the longest first for the sake of padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     with reward.active():
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             prompts, answers = zip(*(rows[i] for i in part), strict=True)
-            batch_ = join(prompts, answers, pad, reward.lm.device)
-            scores[part] = score(reward, batch_.ids, batch_.mask, batch_.last).cpu()
-            tell(len(part))
-    return scores
+            yield part, join(prompts, answers, pad, reward.lm.device)

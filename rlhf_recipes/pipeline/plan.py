@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.errors import UsageError
+from rlhf_recipes.feedback.choose import RANDOM, part_at_random
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, ids_of
 from rlhf_recipes.feedback.store import Store, snapshot
 from rlhf_recipes.recipe.load import Recipe
@@ -21,10 +22,14 @@ from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.fingerprint import Identities, differences, fingerprints
 from rlhf_recipes.store.history import read_manifest
 
+if TYPE_CHECKING:
+    from rlhf_recipes.stats import Share
+
 # Stages of one name in two recipes need not be akin: past so many differences, it is just new.
 MOST_DIFFERENCES = 4
 SHOWN_DIFFERENCES = 3
-JUDGED = "judgements"  # in the payload of a stage in which people judge
+# In the payload of a stage in which people judge, or whose pairs depend on how steadily they do.
+JUDGED = "judgements"
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,26 @@ def make_plan(
     *,
     name: str | None = None,
     judged: Callable[[Path], dict[str, Any]] = lambda folder: {},
+    agreed: Callable[[Sequence[Path]], Share | None] = lambda folders: None,
 ) -> Plan:
     """Every stage of the recipe with its key and its folder; it reads no file.
 
-    `judged` says what people said of the answers in a `sample` stage's folder. Raises UsageError
-    for a run name that is not a folder name.
+    `judged` says what people said of the answers in a `sample` stage's folder, `agreed` how often
+    they agree with themselves on those of several. Raises UsageError for a run name that is not a
+    folder name.
     """
     stages: dict[str, PlannedStage] = {}
+    people: list[Path] = []  # the folders of the answers that they judged
     for index, (stage, payload) in enumerate(fingerprints(recipe, identities)):
         inputs = payload["inputs"]
         payload["inputs"] = {role: stages[source].key for role, source in inputs.items()}
-        if stage in recipe.tables and recipe.table(stage).extras.get("by") == "people":
-            payload[JUDGED] = judged(stages[inputs["answers"]].folder)
+        extras = recipe.table(stage).extras if stage in recipe.tables else {}
+        if extras.get("by") == "people":
+            people.append(stages[inputs["answers"]].folder)
+            payload[JUDGED] = judged(people[-1])
+        elif extras.get("choose") == "unsure":
+            # Of the stages before alone: what is said of its own pairs does not choose others.
+            payload[JUDGED] = {RANDOM: part_at_random(agreed(people))}
         key = digest(payload)
         folder = layout.stage_folder(runs, payload["kind"], key)
         stages[stage] = PlannedStage(stage, payload["kind"], index, key, folder, payload, inputs)
@@ -134,7 +147,9 @@ def plan_run(
     not available.
     """
     runs = layout.runs_folder(runs)
-    made = make_plan(recipe, identify(recipe, runs), runs, name=name, judged=_judged)
+    made = make_plan(
+        recipe, identify(recipe, runs), runs, name=name, judged=_judged, agreed=_agreed
+    )
     return replace(made, stages=tuple(_looked_up(stage, made, fresh) for stage in made.stages))
 
 
@@ -143,6 +158,17 @@ def _judged(folder: Path) -> dict[str, Any]:
     if layout.read_record(folder) is None:
         return snapshot([])
     return snapshot(Store(folder.parents[1]).judged(ids_of(folder / "output" / ANSWERS)))
+
+
+def _agreed(folders: Sequence[Path]) -> Share | None:
+    """How often people agree with themselves on the answers of complete `sample` stages."""
+    done = [folder for folder in folders if layout.read_record(folder) is not None]
+    if not done:
+        return None
+    from rlhf_recipes.feedback.agreement import itself  # NumPy, which a plan does without
+
+    ids = [one for folder in done for one in ids_of(folder / "output" / ANSWERS)]
+    return itself(Store(done[0].parents[1]), ids)
 
 
 def _looked_up(stage: PlannedStage, made: Plan, fresh: bool) -> PlannedStage:

@@ -112,6 +112,8 @@ class StageChecker(Checker):
             self.judgements((*at, "pairs", place), one, stages[: stages.index(name)])
         if of.makes == "judgements":
             self.judging(extras, at)
+        if extras.get("choose") == "unsure" and extras["answers"] < 2:
+            self.problem((*at, "choose"), '"unsure" chooses pairs: answers must be at least 2')
         own = self.own_dataset(name, values["dataset"], data) if "dataset" in values else None
         able = ROLES if name in stages else ()  # the judge's table serves no role
         roles = dict.fromkeys(ROLES) | {r: self.role(r, name, values, stages) for r in able}
@@ -142,6 +144,9 @@ class StageChecker(Checker):
                 return None
             named, key = found
         if named is None:
+            if only and not able:
+                what = f"needs a {role.replace('_', ' ')}, and no stage before it makes one"
+                self.problem((name, only[0]), f"{show(only[1])} {what}")
             return able[-1] if able and role not in NAMED else None
         if role == "reward_model" and (tables.is_path(named) or "/" in named):
             self.model_name(named, key)

@@ -102,8 +102,9 @@ _SAMPLE: Keys = {
     # None: as the next stage that explores has them.
     "temperature": Field(("float",), range="above 0"),
     "response_length": _COUNT,
-    "choose": Field(("str",), "all", choices=("all",)),
-    "count": _COUNT,  # of the items; None: all
+    # "unsure": training pairs that a reward model is least sure of come first.
+    "choose": Field(("str",), "all", choices=("all", "unsure")),
+    "count": _COUNT,  # of the items, of each side in proportion; None: all
 }
 _LABEL: Keys = {
     "by": Field(("str",), "people", choices=("people", "model", "rule")),

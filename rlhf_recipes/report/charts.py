@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from rlhf_recipes.findings import percent
+from rlhf_recipes.findings import percent, points
 from rlhf_recipes.recipe.rewards import LOGGED
 from rlhf_recipes.report import svg
 from rlhf_recipes.report.facts import Facts, Stage, number
@@ -260,6 +260,29 @@ def margins(name: str, stage: Stage) -> Iterator[Plot]:
         axes.hist([negative, right], edges, color=[BAD, PPO], stacked=True, rwidth=0.92)
         axes.axvline(0, color=MUTED, linestyle=":", linewidth=1.4)
         svg.house(axes, "score of the chosen answer over the rejected, units", "pairs")
+    yield plot
+
+
+def labels(stage: Stage) -> Iterator[Plot]:
+    """Accuracy of a linear head by the pairs that it was fitted on."""
+    keys = ("pairs", "accuracy", "low", "high")
+    rows = [[number(point, key) for key in keys] for point in stage.labels.get("points") or ()]
+    known = [[value for value in row if value is not None] for row in rows]
+    gain = [number(stage.labels, key) for key in ("gain", "gain_low", "gain_high")]
+    told = [value for value in gain if value is not None]
+    if len(known) < 2 or any(len(row) < len(keys) for row in known) or len(told) < len(gain):
+        return
+    counts, values, lows, highs = map(list, zip(*known, strict=True))
+    title = f"The last half of the pairs gave {points(*told)}"
+    said = "; ".join(f"{n:.0f} pairs: {percent(value)}" for n, value, *_ in known)
+    note = "A linear head on the states from before the training, in ten draws of the pairs. The "
+    note += "band holds the share in 95 of 100 repetitions."
+    plot = Plot(f"{stage.name}-labels", title, f"Shares ranked right: {said}.", note)
+    with plot.drawn() as axes:
+        axes.fill_between(counts, lows, highs, color=PPO, alpha=0.2, linewidth=0)
+        axes.plot(counts, values, "o-", color=PPO)
+        svg.house(axes, "training pairs", "test pairs ranked right")
+        svg.percents(axes.yaxis)
     yield plot
 
 

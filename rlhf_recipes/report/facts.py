@@ -24,7 +24,7 @@ SCORES = {"scores": "score", "judged": "judge", "judged2": "2nd judge"}  # in an
 PEOPLE = "people.json"  # in a run's folder: what people said of its evaluation
 SMALL = 30  # cases: a bootstrap of fewer is too sure of itself
 TYPES = {
-    **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst"), list),
+    **dict.fromkeys(("stages", "overrides", "margins", "calibration", "worst", "points"), list),
     **dict.fromkeys(("error", "versions", "hardware", "dropped", "results", "agreement"), dict),
 }
 
@@ -41,6 +41,7 @@ class Stage:
         self.data = _json(self.folder / "data.json")  # what became of its rows
         self.curve = lines(self.folder / "metrics.jsonl")
         self.evidence = _json(self.folder / "output" / "evidence.json")  # of a reward model
+        self.labels = _json(self.folder / "output" / "curve.json")  # what more labels gave it
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a number that it told of as it went."""

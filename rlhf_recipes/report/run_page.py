@@ -155,6 +155,6 @@ def _reward(facts: Facts, stage: Stage) -> dict[str, Any]:
     if not makes(stage.kind, "reward_model"):
         name = "foreign" if "foreign.accuracy" in facts.results else "reward"
     plots = [*charts.accuracy(facts, name), *charts.margins(name, stage)]
-    plots += charts.calibration(facts, name, stage)
+    plots += [*charts.calibration(facts, name, stage), *charts.labels(stage)]
     plots += charts.loss(facts, stage) if makes(stage.kind, "reward_model") else ()
     return {"name": name, "plots": plots, "worst": stage.evidence.get("worst")}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rlhf_recipes.findings import LEVELS, Finding, Found, percent, said
 from rlhf_recipes.recipe.kinds import JUDGE, REWARD
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY as MINIMUM
-from rlhf_recipes.report import people, policy_rules, reward_rules
+from rlhf_recipes.report import label_rules, people, policy_rules, reward_rules
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.stats import Share, wilson
 from rlhf_recipes.store import history
@@ -29,7 +29,7 @@ def verdict(facts: Facts) -> list[Finding]:
     Of what is good, a policy that won comes first if something is left to do for a success.
     """
     place = {stage.name: at for at, stage in enumerate(facts.stages)}
-    rules = (*RULES, *people.RULES, *policy_rules.RULES, *reward_rules.RULES)
+    rules = (*RULES, *people.RULES, *policy_rules.RULES, *reward_rules.RULES, *label_rules.RULES)
     found = [finding for rule in rules for finding in rule(facts)]
     found.sort(
         key=lambda f: (

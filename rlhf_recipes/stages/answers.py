@@ -196,7 +196,7 @@ def score(
     found: dict[str, list[float]] = {}
     for prefix, role in zip(SCORERS, ("reward_model", "judge", "judge2"), strict=True):
         if name := names.get(role):
-            found[prefix] = _scores(context, role, name, rows, tell)
+            found[prefix] = scores_of(context, role, name, rows, tell)
         elif role in rules:
             found[prefix] = _judged(context, rules[role], rows, tell)
     if rewards:
@@ -227,7 +227,7 @@ def _judged(
     return found
 
 
-def _scores(
+def scores_of(
     context: StageContext, role: str, name: str, groups: Sequence[Answered], tell: Tell
 ) -> list[float]:
     """By the stage that serves `role`, else by the folder or hub id that it names.
@@ -296,6 +296,11 @@ def sampling_memory(sim: Sim) -> Iterator[Held]:
 
 
 def scoring_memory(sim: Sim) -> Iterator[Held]:
+    yield from scoring(sim, min(BATCH, sim.recipe.evaluation.prompts))
+
+
+def scoring(sim: Sim, rows: int) -> Iterator[Held]:
+    """So many rows that a reward model reads."""
     with sim.model("reward") as (tracker, [reward]), torch.no_grad():
-        reward(*ids_of(min(BATCH, sim.recipe.evaluation.prompts), sim.lengths.row))
+        reward(*ids_of(rows, sim.lengths.row))
         yield tracker.most

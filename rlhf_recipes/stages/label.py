@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.errors import GateError, PeopleNeeded, StageError
+from rlhf_recipes.feedback.agreement import itself
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, Item, read_items
 from rlhf_recipes.feedback.judging import JudgeSettings, judge_items
 from rlhf_recipes.feedback.prompt import QUESTION
@@ -45,6 +46,7 @@ def run(context: StageContext) -> StageResult:
     else:
         said = _of_people(context, items)
         verdicts, margins = majority(said), strengths(said)
+        told |= steadiness(context, items)
     rows = [row for one in items for row in rows_of(one, verdicts.get(one.id), margins)]
     if not rows:
         raise StageError(
@@ -90,6 +92,17 @@ def _longer(one: Item, verdict: str | None) -> float | None:
     if 10 * abs(first - second) <= max(first, second):
         return None
     return float((first > second) == (verdict == "first"))
+
+
+def steadiness(context: StageContext, items: Sequence[Item]) -> dict[str, float]:
+    """How often people said the same when asked again: the ceiling of a reward model."""
+    runs = context.session.runs
+    found = itself(Store(runs), [one.id for one in items]) if runs else None
+    if found is None:
+        return {}
+    key = "self_agreement"
+    ends = {f"{key}_low": found.low, f"{key}_high": found.high}
+    return {key: found.value, **ends, "asked_again": found.count}
 
 
 # ---- who judges

@@ -41,9 +41,11 @@ from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.recipe.kinds import JUDGE
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.wiring import judged_before
 from rlhf_recipes.stages import training as stock
 from rlhf_recipes.stages.contract import StageContext, StageResult, Work
 from rlhf_recipes.stages.evidence import compared, measure
+from rlhf_recipes.stages.label_curve import keep_curve
 from rlhf_recipes.stages.training import Stock, float32, load_rows, trainer_config, trial, two_rates
 from rlhf_recipes.store.files import write_json
 
@@ -78,6 +80,9 @@ def run(context: StageContext) -> StageResult:
 
     # ---- training
     args = trainer_config(RewardConfig, context, max_length=None)
+    batch, pad = args.per_device_eval_batch_size, session.tokens.pad_id
+    if context.kind != JUDGE and judged_before(recipe, context.name):
+        keep_curve(context, reward, train, data, batch)
     args.num_train_epochs *= _rereads(context.kind, data)
     head = list(reward.score.parameters())
     body = reward.trainable()[: -len(head)]
@@ -96,8 +101,6 @@ def run(context: StageContext) -> StageResult:
         trained = trainer.train()
 
     # ---- unit, validation and evidence
-    batch = args.per_device_eval_batch_size
-    pad = session.tokens.pad_id
     if good or bad:
         reward.score.bias.data.zero_()
     some = _some(answered(train) or train)

@@ -2,11 +2,14 @@
 
 Prompts come from every side of the split, so that a reward model is tested on answers that were
 judged in the same way. With `answers = 1` each answer is an item of its own.
+
+`choose = "unsure"` puts those training pairs first that a reward model is least sure of. The pairs
+of the other sides are never chosen by score: accuracy on close pairs alone would be too low.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -15,13 +18,14 @@ from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.data.turns import Messages
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.feedback.choose import RANDOM, UNSURE, closest, in_order, part_at_random
 from rlhf_recipes.feedback.items import ANSWERS, Item, item, write_items
 from rlhf_recipes.feedback.store import Store
 from rlhf_recipes.models.fake_model import Held, Sim, sampling
 from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import BASE
-from rlhf_recipes.stages.answers import Setting, answers_of
+from rlhf_recipes.stages.answers import BATCH, Setting, answers_of, scores_of, scoring
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.training import FORWARD, load_rows
 from rlhf_recipes.store import layout
@@ -39,8 +43,18 @@ class Draw(NamedTuple):
     stage: str
     key: str  # of that stage
     number: int
+    ids: list[int]
     text: str
     ended: bool
+
+
+class Found(NamedTuple):
+    """A prompt with the draws that are to be judged, and why they stand where they do."""
+
+    side: str
+    example: Example
+    draws: list[Draw]
+    place: dict[str, Any] = {}
 
 
 def run(context: StageContext) -> StageResult:
@@ -67,12 +81,17 @@ def run(context: StageContext) -> StageResult:
             _draw(context, policy, table.policy, number, [asked[i] for i in same], few, setting)
 
     # ---- items
-    about = {"seed": recipe.seed, "temperature": temperature, "length": length}
-    items = [
-        one
-        for (side, example), draws in zip(asked, drawn, strict=True)
-        if (one := made(recipe, example, draws, min(count, 2), {**about, "side": side}))
+    size, pools = min(count, 2), [different(draws) for draws in drawn]
+    every = [
+        Found(side, example, pool)
+        for (side, example), pool in zip(asked, pools, strict=True)
+        if len(pool) >= size
     ]
+    if table.extras["choose"] == "unsure":
+        every = unsure_first(context, every)
+    about = {"seed": recipe.seed, "temperature": temperature, "length": length}
+    chosen = some(every, table.extras["count"] or len(every))
+    items = [made(recipe, one, size, about) for one in chosen]
     if not items:
         raise StageError(
             f"{context.name}: no prompt has answers that differ", "raise temperature, or prompts"
@@ -82,17 +101,18 @@ def run(context: StageContext) -> StageResult:
         judged = {one.item for one in Store(context.session.runs).judged(one.id for one in items)}
         if judged:
             context.progress.note(f"{len(judged)} of {len(items)} are judged already")
-    every = [draw for draws in drawn for draw in draws]
     metrics: dict[str, float | int | str] = {
         "prompts": len(asked),
         "items": len(items),
-        "identical": len(asked) - len(items),
-        "ended": fmean(draw.ended for draw in every),
+        "identical": len(asked) - len(every),
+        "ended": fmean(draw.ended for draws in drawn for draw in draws),
     }
     for side in SIDES:
         metrics[f"{side}_items"] = sum(one.side == side for one in items)
     what = "pairs of answers" if count > 1 else "answers"
-    return StageResult(metrics, f"{len(items)} {what} to be judged")
+    close = sum(one.place.get("why") == UNSURE for one in items)
+    why = f", {close} of them as {table.reward_model} is unsure" if close else ""
+    return StageResult(metrics, f"{len(items)} {what} to be judged{why}")
 
 
 def share(
@@ -131,21 +151,53 @@ def _draw(
     for answers in answers_of(context, output, examples, setting, seeds):
         for ids, draws in zip(answers, drawn, strict=True):
             ended = ids[-1] == tokens.eos_id
-            draws.append(Draw(stage or BASE, key, number, tokens.decode(ids), ended))
+            draws.append(Draw(stage or BASE, key, number, ids, tokens.decode(ids), ended))
 
 
-def made(
-    recipe: Recipe, example: Example, draws: Sequence[Draw], count: int, about: dict[str, Any]
-) -> Item | None:
-    """The item of the first so many answers that differ; None where there are not as many."""
-    different = [*{draw.text: draw for draw in reversed(draws) if draw.text.strip()}.values()]
-    used = different[::-1][:count]
-    if len(used) < count:
-        return None
-    about |= {name: [getattr(d, name) for d in used] for name in ("stage", "key", "ended")}
-    about["draw"] = [draw.number for draw in used]
+def different(draws: Sequence[Draw]) -> list[Draw]:
+    """The first of each text, in order; none without a text."""
+    found = {draw.text: draw for draw in reversed(draws) if draw.text.strip()}
+    return [*found.values()][::-1]
+
+
+def unsure_first(context: StageContext, every: Sequence[Found]) -> list[Found]:
+    """Of training prompts the closest pair, by the reward model, the closest first; and others.
+
+    The others are drawn at random, as are their pairs. The other sides stay as they are.
+    """
+    table = context.recipe.table(context.name)
+    train = [one for one in every if one.side == "train"]
+    rows = [(one.example, draw.ids) for one in train for draw in one.draws]
+    name = table.reward_model or ""
+    numbers = iter(scores_of(context, "reward_model", name, [rows], lambda count: None))
+    scores = [[next(numbers) for _ in one.draws] for one in train]
+    near = [closest(one) for one in scores]
+    apart = [abs(one[a] - one[b]) for one, (a, b) in zip(scores, near, strict=True)]
+    part = context.judged.get(RANDOM, part_at_random(None))
+    found = []
+    for at, why in in_order(apart, part, context.seed("order")):
+        a, b = near[at] if why == UNSURE else (0, 1)
+        place = {"why": why, "margin": round(abs(scores[at][a] - scores[at][b]), 4)}
+        draws = [train[at].draws[a], train[at].draws[b]]
+        found.append(train[at]._replace(draws=draws, place=place))
+    rest = [one._replace(place={"why": RANDOM}) for one in every if one.side != "train"]
+    return found + rest
+
+
+def some(every: Sequence[Found], most: int) -> list[Found]:
+    """The first of each side, in proportion; at most so many in all."""
+    part = min(1.0, most / max(1, len(every)))
+    sides = [[one for one in every if one.side == side] for side in SIDES]
+    return [one for side in sides for one in side[: round(part * len(side))]]
+
+
+def made(recipe: Recipe, found: Found, size: int, about: Mapping[str, Any]) -> Item:
+    """The item of a prompt's first `size` draws."""
+    used, example = found.draws[:size], found.example
+    own = {name: [getattr(d, name) for d in used] for name in ("stage", "key", "ended")}
+    own |= {**about, "side": found.side, "draw": [draw.number for draw in used]}
     texts, row = [draw.text for draw in used], dict(example.row)
-    return item(spoken(example.turns, recipe.dataset.system), texts, about, row=row)
+    return item(spoken(example.turns, recipe.dataset.system), texts, own, found.place, row)
 
 
 def spoken(turns: Messages, system: str | None) -> Messages:
@@ -179,11 +231,15 @@ def work(recipe: Recipe, name: str, data: Data) -> Work:
     read = fmean(len(e.prompt_ids) for e in found) + length
     answers = 2 if table.against else table.extras["answers"]
     passes = answers * -(-prompts // MOST) * length
-    return Work(1, prompts * answers * read * FORWARD, tokens=passes)
+    reads = 2 if table.extras["choose"] == "unsure" else 1
+    return Work(1, prompts * answers * read * reads * FORWARD, tokens=passes)
 
 
 def memory(sim: Sim) -> Iterator[Held]:
-    """A policy as it is exported, and as many answers as are sampled at a time."""
-    rows = held_at_once(sim.recipe.table(sim.name).extras["prompts"], sim.lengths.row)
+    """A policy as it is exported, and as many answers as are sampled at a time; their scores."""
+    extras = sim.recipe.table(sim.name).extras
+    rows = held_at_once(extras["prompts"], sim.lengths.row)
     with sim.model("policy", quantized=False, lora=False) as (tracker, [policy]):
         yield from sampling(tracker, policy, rows, sim.lengths)
+    if extras["choose"] == "unsure":
+        yield from scoring(sim, min(BATCH, extras["prompts"]))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_recipes.errors import PeopleNeeded, RecipeError
+from rlhf_recipes.feedback import curve
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, Item, read_items
 from rlhf_recipes.feedback.store import Store
 from rlhf_recipes.pipeline.plan import plan_run
@@ -64,7 +65,11 @@ def go(recipe: Any, runs: Path, **options: Any) -> RunOutcome:
     return run(recipe, runs=runs, name="mine", **options)
 
 
-def test_a_run_waits_for_people_and_goes_on_from_what_they_said(recipe: Any, tmp_path: Path):
+def test_a_run_waits_for_people_and_goes_on_from_what_they_said(
+    recipe: Any, tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setattr(curve, "LEAST", 10)
+    monkeypatch.setattr(curve, "LEAST_TEST", 2)
     runs = tmp_path / "runs"
     with pytest.raises(PeopleNeeded, match=r"0 of \d+ are judged, 25 more are needed") as stopped:
         go(recipe(), runs)
@@ -77,6 +82,9 @@ def test_a_run_waits_for_people_and_goes_on_from_what_they_said(recipe: Any, tmp
     assert len({one.id for one in items}) == len(items)
 
     people(runs, items)
+    steady = 4 - (verdict(items[0]) != "tie")  # "both bad" is a tie
+    for place, one in enumerate(items[:4]):
+        say(Store(runs), one, "ada", verdict(one) if place else "both_bad", again=True)
     done = {one.stage.name: one for one in go(recipe(), runs).stages}
     assert [name for name, one in done.items() if one.did == "cached"] == ["sft", "sample"]
     rows = [
@@ -89,6 +97,15 @@ def test_a_run_waits_for_people_and_goes_on_from_what_they_said(recipe: Any, tmp
     # The reward model learned from these rows alone, and is tested on those of the test side.
     tests = sum(one.side == "test" and told[one.id] != "tie" for one in items)
     assert done["reward"].record["metrics"]["test_pairs"] == tests > 0
+
+    told_of = done["label"].record["metrics"]
+    assert (told_of["self_agreement"], told_of["asked_again"]) == (steady / 4, 4)
+    assert told_of["self_agreement_low"] < steady / 4 < told_of["self_agreement_high"]
+    held = json.loads((done["reward"].stage.folder / "output" / curve.FILE).read_text())
+    assert [held["test_pairs"], held["points"][-1]["pairs"]] == [
+        tests,
+        done["reward"].record["metrics"]["pairs"],
+    ]
 
     # Nothing was said since: nothing runs. One judgement more: all that learns from it runs.
     again = go(recipe(), runs)
@@ -217,6 +234,11 @@ def test_a_judged_row_of_a_test_splits_prompt_is_a_test_row(recipe: Any, tiny_pa
         (["label.guideline=gone.md"], "no such file"),
         (["label.answers=sft"], "is of kind sft, not sample"),
         (["sample.against=ppo"], "does not come before"),
+        (
+            ["sample.choose=unsure"],
+            '"unsure" needs a reward model, and no stage before it makes one',
+        ),
+        (["sample.choose=unsure", "sample.answers=1"], "answers must be at least 2"),
     ],
 )
 def test_what_is_wrong_with_a_label_stage_is_said(recipe: Any, words: list[str], said: str):

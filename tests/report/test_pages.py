@@ -319,6 +319,7 @@ def test_a_value_of_another_type_is_as_if_it_were_not_there(tmp_path: Path) -> N
         "manifest.json": ["overrides", "error", "versions", "hardware", "stages"],
         "data.json": ["dropped"],
         "evidence.json": ["margins", "calibration", "worst"],
+        "curve.json": ["points"],
         "people.json": ["results", "agreement"],
     }
     people = {"format": 1, "evaluation": KEY, "results": {}, "agreement": {}}
