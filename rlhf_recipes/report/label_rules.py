@@ -15,6 +15,22 @@ FAR = 0.05  # of accuracy below self-agreement
 SMALL = 0.01  # of accuracy: a gain that is surely less is not worth an hour of labels
 
 
+def no_person(facts: Facts) -> Found:
+    """Judgements that no person made: what is learned is what a model or a rule prefers."""
+    for stage in facts.making("judgements"):
+        by, name = facts.results.get(f"{stage.name}.by"), stage.name
+        if by not in ("model", "rule"):
+            continue
+        judge = f"`{facts.results.get(f'{name}.judge_model')}`" if by == "model" else "a rule"
+        text = f"Every pair of `{name}` was judged by {judge}, and by no person: "
+        text += "all that learns from it learns what that judge prefers."
+        share = facts.share(f"{name}.agreement", f"{name}.agreement_pairs")
+        if share:
+            text += f" It agrees with people in {said(share, 'pairs that both judged')}."
+        change = f"`{name}.people = 60` asks people about 60 of them first."
+        yield Finding("note", name, text, "" if share or by == "rule" else change)
+
+
 def label_on(facts: Facts) -> Found:
     """For each reward model that learned from a `label` stage: what to do next."""
     before = ""
@@ -55,4 +71,4 @@ def _next(facts: Facts, label: str, itself: Share | None, share: Share, gain: li
     return ""
 
 
-RULES = (label_on,)
+RULES = (label_on, no_person)

@@ -11,7 +11,7 @@ import pytest
 from rlhf_recipes.findings import Finding
 from rlhf_recipes.report import run_page
 from rlhf_recipes.report.facts import Facts
-from rlhf_recipes.report.label_rules import label_on
+from rlhf_recipes.report.label_rules import label_on, no_person
 from tests.helpers.told import shares, told
 
 KINDS = ["sft", "sample", "label", "reward", "ppo"]
@@ -88,3 +88,20 @@ def test_the_report_has_a_plot_of_it(tmp_path: Path):
     page = (folder / "report.html").read_text()
     assert "The last half of the pairs gave −0.2 points (−1.0 to 0.5)" in page
     assert "55 pairs: 76 %; 110 pairs: 81 %; 165 pairs: 86 %" in page
+
+
+def test_it_says_that_no_person_judged_and_how_far_the_judge_agrees_with_people(tmp_path: Path):
+    def line(place: str, **results: Any) -> Finding:
+        own = {f"label.{key}": value for key, value in results.items()}
+        [one] = no_person(Facts(told(tmp_path / place, own, kinds=KINDS)))
+        return one
+
+    alone = line("model", by="model", judge_model="small")
+    assert alone.text.startswith("Every pair of `label` was judged by `small`, and by no person")
+    assert "`label.people = 60`" in alone.change
+    beside = line("both", by="model", judge_model="small", agreement=0.7, agreement_pairs=60)
+    assert "It agrees with people in 70 % of 60 pairs" in beside.text and not beside.change
+    assert "judged by a rule" in line("rule", by="rule").text
+    assert [
+        *no_person(Facts(run(tmp_path / "people", (0.0, 0.0, 0.0), {"label.by": "people"})))
+    ] == []
