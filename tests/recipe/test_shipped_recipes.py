@@ -41,7 +41,8 @@ def data_on_hub(recipe: Recipe) -> bool:
 
 
 def test_they_are_all_there() -> None:
-    names = "8b-24gb annotated hh-helpful qwen-16gb rules smoke sorting thumbs ultrafeedback"
+    names = "8b-24gb annotated arithmetic hh-helpful qwen-16gb"
+    names += " rules smoke sorting thumbs ultrafeedback"
     assert {*names.split()} <= {*RECIPES}
     assert len(RECIPES) == len(shipped_recipes())  # none hides another: they go by their stems
 
