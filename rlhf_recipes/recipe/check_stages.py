@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_recipes.recipe import tables
 from rlhf_recipes.recipe.aliases import elsewhere
-from rlhf_recipes.recipe.check import ENOUGH, Checker, Key
+from rlhf_recipes.recipe.check import ENOUGH, Checker, Key, dotted
 from rlhf_recipes.recipe.fields import Values, fields_for, resolve, show, suggest
 from rlhf_recipes.recipe.kinds import (
     FROM_DATASET,
@@ -192,7 +192,8 @@ class StageChecker(Checker):
             what = 'needs model = "…": a hub id or a folder, or with `url` its name there'
             self.problem((*at, "by"), what)
         elif by != "model" and (name or extras["url"]):
-            self.problem((*at, "model" if name else "url"), f'is for by = "model", not {show(by)}')
+            unused = dotted((*at, "model" if name else "url"))
+            self.notes.append(f'{unused} is not used: it is for by = "model", not {show(by)}')
         elif name and not extras["url"]:
             self.model_name(name, (*at, "model"))
         if price and (len(price) != 2 or min(price) < 0):

@@ -34,9 +34,10 @@ ROWS = {
     stages = ["sample", "label"]; label.by = "rule" | 2 label.by: needs rule
     stages = ["sample", "label"]; label.rule = { rule = "ended" } | by = "rule"
     stages = ["sample", "label"]; label.by = "model" | 2 label.by: needs model
-    stages = ["sample", "label"]; label.model = "a/b" | by = "model"
     stages = ["sample", "label"]; label.price = [1.0] | two numbers
     stages = ["sample", "label"]; label.by = "rule"; label.rule = "x" | a table with a rule
+    stages = ["sample"]; sample.choose = "unsure" | needs a reward model
+    stages = ["sample"]; sample.reward_model = "a/b"; sample.answers = 1; sample.choose = "unsure" | at least 2
     + reward.pairs = ["lable"] | neither
     + rounds.count = 2 | 2 rounds.from: must be one of stages
     + ppo.num_mini_batches = 2; ppo.whiten_rewards = true | at least 8 rows
