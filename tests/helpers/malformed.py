@@ -37,7 +37,7 @@ ROWS = {
     stages = ["sample", "label"]; label.price = [1.0] | two numbers
     stages = ["sample", "label"]; label.by = "rule"; label.rule = "x" | a table with a rule
     stages = ["sample"]; sample.choose = "unsure" | needs a reward model
-    stages = ["sample"]; sample.reward_model = "a/b"; sample.answers = 1; sample.choose = "unsure" | at least 2
+    stages = ["reward", "sample"]; sample = { answers = 1, choose = "unsure" } | 2 sample.choose: 2
     + reward.pairs = ["lable"] | neither
     + rounds.count = 2 | 2 rounds.from: must be one of stages
     + ppo.num_mini_batches = 2; ppo.whiten_rewards = true | at least 8 rows
