@@ -113,6 +113,7 @@ def test_every_whole_recipe_passes_check(page: str, tmp_path: Path) -> None:
             (tmp_path / "pairs.csv").write_text("question,good_answer,bad_answer\nWhy?,So.,No.\n")
             row = '{"prompt": "Why?", "chosen": "So.", "rejected": "No."}\n'
             (tmp_path / "data" / "pairs.jsonl").write_text(row)
+            (tmp_path / "prompts.jsonl").write_text('{"prompt": "Why?"}\n')
             file = tmp_path / f"{number}.toml"
             file.write_text(text)
             recipe = load_recipe(file)
@@ -120,8 +121,9 @@ def test_every_whole_recipe_passes_check(page: str, tmp_path: Path) -> None:
             check_rows(recipe)
 
 
-def test_the_readme_names_every_shipped_recipe() -> None:
-    listed = re.findall(r"^\| `([\w-]+)` \|", read("README.md"), re.MULTILINE)
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_the_tables_name_every_shipped_recipe(page: str) -> None:
+    listed = re.findall(r"^\| `([\w-]+)` \|", read(page), re.MULTILINE)
     assert sorted(listed) == sorted(path.stem for path in shipped_recipes())
 
 
@@ -145,7 +147,7 @@ def test_python_imports_what_there_is() -> None:
 
 
 def test_how_many_prompts_prove_what() -> None:
-    page = "docs/your-data.md"
+    page = "docs/how-many.md"
     rows = re.findall(r"^\| (\d+) \| (\d+)–(\d+) % \| ([\d.]+) % \|$", read(page), re.M)
     assert len(rows) >= 6
     for prompts, *shown, least in rows:

@@ -170,7 +170,7 @@ class Room:
         for stage in stages:
             name, table = stage.name, recipe.tables.get(stage.name)
             own = written.get(recipe.written_as(name))
-            if not table or not table.options[CHECKPOINTS] or CHECKPOINTS in (own or {}):
+            if not table or not table.options.get(CHECKPOINTS) or CHECKPOINTS in (own or {}):
                 continue
             less = replace(table, options=table.options | {CHECKPOINTS: False})
             other = replace(recipe, tables=recipe.tables | {name: less})
@@ -336,9 +336,9 @@ def refuse(ahead: Ahead, screen: Screen, resumed: bool = False) -> None:
 def _changes(recipe: Recipe, stage: PlannedStage) -> Iterator[dict[str, Any]]:
     """What may help, the least harmful first: the same result, then slower, then another result."""
     name = recipe.written_as(stage.name)
-    if name:
-        options = recipe.tables[stage.name].options
-        size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
+    size, micro = "per_device_train_batch_size", "gradient_accumulation_steps"
+    options = recipe.tables[stage.name].options if name else {}
+    if size in options:
         rows, micros = options[size], options[micro]
         for part in range(2, rows + 1):
             if rows % part == 0:

@@ -39,14 +39,19 @@ class Rates:
     kl_coef: float
     offline: float  # DPO, KTO
     source: str
+    only: tuple[str, ...] = ()  # the kinds of stage that the source has; none: all
+
+    def why(self, kind: str) -> str:
+        return self.source if not self.only or kind in self.only else UNMEASURED
 
 
+UNMEASURED = "not measured at this size"
+AT_1M = "as in `methods`, measured at a million weights"
+AT_135M = "about as in `chat`, measured at 135 million weights"
 RATES = (
-    Rates(20e6, 1e-3, 1e-3, 1e-3, 0.2, 1e-3, "as in `methods`, measured at a million weights"),
-    Rates(
-        400e6, 1e-4, 1e-4, 1e-4, 0.1, 5e-5, "about as in `chat`, measured at 135 million weights"
-    ),
-    Rates(math.inf, 2e-4, 1e-4, 5e-5, 0.1, 2e-5, "not measured at this size"),
+    Rates(20e6, 1e-3, 1e-3, 1e-3, 0.2, 1e-3, AT_1M),
+    Rates(400e6, 1e-4, 1e-4, 1e-4, 0.1, 5e-5, AT_135M, ("sft", "reward", "ppo")),
+    Rates(math.inf, 2e-4, 1e-4, 5e-5, 0.1, 2e-5, UNMEASURED),
 )
 
 
@@ -218,7 +223,7 @@ def _stage(plans: Plans, name: str) -> list[tuple[str, Any, str]]:
     what = "answers" if name == "sft" else what
     steps = f"about {math.ceil(rows / batch) * epochs:,} steps in all, over {rows:,} {what}"
     return [
-        ("learning_rate", rate, rates.source),
+        ("learning_rate", rate, rates.why(name)),
         ("num_train_epochs", epochs, steps),
         *_batch(plans, batch, what, "a step"),
     ]
@@ -265,7 +270,7 @@ def _sampled(plans: Plans, name: str) -> list[tuple[str, Any, str]]:
     rows += [
         (kind.calls.get("response_length", "response_length"), _response(plans), ROOM_WHY),
         ("temperature", 1.0 if plans.sizes.tiny else 0.7, "of the samples, here and in the test"),
-        ("learning_rate", rates.sampled, rates.source),
+        ("learning_rate", rates.sampled, rates.why(name)),
         (
             kind.calls.get("kl_coef", "kl_coef"),
             rates.kl_coef,

@@ -171,6 +171,17 @@ def test_sampling_on_a_card_takes_its_launches_and_bytes(
     assert room.seconds(work, 1.5e9) is None
 
 
+def test_stages_without_a_trainer_are_reckoned_too(tiny_recipe: Path) -> None:
+    stages = 'stages=["sft", "sample", "label", "reward", "ppo"]'
+    plan, session = planned(tiny_recipe, stages)
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), session)
+    room.settled(plan.stages)
+    sample, label = plan.stages[1:3]
+    assert room.need(sample)[CACHE] > 0 and room.need(label).total() == 0
+    room.bytes = 0
+    assert room.words([sample]) == "a smaller model: no setting makes this one fit"
+
+
 def test_what_the_recipe_leaves_open_is_settled_by_the_memory_there_is(tiny_recipe: Path) -> None:
     """Activations are kept, and a card has a merged copy, where 70 % of the memory is enough."""
     text = tiny_recipe.read_text()

@@ -114,6 +114,11 @@ def test_every_method_that_pairs_teach(method: str, tmp_path: Path) -> None:
     recipe = made.write(method)
     assert recipe.stages[-1] == method
     assert ("reward" in recipe.stages) == (method in ("ppo", "rloo", "grpo"))
+    # At 135 million weights `chat` measured SFT, the reward model and PPO, and no other method.
+    rates = [line for line in recipe.text.splitlines() if line.startswith("learning_rate")]
+    said = ["about as in `chat`" in rate for rate in rates]
+    assert said == [stage in ("sft", "reward", "ppo") for stage in recipe.stages]
+    assert "not measured at this size" in rates[-1] or said[-1]
 
 
 def test_a_method_that_the_rows_cannot_teach(tmp_path: Path) -> None:
