@@ -23,8 +23,6 @@ from rlhf_recipes.recipe.tables import form_of, located
 from rlhf_recipes.store.digests import digest
 from rlhf_recipes.store.layout import REPORT
 
-Lines = Callable[[], list[tuple[str, str]]]
-
 
 @dataclass(frozen=True)
 class People:
@@ -118,7 +116,6 @@ def evaluated(run_folder: Path, people: People, pairs: int) -> str:
         votes=people.votes or 1,
         guideline=people.guideline,
         end="Finish",
-        about=lambda: winrate.people_lines(run_folder, store),
     )
     winrate.write(run_folder)
     run_page.write(run_folder)
@@ -139,7 +136,6 @@ def _page(
     strength: bool = False,
     missing: Callable[[], int] = int,
     end: str = "Train now",
-    about: Lines | None = None,
 ) -> bool:
     store.put(items, queue)
     ids = [one.id for one in items]
@@ -155,7 +151,7 @@ def _page(
         port=people.port,
         missing=missing,
         end=end,
-        about=about or (lambda: agreement.lines(store, ids, question)),
+        about=lambda: agreement.lines(store, ids, question),
         tell=people.tell,
     )
 

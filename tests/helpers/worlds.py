@@ -418,6 +418,7 @@ def written(tables: dict[str, Any], draw: Random) -> str:
 
 # ---- keys ----------------------------------------------------------------------------------------
 
+
 def keys(tables: dict[str, Any]) -> dict[Key, Field]:
     """Every key of a recipe that has a value: all of fields.json that is passed on, and ours."""
     groups: dict[Key, Any] = {
