@@ -66,6 +66,8 @@ def test_the_readme_is_short() -> None:
 def test_the_index_names_every_page() -> None:
     named = set(re.findall(r"\]\(([\w-]+\.md)\)", read("docs/README.md")))
     assert named == {file.name for file in PAGES.values()} - {"README.md"}
+    listed = re.findall(r"^  - .*: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(listed) == sorted({*named, "README.md"})  # the site's navigation
 
 
 @each_page
