@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.feedback.choose import RANDOM, part_at_random
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, ids_of
-from rlhf_recipes.feedback.store import Store, snapshot
+from rlhf_recipes.feedback.store import NAME, Store, snapshot
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.sources.resolve import identify, remembered
 from rlhf_recipes.stages import contract
@@ -155,9 +155,10 @@ def plan_run(
 
 def _judged(folder: Path) -> dict[str, Any]:
     """What people said of the answers of a complete `sample` stage."""
-    if layout.read_record(folder) is None:
+    runs = folder.parents[1]
+    if layout.read_record(folder) is None or not (runs / NAME).exists():
         return snapshot([])
-    return snapshot(Store(folder.parents[1]).judged(ids_of(folder / "output" / ANSWERS)))
+    return snapshot(Store(runs).judged(ids_of(folder / "output" / ANSWERS)))
 
 
 def _agreed(folders: Sequence[Path]) -> Share | None:
@@ -225,7 +226,9 @@ def _last_of_run(stage: str, run_folder: Path) -> dict[str, Any] | None:
 def _differences(
     old: dict[str, Any], stage: PlannedStage, contents: Mapping[str, dict[str, str]] | None = None
 ) -> list[str]:
-    new, changed = stage.payload, []
+    new, changed = stage.payload, list[str]()
+    if new["inputs"].get("answers") != old["inputs"].get("answers"):  # judgements of others
+        old, new = {**old, JUDGED: None}, {**new, JUDGED: None}
     for role in dict.fromkeys([*new["inputs"], *old["inputs"]]):
         was, now = old["inputs"].get(role), new["inputs"].get(role)
         if was != now:
