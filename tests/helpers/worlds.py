@@ -13,6 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from rlhf_recipes.feedback.items import ANSWERS, item, write_items
+from rlhf_recipes.feedback.store import NAME, Store
 from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.fields import Field, fields_for, fields_of
 from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind
@@ -20,6 +22,7 @@ from rlhf_recipes.recipe.load import Recipe, load_recipe
 from rlhf_recipes.recipe.tables import EvaluationTable, ModelTable, dataset_keys, top_keys
 from rlhf_recipes.store import layout
 from rlhf_recipes.store.files import write_json
+from tests.helpers.people import say
 
 ALL = "every stage"
 
@@ -66,6 +69,34 @@ WHOLE = {
     "dataset": [{"path": "./pairs.jsonl"}],
     "evaluation": {},
 }
+RULED = {
+    "title": "Ruled",
+    "stages": ["sft", "sample", "label", "reward", "ppo"],
+    "model": {"name": "./model"},
+    "dataset": [{"path": "./pairs.jsonl"}],
+    "label": {"by": "rule", "rule": "python:./data/better.py:score"},
+    "reward": {"pairs": ["label"]},
+    "evaluation": {"judge": "independent", "best_of": 2},
+}
+JUDGED = {
+    "title": "Judged",
+    "stages": "warmup sft sample label versus ai served reward dpo rloo grpo".split(),
+    "model": {"name": "./model"},
+    "dataset": [{"path": "./pairs.jsonl"}],
+    "warmup": {"kind": "sft", "dataset": {"path": "./demos.jsonl"}},
+    "label": {"guideline": "./guideline.md"},
+    "versus": {"kind": "sample", "against": "warmup", "temperature": 0.9},
+    "ai": {
+        "kind": "label",
+        "by": "model",
+        "model": "./judging",
+        "principles": "./data/principles.md",
+        "answers": "sample",
+    },
+    "served": {"kind": "label", "by": "model", "model": "big", "url": "http://127.0.0.1:1/v1"},
+    "dpo": {"pairs": ["ai", "served"]},
+    "evaluation": {"judge": "independent", "best_of": 2},
+}
 HEAD = {"format": 1, "title": "T", "recipe": "t.toml", "outcome": "finished", "ended": ""}
 MODEL = {"model/config.json": ALL, "model/model.safetensors": ALL, "model/README.md": ""}
 GRAPHS = [
@@ -98,10 +129,31 @@ GRAPHS = [
         },
     ),
     (WHOLE, {**MODEL, "pairs.jsonl": ALL}),
+    (RULED, {**MODEL, "pairs.jsonl": ALL, "data/better.py": "label"}),
+    (
+        JUDGED,
+        {
+            **MODEL,
+            "pairs.jsonl": "sft sample label versus ai served reward dpo rloo grpo"
+            " judge evaluation best_of",
+            "demos.jsonl": "warmup",
+            "guideline.md": "",
+            "data/principles.md": "ai",
+            "judging/config.json": "ai",
+            "judging/model.safetensors": "ai",
+        },
+    ),
 ]
+assert {kind.name for kind in KINDS.values() if kind.listed} == {
+    KINDS[tables.get(stage, {}).get("kind", stage)].name
+    for tables, _ in GRAPHS
+    for stage in tables["stages"]
+}
+# What is sampled, wherever it is: people judge it.
+SAMPLED = item([{"role": "user", "content": "One?"}], ["One.", "Two."])
 # What one key cannot be without.
 NEEDS = {
-    ("ppo", "eval_strategy"): {"keep": "last"},
+    **{(kind, "eval_strategy"): {"keep": "last"} for kind in ("ppo", "rloo", "grpo")},
     ("lora", "layers_pattern"): {"layers_to_transform": [0], "target_modules": ["q_proj"]},
     ("lora", "layers_to_transform"): {"target_modules": ["q_proj"]},
     **{
@@ -136,27 +188,44 @@ def explorer(tables: dict[str, Any]) -> str | None:
 def inputs(tables: dict[str, Any]) -> dict[str, dict[str, str]]:
     """What each stage takes from which, by role: as it says, else from the latest before it."""
     taken: dict[str, dict[str, str]] = {}
-    policies: list[str] = []
-    rewards: list[str] = []
+    made: dict[str, list[str]] = {kind.makes: [] for kind in KINDS.values()}
+    policies, rewards = made["policy"], made["reward_model"]
     scorer = None
     for stage in tables["stages"]:
         kind, table = kind_of(tables, stage), tables.get(stage, {})
-        latest = {"policy": policies[-1:], "reward_model": rewards[-1:], "reference": []}
-        roles = {role: table.get(role, next(iter(latest[role]), None)) for role in kind.roles}
+        latest = {"policy": policies[-1:], "reward_model": rewards[-1:]}
+        latest["answers"] = made["answers"][-1:]  # the other roles are as the table says
+        asked = {role for role in kind.roles if wanted(kind, table, role)}
+        roles = {role: table.get(role, next(iter(latest.get(role, [])), None)) for role in asked}
         scorer = roles.get("reward_model", scorer)
         taken[stage] = {role: one for role, one in roles.items() if one}
-        (rewards if kind.makes == "reward_model" else policies).append(stage)
+        taken[stage] |= judged(kind, table, made["judgements"])
+        made[kind.makes].append(stage)
     scorer = scorer or (rewards[0] if rewards else None)
     own = "judge" if "independent" in str(tables["evaluation"]) else ""
     last = explorer(tables)
     for kind in asked_for(tables):
         if kind.makes != "numbers":
-            taken[kind.name] = {}
+            table = tables.get(rewards[-1] if rewards else "reward", {})
+            taken[kind.name] = judged(kind, table, made["judgements"])
             continue
         start = {"policy": taken[last].get("policy", "") if last else ""}
         asked = start if kind.borrows else {policy: policy for policy in policies}
         taken[kind.name] = asked | {"scorer": scorer or "", "judge": own}
     return taken
+
+
+def wanted(kind: Kind, table: dict[str, Any], role: str) -> bool:
+    """Whether something is to serve a role: some have one only where a key says so."""
+    key, value = kind.wants.get(role, ("", ""))
+    return not key or table.get(key) == value
+
+
+def judged(kind: Kind, table: dict[str, Any], before: list[str]) -> dict[str, str]:
+    """The stages whose judgements one learns from, by role."""
+    learns = kind.learns_from in ("pairs", "labels", "feedback", "judge_feedback")
+    found = [one for one in before if learns and one in table.get("pairs", before)]
+    return {f"label:{one}": one for one in found}
 
 
 def below(tables: dict[str, Any], roots: set[str]) -> set[str]:
@@ -174,8 +243,10 @@ def owners(tables: dict[str, Any], path: Key, field: Field) -> set[str]:
     kinds |= {kind.name: kind for kind in asked_for(tables)}
     everyone = {*kinds}
     counts = field.effect == "result" or key in BATCH  # of a batch its size counts
-    if not counts:
-        return set()
+    if key == "url" and "url" not in tables[head]:
+        return {str(head)}  # whose `model` is a server's name from then on
+    if not counts or key in kinds.get(head, KINDS["sft"]).borrows:
+        return set()  # what is borrowed: see `World.sampled`
     if head in ("seed", "model", "lora"):
         return everyone
     if head == "evaluation":
@@ -186,11 +257,12 @@ def owners(tables: dict[str, Any], path: Key, field: Field) -> set[str]:
         return {str(head), *(["judge"] if left else [])}
     if head != "dataset":
         # What [evaluation] asks for and trains has the settings of the last stage of its config.
-        alike = [s for s in stages if kinds[s].config == kinds[str(head)].config]
+        config = kinds[str(head)].config
+        alike = [s for s in stages if config and kinds[s].config == config]
         also = {
             name
             for name, kind in kinds.items()
-            if name not in stages and kind.config == kinds[str(head)].config and head == alike[-1]
+            if name not in stages and kind.config == config and [head] == alike[-1:]
         }
         return {str(head)} | also
     table = tables["dataset"][path[1]]
@@ -219,6 +291,7 @@ class World:
     draw: Random
     files: dict[str, bytes] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)  # changed while they were not in the recipe
+    said: str = ""  # what people say of SAMPLED; nothing: there is no store
     before: list[Any] = field(default_factory=list)
 
     @property
@@ -230,7 +303,7 @@ class World:
         return self.home.parent / "runs"
 
     def keep(self) -> None:
-        self.before.append(copy.deepcopy((self.tables, self.files, self.waiting)))
+        self.before.append(copy.deepcopy((self.tables, self.files, self.waiting, self.said)))
 
     def asked(self) -> dict[str, Any]:
         """[evaluation], or what it was before it was left out; best_of where there is a PPO."""
@@ -238,16 +311,25 @@ class World:
         asked = next(one["evaluation"] for one in tables if one["evaluation"] is not False)
         return {k: value for k, value in asked.items() if explorer(self.tables) or k != "best_of"}
 
-    def sampled(self) -> tuple[Any, Any]:
-        """How every policy is asked; and from what the best of several is, and how it is chosen."""
+    def sampled(self) -> dict[str, Any]:
+        """By stage that samples and does not train: how it asks, and what decides that."""
         last, asked, rows = explorer(self.tables), self.asked(), self.tables["dataset"][0]
-        trained = effective(self.load())[last] if last else {}
+        said = effective(self.load())
+        trained = said[last] if last else {}
         calls = kind_of(self.tables, last).calls if last else {}
+        lent = {k: trained.get(calls.get(k, k)) for k in ("temperature", "response_length")}
         usual = {"temperature": 0.7, "response_length": rows.get("max_answer_tokens", 512)}
-        words = {k: asked.get(k) or trained.get(calls.get(k, k)) or usual[k] for k in usual}
-        borrowed = dict.fromkeys(key for kind in KINDS.values() for key in kind.borrows)
-        own = inputs(self.tables)["best_of"]["policy"], *(trained.get(key) for key in borrowed)
-        return words, own
+        words = {k: asked.get(k) or lent[k] or usual[k] for k in usual}
+        best = [trained.get(key) for key in KINDS["best_of"].borrows]
+        found = {"evaluation": words}
+        found["best_of"] = words, inputs(self.tables)["best_of"]["policy"], best
+        taken = inputs(self.tables)
+        for stage in self.tables["stages"]:
+            if kind_of(self.tables, stage).makes == "answers":
+                judges = [one for one, roles in taken.items() if roles.get("answers") == stage]
+                columns = [dig(self.tables, (one, "rule", "column")) for one in judges]
+                found[stage] = {k: said[stage].get(k) or lent[k] for k in lent}, columns
+        return found
 
     def load(self) -> Recipe:
         text = written(self.tables, self.draw)
@@ -265,15 +347,27 @@ class World:
         return load_recipe(self.recipe)
 
     def plan(self) -> Plan:
-        return plan_run(self.load(), self.runs, name="run")
+        if not self.said:
+            for file in self.runs.glob(f"{NAME}*"):
+                file.unlink()
+        elif [one.verdict for one in Store(self.runs).judged([SAMPLED.id])] != [self.said]:
+            say(Store(self.runs), SAMPLED, "ada", self.said)
+        made = plan_run(self.load(), self.runs, name="run")
+        assert self.said or not (self.runs / NAME).exists()  # a plan makes no store
+        return made
 
 
 def finish(made: Plan) -> None:
     """What a run would leave: the records of its stages, and the manifest that names them."""
-    for stage in made.stages:
+    for place in range(len(made.stages)):
+        if KINDS[made.stages[place].kind].makes == "judgements":  # as a run does
+            made = plan_run(made.recipe, made.runs, name="run")
+        stage = made.stages[place]
         if not stage.done:
             record = {"name": stage.name, "key": stage.key, "payload": stage.payload}
             stage.folder.mkdir(parents=True, exist_ok=True)
+            if KINDS[stage.kind].makes == "answers":
+                write_items(stage.folder / "output" / ANSWERS, [SAMPLED])
             layout.write_record(stage.folder, record)
     entries = [{"name": s.name, "folder": f".stages/{s.folder.name}"} for s in made.stages]
     write_json(made.run_folder / "manifest.json", HEAD | {"stages": entries})
@@ -324,19 +418,6 @@ def written(tables: dict[str, Any], draw: Random) -> str:
 
 # ---- keys ----------------------------------------------------------------------------------------
 
-PLACES = {
-    "path",
-    "revision",
-    "judge",
-    "kind",
-    "policy",
-    "reward_model",
-    "reference",
-    "rewards",
-    "pairs",
-}
-
-
 def keys(tables: dict[str, Any]) -> dict[Key, Field]:
     """Every key of a recipe that has a value: all of fields.json that is passed on, and ours."""
     groups: dict[Key, Any] = {
@@ -357,7 +438,9 @@ def keys(tables: dict[str, Any]) -> dict[Key, Field]:
         for name, one in fields.items():
             inner = one.items() if not isinstance(one, Field) else ()
             found |= {(*at, name, deeper): last for deeper, last in inner}
-            if not inner and one.standing == "passed" and name not in PLACES:
+            # What names something is not drawn, nor a file that does not count.
+            named = not inner and (one.effect == "source" or name == "guideline")
+            if not inner and one.standing == "passed" and not named:
                 found[(*at, name)] = one
     return found
 

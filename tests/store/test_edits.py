@@ -90,7 +90,8 @@ def write_out(world: World) -> set[str]:
 
 
 def shift_the_batch(world: World) -> set[str]:
-    stage = world.draw.choice(world.tables["stages"])
+    trained = [one for one in world.tables["stages"] if kind_of(world.tables, one).config]
+    stage = world.draw.choice(trained)
     options = effective(world.load())[stage]
     size = options[BATCH[0]] * options[BATCH[1]]
     rows = world.draw.choice([n for n in range(1, size + 1) if size % n == 0])
@@ -145,9 +146,55 @@ def say_the_roles(world: World) -> set[str]:
     stage = world.draw.choice(world.tables["stages"])
     listed = "rewards" in world.tables.get(stage, {})  # then it names the reward model
     for role, source in inputs(world.tables)[stage].items():
-        if role != "reward_model" or not listed:
+        if role in kind_of(world.tables, stage).roles and (role != "reward_model" or not listed):
             put(world.tables, (stage, role), source)
     return set()
+
+
+def say_whose_judgements(world: World) -> set[str]:
+    """Which a stage learns from anyway, said."""
+    able = [s for s in world.tables["stages"] if "pairs" in kind_of(world.tables, s).extras]
+    stage = world.draw.choice(able or [""])
+    if stage and "pairs" not in world.tables.get(stage, {}):
+        judges = [one for role, one in inputs(world.tables)[stage].items() if "label:" in role]
+        put(world.tables, (stage, "pairs"), ["dataset", *judges])
+    return set()
+
+
+def learn_from_others(world: World) -> set[str]:
+    """Judgements that a stage learned from, or the dataset's rows, are left out, or others."""
+    stages = world.tables["stages"]
+    able = [s for s in stages if "pairs" in kind_of(world.tables, s).extras]
+    if not able:
+        return set()
+    stage = world.draw.choice(able)
+    before = stages[: stages.index(stage)]
+    labels = [one for one in before if kind_of(world.tables, one).makes == "judgements"]
+    was = world.tables.get(stage, {}).get("pairs", ["dataset", *labels])
+    now = world.draw.sample(["dataset", *labels], world.draw.randint(1, len(labels) + 1))
+    put(world.tables, (stage, "pairs"), now)
+    rewards = [s for s in stages if kind_of(world.tables, s).makes == "reward_model"]
+    return {stage, *(["judge"] if [stage] == rewards[-1:] else [])} if {*was} != {*now} else set()
+
+
+def people_judge(world: World) -> set[str]:
+    """What people say of the answers is other than it was, or the first that they say."""
+    world.said = world.draw.choice([one for one in ("first", "second", "tie") if one != world.said])
+    stages = world.tables["stages"]
+    labels = [one for one in stages if kind_of(world.tables, one).makes == "judgements"]
+    return {s for s in labels if world.tables.get(s, {}).get("by", "people") == "people"}
+
+
+def judge_by_another_rule(world: World) -> set[str]:
+    stages = world.tables["stages"]
+    found = [s for s in stages if world.tables.get(s, {}).get("by") == "rule"]
+    if not found:
+        return set()
+    stage, file = found[0], next(name for name in world.files if name.endswith("better.py"))
+    was = world.tables[stage]["rule"]
+    now = world.draw.choice([rule for rule in [f"python:./{file}:score", *RULES] if rule != was])
+    put(world.tables, (stage, "rule"), copy.deepcopy(now))
+    return {stage}  # and the answers, where it reads other columns: see `World.sampled`
 
 
 def leave_out_the_evaluation(world: World) -> set[str]:
@@ -160,9 +207,10 @@ def leave_out_the_evaluation(world: World) -> set[str]:
 def take_another_policy(world: World) -> set[str]:
     stages = world.tables["stages"]
     able = {stage for stage in stages if kind_of(world.tables, stage).makes == "policy"}
-    *_, last = stages
+    last = [stage for stage in stages if "policy" in kind_of(world.tables, stage).roles][-1]
     now = inputs(world.tables)[last].get("policy")
-    others = [stage for stage in stages[:-1] if stage in able and stage != now]
+    before = stages[: stages.index(last)]
+    others = [stage for stage in before if stage in able and stage != now]
     if not others:
         return set()
     put(world.tables, (last, "policy"), world.draw.choice(others))
@@ -174,31 +222,41 @@ def drop_the_last_stage(world: World) -> set[str]:
     if len(stages) < 3:
         return set()
     dropped = stages[-1]
-    before = inputs(world.tables)["evaluation"]
+    before = inputs(world.tables)
     world.tables["stages"] = stages[:-1]
     if kind_of(world.tables, dropped).explores and world.tables["evaluation"]:
         world.tables["evaluation"].pop("best_of", None)
     world.tables.setdefault(dropped, {})["kind"] = kind_of(world.tables, dropped).name
-    return {"evaluation"} if inputs(world.tables)["evaluation"] != before else set()
+    now = inputs(world.tables)
+    return {name for name in ("evaluation", "judge") if now[name] != before[name]}
 
 
 def go_back(world: World) -> set[str]:
     """To how it was at any time before: all of that has run."""
     then = copy.deepcopy(world.draw.choice(world.before))
-    world.tables, world.files, world.waiting = then
+    world.tables, world.files, world.waiting, world.said = then
     return set()
 
 
 EDITS = [
     write_out, shift_the_batch, only_the_layout_of_the_text, move, move_what_it_reads, touch,
     change_bytes, change_bytes, add_an_unused_table, say_the_roles, leave_out_the_evaluation,
-    take_another_policy, drop_the_last_stage, go_back,
+    take_another_policy, drop_the_last_stage, go_back, say_whose_judgements, learn_from_others,
+    people_judge, judge_by_another_rule,
 ]  # fmt: skip
 
 
+# What may judge instead of a function.
+RULES: list[Any] = [
+    {"rule": "words", "at_most": 20},
+    {"rule": "number", "column": "answer"},
+    {"rule": "equals", "column": "solution"},
+]
+
 # Keys that may have no other value: of a file, of a stage's own dataset, beside others' values.
 ONE_VALUE = set("name data_dir data_files test_split test_fraction validation_fraction".split())
-ONE_VALUE |= {"judge_fraction", "quantization", "best_of", "trust_remote_code"}
+ONE_VALUE |= {"judge_fraction", "quantization", "best_of", "trust_remote_code", "choose"}
+ONE_VALUE |= {"by", "url"}  # others need or refuse `rule` and `model`
 
 # ---- the cases ----------------------------------------------------------------------------------
 
@@ -234,15 +292,14 @@ def try_edits(case: int, folder: Path) -> None:
     steps: list[Any] = [*mine, *draw.choices(EDITS, k=4)]
     for step in draw.sample(steps, len(steps)):
         name = step.__name__ if callable(step) else ".".join(map(str, step[0]))
-        asked, sampled = world.sampled()
+        sampled = world.sampled()
         roots = step(world) if callable(step) else set_key(world, *step)
         if roots is None:
             assert step[0][-1] in ONE_VALUE, f"{name}: no other value is allowed"
             continue
         if step is not go_back:
             now = world.sampled()
-            roots = roots | ({"best_of"} if now[1] != sampled else set())
-            roots = roots | ({"evaluation", "best_of"} if now[0] != asked else set())
+            roots = roots | {name for name in now if now[name] != sampled.get(name, now[name])}
         made = world.plan()
         changed = below(world.tables, roots | world.waiting)
         there = {stage.name for stage in made.stages}
