@@ -252,6 +252,11 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
 
     `data` is the parsed recipe, `path` its file: relative paths start from the folder around it.
     """
+    if "rounds" in data:  # what is wrong in the first round is said once
+        _, checker = check({key: value for key, value in data.items() if key != "rounds"}, path)
+        if checker.problems:
+            checker.table(data["rounds"], tables.keys_of("rounds"), ("rounds",))
+            return {}, checker
     base, (data, wrong) = path.parent.resolve(), expand(data)
     checker = StageChecker(data, base)
     checker.table(data.get("rounds", {}), tables.keys_of("rounds"), ("rounds",))
