@@ -20,6 +20,7 @@ from random import Random
 from rlhf_recipes.errors import RecipeError, UsageError
 from rlhf_recipes.recipe.aliases import names
 from rlhf_recipes.recipe.edit import rebase
+from rlhf_recipes.recipe.fields import Field
 from rlhf_recipes.recipe.kinds import listed
 from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
 from rlhf_recipes.recipe.tables import stage_keys, top_keys
@@ -33,11 +34,13 @@ TABLES = [
     "lora",
     "dataset",
     "evaluation",
+    "rounds",
     "sft.dataset",
     "ppo.guard",
     *listed(),
 ]
-KEYS = sorted({*top_keys(), *(key for kind in listed() for key in stage_keys(kind))})
+INNER = (key for keys in top_keys().values() if not isinstance(keys, Field) for key in keys)
+KEYS = sorted({*top_keys(), *INNER, *(key for kind in listed() for key in stage_keys(kind))})
 KEYS += [
     n.replace("*", "x") for said in names().values() for theirs in said.values() for n in theirs
 ]

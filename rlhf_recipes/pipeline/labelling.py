@@ -162,8 +162,10 @@ def sampled(
     """Items of a run's policy, or of two against each other, as lines; and how many.
 
     A file that is there is continued: what it has already is not written again. `settings` are
-    words of --set for [sample]. Raises UsageError where the run has no such policy.
+    words of --set for [sample]. Raises UsageError where the run has no such policy, or the file
+    holds other rows.
     """
+    known = _known(out) if out else set()
     recipe = load_recipe(run_folder / "resolved.toml")
     able = [name for name in recipe.stages if recipe.kind(name).makes == "policy"]
     for name in policies:
@@ -189,11 +191,21 @@ def sampled(
         if gone:
             what = f"{', '.join(gone)} of {run_folder.name} would have to run again"
             raise UsageError(what, f"rlhf-recipes run {run_folder / 'resolved.toml'}")
-        runner.run(asked, runs=runs, until=title, name=name, rehearse=False)
+        runner.run(asked, runs=runs, until=title, name=name, rehearse=False, model=False)
     made = (planned[title].folder / "output" / ANSWERS).read_text(encoding="utf-8")
-    known = {one.id for one in read_items(out)} if out and out.exists() else set()
     lines = [line for line in made.splitlines() if json.loads(line)["id"] not in known]
     if out:
         with out.open("a", encoding="utf-8") as stream:
             stream.writelines(f"{line}\n" for line in lines)
     return "\n".join(lines), len(lines)
+
+
+def _known(out: Path) -> set[str]:
+    """The ids of the items that a file has already."""
+    try:
+        return {one.id for one in read_items(out)}
+    except FileNotFoundError:
+        return set()
+    except (KeyError, TypeError, ValueError):
+        what = f"{out} holds other rows than answers to be judged"
+        raise UsageError(what, "name another file with --out") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,20 @@ class Plan:
             ]
             for one in self.stages
         }
+
+    @property
+    def label_command(self) -> str:
+        """What a person types to judge on a page, and to go on with this very run."""
+        recipe = self.recipe
+        words = ["rlhf-recipes", "label", str(recipe.path)]
+        for word in recipe.overrides:
+            unset, _, key = word.partition("unset ")
+            words += ["--unset", key] if not unset and key else ["--set", word]
+        if self.run_folder.name != run_name(recipe, None):
+            words += ["--name", self.run_folder.name]
+        if self.runs != layout.runs_folder():
+            words += ["--runs", str(self.runs)]
+        return shlex.join(words)
 
     @property
     def mirrored(self) -> str | None:

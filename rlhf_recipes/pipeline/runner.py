@@ -97,8 +97,9 @@ def run(
     name: str | None = None,
     wait: bool = False,
     rehearse: bool = True,
+    model: bool = True,
 ) -> RunOutcome:
-    """Run what is not done yet of a recipe, and write the run's folder.
+    """Run what is not done yet of a recipe, and write the run's folder, with its `model`.
 
     It is rehearsed first (see `rehearsal`), unless that would take as long as the run, or the stage
     at hand goes on from a checkpoint.
@@ -123,7 +124,7 @@ def run(
                 files.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
                 if plan.mirrored:
                     screen.line(f"  the model: {plan.mirrored}")
-                return _Run(plan, screen, fresh, wait).go(wanted, rehearse)
+                return _Run(plan, screen, fresh, wait).go(wanted, rehearse, model)
     except KeyboardInterrupt as signalled:
         raise errors.Interrupted(
             f"run {name} was interrupted",
@@ -150,7 +151,7 @@ class _Run:
         self.needs: dict[str, Counter[str]] = {}  # by stage: bytes by role, by the rule
         self.at = ""  # the stage that is at it, in its rehearsal too
 
-    def go(self, wanted: list[str], rehearse: bool) -> RunOutcome:
+    def go(self, wanted: list[str], rehearse: bool, export: bool) -> RunOutcome:
         self.wanted, self.rehearses = wanted, rehearse
         try:
             self._write("unfinished")  # from here on, the run refers to its stages
@@ -162,11 +163,10 @@ class _Run:
                 self.at = ""
                 if self.done[stage.name].did == "ran":
                     self._write("unfinished")
-            model = self._write_model()
+            model = self._write_model() if export else None
         except BaseException as error:
             with contextlib.suppress(OSError):  # it would hide what came first
-                interrupted = isinstance(error, KeyboardInterrupt)
-                self._write("interrupted" if interrupted else "failed", error)
+                self._write(_outcome(error), error)
                 if self._report():
                     file = self.plan.run_folder / layout.REPORT
                     self.screen.line(f"  report: {plain(str(file))}")
@@ -298,6 +298,9 @@ class _Run:
         where = f"log: {plain(str(self.screen.log_path))}"
         try:
             yield
+        except errors.PeopleNeeded as error:  # nothing failed
+            words = f"{what}: {error.message}", self.plan.label_command
+            raise errors.PeopleNeeded(*words) from error
         except Exception as error:
             with contextlib.suppress(OSError):
                 self.screen.log_traceback()
@@ -408,11 +411,18 @@ class _Run:
             "key": stage.key,
             "folder": stage.folder.relative_to(self.plan.runs).as_posix(),
             "outcome": done.did if done else "not run",
-            "reason": stage.reason,
+            "reason": (done.stage if done else stage).reason,  # it may be planned anew since
             "seconds": done.record["seconds"] if done else None,
             "versions": done.record["versions"] if done else None,
             "payload": stage.payload,  # all that determines its result, digests of what it reads
         }
+
+
+def _outcome(error: BaseException) -> str:
+    """How a run that ended early ended, for its manifest."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "waiting" if isinstance(error, errors.PeopleNeeded) else "failed"
 
 
 def _alone() -> None:

@@ -108,8 +108,11 @@ class StageChecker(Checker):
         extras = extras_of(of, values, options.get("learning_rate", 0.0))
         for key, what in _clashes(options, extras) if options else ():
             self.problem((*at, key), what)
+        before = (
+            stages[: stages.index(name)] if name in stages else stages
+        )  # the judge's comes last
         for place, one in enumerate(extras.get("pairs") or ()):
-            self.judgements((*at, "pairs", place), one, stages[: stages.index(name)])
+            self.judgements((*at, "pairs", place), one, before)
         if of.makes == "judgements":
             self.judging(extras, at)
         if extras.get("choose") == "unsure" and extras["answers"] < 2:
@@ -240,7 +243,7 @@ class StageChecker(Checker):
         rewards = [stage for stage in stages if stage.of.makes == "reward_model"]
         if not rewards:
             self.judge, self.kinds[REWARD] = REWARD, REWARD
-            rewards = [self.stage(REWARD, [], lora, data)]
+            rewards = [self.stage(REWARD, [stage.name for stage in stages], lora, data)]
         return [replace(rewards[-1], name=JUDGE, kind=JUDGE, policy=None)]
 
 
@@ -249,6 +252,11 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
 
     `data` is the parsed recipe, `path` its file: relative paths start from the folder around it.
     """
+    if "rounds" in data:  # what is wrong in the first round is said once
+        _, checker = check({key: value for key, value in data.items() if key != "rounds"}, path)
+        if checker.problems:
+            checker.table(data["rounds"], tables.keys_of("rounds"), ("rounds",))
+            return {}, checker
     base, (data, wrong) = path.parent.resolve(), expand(data)
     checker = StageChecker(data, base)
     checker.table(data.get("rounds", {}), tables.keys_of("rounds"), ("rounds",))

@@ -14,11 +14,16 @@ from typing import Any
 from rlhf_recipes.recipe.kinds import FROM_DATASET, KINDS, Kind
 from rlhf_recipes.recipe.tables import RoundsTable, keys_of, kinds_in
 
+MOST = 400  # stages of all rounds: 0.5 s to check
+
 Problem = tuple[tuple[str, ...], str]  # where, and what
 
 
 def expand(data: dict[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """A recipe without `[rounds]`, and what is wrong with that table, if its types are right."""
+    """A recipe without `[rounds]`, and what is wrong with that table, if its types are right.
+
+    All else in the recipe is right: see `check_stages.check`.
+    """
     written, stages = data.get("rounds"), data.get("stages")
     if not isinstance(written, dict) or not isinstance(stages, list):
         return data, []
@@ -60,13 +65,14 @@ def _wrong(
         yield ("rounds", "from"), f"must be one of stages: {', '.join(map(str, stages))}"
         return
     again = stages[stages.index(rounds.from_) :]
+    if (count := rounds.count * len(again)) > MOST:
+        yield ("rounds", "count"), f"makes {count} stages of {len(again)}: {MOST} are the most"
+        return
     for stage in again:
         for number in range(2, rounds.count + 1):
             if named(stage, number) in data:
                 what = f"[rounds] writes {named(stage, number)} itself"
                 yield (named(stage, number),), f"{what}: leave [rounds] out, and list every stage"
-    if any(stage not in kinds for stage in again):
-        return
     for stage in again:
         start = _start(stages, kinds, data, stage)
         if KINDS[kinds[stage]].explores and rounds.reference == "first" and start is None:
@@ -110,6 +116,7 @@ def _further(
     if kind.compares:
         labels = [s for s in again if KINDS[kinds[s]].makes == "judgements"]
         given = table.get("pairs")
+        given = [given] if isinstance(given, str) else given
         if rounds.pairs == "last":
             own = [one for one in given or [FROM_DATASET] if one not in labels]
             found |= {"pairs": own + [named(one, number) for one in labels]}

@@ -334,10 +334,13 @@ def move_paths(recipe: dict[str, Any], moved: Callable[[str], str]) -> None:
         if DatasetTable(table["path"]).is_local:
             table["path"] = moved(table["path"])
     asked = recipe.get("evaluation") or {}
-    files = ("reward_model", "guideline", "principles", "model")
-    named = [(stage, key) for stage in stages for key in files]
+    named = [(stage, "reward_model") for stage in stages]
+    named += [(stage, "model") for stage in stages if not stage.get("url")]  # else it is a server's
     for table, key in [(model, "name"), (asked, "judge_model"), *named]:
         if is_path(table.get(key) or ""):
+            table[key] = moved(table[key])
+    for table, key in [(stage, key) for stage in stages for key in ("guideline", "principles")]:
+        if table.get(key):  # a file, however it is written
             table[key] = moved(table[key])
     of_stages = [(stage, key) for stage in stages for key in ("rewards", "rule")]
     for table, key in [(asked, "judge"), *of_stages]:

@@ -53,6 +53,9 @@ def ended(facts: Facts) -> Found:
     if outcome == "failed":
         why, hint = str(error.get("message") or "it failed"), str(error.get("hint") or "")
         yield Finding("fault", stage, f"The run ended early, {done}: {why}.", hint)
+    elif outcome == "waiting":
+        why, how = str(error.get("message")), f"Type `{error.get('hint')}`."
+        yield Finding("doubt", stage, f"The run waits, {done}: {why}.", how)
     elif outcome == "finished" and left:
         yield Finding("note", stage, f"{', '.join(left)} did not run: it was told to stop before.")
     elif facts.running():

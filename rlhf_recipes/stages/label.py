@@ -6,7 +6,6 @@ the store, or ends with exit code 4 where that is too little. A rule judges here
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -146,13 +145,7 @@ def _enough(context: StageContext, items: Sequence[Item]) -> list[Judged]:
     said = Store(runs).judged(one.id for one in asked) if runs else []
     if wanted := missing(extras, items, said):
         done = f"{len({one.item for one in said})} of {len(asked)} are judged"
-        words = ["rlhf-recipes", "label", str(context.recipe.path)]
-        for word in context.recipe.overrides:
-            unset, _, key = word.partition("unset ")
-            words += ["--unset", key] if not unset and key else ["--set", word]
-        raise PeopleNeeded(
-            f"people have to judge first: {done}, {wanted} more are needed", shlex.join(words)
-        )
+        raise PeopleNeeded(f"people have to judge first: {done}, {wanted} more are needed")
     return said
 
 

@@ -25,6 +25,7 @@ from rlhf_recipes.models.fake_model import Held, Sim, sampling
 from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.tables import BASE
+from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.stages.answers import BATCH, Setting, answers_of, scores_of, scoring
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
 from rlhf_recipes.stages.training import FORWARD, load_rows
@@ -91,7 +92,8 @@ def run(context: StageContext) -> StageResult:
         every = unsure_first(context, every)
     about = {"seed": recipe.seed, "temperature": temperature, "length": length}
     chosen = some(every, table.extras["count"] or len(every))
-    items = [made(recipe, one, size, about) for one in chosen]
+    columns = columns_of(recipe, context.name)
+    items = [made(recipe, one, size, about, columns) for one in chosen]
     if not items:
         raise StageError(
             f"{context.name}: no prompt has answers that differ", "raise temperature, or prompts"
@@ -191,12 +193,15 @@ def some(every: Sequence[Found], most: int) -> list[Found]:
     return [one for side in sides for one in side[: round(part * len(side))]]
 
 
-def made(recipe: Recipe, found: Found, size: int, about: Mapping[str, Any]) -> Item:
-    """The item of a prompt's first `size` draws."""
+def made(
+    recipe: Recipe, found: Found, size: int, about: Mapping[str, Any], columns: Sequence[str]
+) -> Item:
+    """The item of a prompt's first `size` draws. A row may have other stages' columns, too."""
     used, example = found.draws[:size], found.example
     own = {name: [getattr(d, name) for d in used] for name in ("stage", "key", "ended")}
     own |= {**about, "side": found.side, "draw": [draw.number for draw in used]}
-    texts, row = [draw.text for draw in used], dict(example.row)
+    texts = [draw.text for draw in used]
+    row = {name: example.row[name] for name in columns if name in example.row}
     return item(spoken(example.turns, recipe.dataset.system), texts, own, found.place, row)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_recipes.cli import app
 from rlhf_recipes.errors import PeopleNeeded, RecipeError
 from rlhf_recipes.feedback import curve
 from rlhf_recipes.feedback.items import ANSWERS, ROWS, Item, read_items
@@ -61,12 +65,40 @@ def recipe(tiny_recipe: Path, tiny_pairs: Path) -> Any:
     return lambda *words: load_recipe(tiny_recipe, set=[STAGES, *FAST, *words])
 
 
+def words_of(recipe: Any) -> list[str]:
+    return [word for said in recipe.overrides for word in ("--set", said)]
+
+
 def go(recipe: Any, runs: Path, **options: Any) -> RunOutcome:
     return run(recipe, runs=runs, name="mine", **options)
 
 
+def commands_know_that_it_waits(runs: Path, typed: str, capsys: Any) -> None:
+    """Of a run that waits for people: its report, and what else a person may ask."""
+
+    def call(*words: Any) -> str:
+        capsys.readouterr()
+        app([*map(str, words), "--runs", str(runs)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    page = unescape((runs / "mine" / "report.html").read_text())
+    assert "People have to judge first" in page and "<code>rlhf-recipes label" in page
+    assert "Something is wrong" not in page and "ended early" not in page
+    shown = " ".join(call("report", "mine").split())
+    assert shown.startswith("? The run waits, 2 of 6 stages are done: stage label: people have")
+    assert typed.partition(" --set")[0] in shown
+    assert " waiting " in call("runs")
+    shutil.copytree(runs / "mine", runs / "copy")
+    assert "recipe: the same" in call("compare", "mine", "copy")
+    shutil.rmtree(runs / "copy")
+    call("doctor")
+    exported = runs.parent / "exported"
+    call("export", "mine", exported)
+    assert (exported / "model.safetensors").is_file()
+
+
 def test_a_run_waits_for_people_and_goes_on_from_what_they_said(
-    recipe: Any, tmp_path: Path, monkeypatch: Any
+    recipe: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ):
     monkeypatch.setattr(curve, "LEAST", 10)
     monkeypatch.setattr(curve, "LEAST_TEST", 2)
@@ -74,7 +106,12 @@ def test_a_run_waits_for_people_and_goes_on_from_what_they_said(
     with pytest.raises(PeopleNeeded, match=r"0 of \d+ are judged, 25 more are needed") as stopped:
         go(recipe(), runs)
     assert stopped.value.exit_code == 4
-    assert "rlhf-recipes label" in str(stopped.value)
+    typed = shlex.join(["rlhf-recipes", "label", str(recipe().path), *words_of(recipe())])
+    assert stopped.value.hint == f"{typed} --name mine --runs {runs}"
+    manifest = json.loads((runs / "mine" / "manifest.json").read_text())
+    assert manifest["outcome"] == "waiting" and manifest["error"]["stage"] == "label"
+    commands_know_that_it_waits(runs, typed, capsys)
+    assert "Traceback" not in (runs / "mine" / "log.txt").read_text()
     _, sample, label, *_ = plan_run(recipe(), runs, name="mine").stages
     items = items_of(sample)
     assert sample.done and not label.done
@@ -87,6 +124,8 @@ def test_a_run_waits_for_people_and_goes_on_from_what_they_said(
         say(Store(runs), one, "ada", verdict(one) if place else "both_bad", again=True)
     done = {one.stage.name: one for one in go(recipe(), runs).stages}
     assert [name for name, one in done.items() if one.did == "cached"] == ["sft", "sample"]
+    entries = json.loads((runs / "mine" / "manifest.json").read_text())["stages"]
+    assert [one["name"] for one in entries if one["reason"] == "cached"] == ["sft", "sample"]
     rows = [
         json.loads(line)
         for line in (done["label"].stage.folder / "output" / ROWS).read_text().splitlines()
@@ -189,6 +228,20 @@ def test_single_answers_are_labels_for_kto(recipe: Any, tmp_path: Path):
     assert 0 < results["kto.good"] < results["kto.good"] + results["kto.bad"] <= len(items)
 
 
+def test_items_hold_the_columns_of_the_rules_that_judge_them_alone(recipe: Any, tmp_path: Path):
+    """What other stages' rewards read is in no key of the answers."""
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"prompt": f"{a} {b}", "length": 3, "best": a} for a in COLOURS for b in COLOURS]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    rewards = "ppo.rewards=[{rule='number', column='length'}]"
+    rule = "label.rule={rule='contains', column='best'}"
+    words = [f"dataset.path={rows}", "sft.dataset.path=" + str(recipe().dataset.file), rewards]
+    made = recipe('stages=["sft", "sample", "label", "ppo"]', "label.by=rule", rule, *words)
+    made = load_recipe(made.path, set=[word for word in made.overrides if "reward" not in word[:7]])
+    outcome = go(made, tmp_path / "runs", until="sample")
+    assert all(one.row.keys() == {"best"} for one in items_of(outcome.stages[-1].stage))
+
+
 def test_two_policies_are_set_against_each_other(recipe: Any, tmp_path: Path):
     stages = 'stages=["warmup", "sft", "sample", "label"]'
     words = [stages, "warmup.kind=sft", "warmup.max_steps=1", "sample.against=warmup"]
@@ -239,6 +292,10 @@ def test_a_judged_row_of_a_test_splits_prompt_is_a_test_row(recipe: Any, tiny_pa
             '"unsure" needs a reward model, and no stage before it makes one',
         ),
         (["sample.choose=unsure", "sample.answers=1"], "answers must be at least 2"),
+        (
+            ['stages=["sft", "dpo"]', "evaluation.judge=independent", 'reward.pairs=["sft"]'],
+            'reward.pairs: "sft" is neither "dataset" nor a label stage',
+        ),
     ],
 )
 def test_what_is_wrong_with_a_label_stage_is_said(recipe: Any, words: list[str], said: str):

@@ -23,6 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.feedback.items import ANSWERS, read_items
+from rlhf_recipes.feedback.store import NAME, Store
+from tests.helpers.people import say
+
 CLOCKS = {"seconds", "eps"}  # what a clock says may differ
 KINDS = {"step": 13, "checkpoint": 5, "record": 2}  # of twenty points in a stage
 
@@ -127,7 +131,8 @@ def left(runs: Path, stage: str) -> dict[str, Any]:
             {key: value for key, value in json.loads(line).items() if key not in CLOCKS}
             for line in lines
         ]
-    record = json.loads((folder / "stage.json").read_text())
+    record, store = json.loads((folder / "stage.json").read_text()), runs / NAME
+    found[NAME] = hashlib.sha256(store.read_bytes()).hexdigest() if store.exists() else ""
     return found | {"metrics": record["metrics"], "summary": record["summary"]}
 
 
@@ -137,8 +142,17 @@ def saved(runs: Path, stage: str) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in found), default=0)
 
 
+def judge(runs: Path) -> None:
+    """People say of all answers that were sampled which is better, as a label stage needs it."""
+    for file in runs.glob(f".stages/sample-*/output/{ANSWERS}"):
+        for one in read_items(file):
+            say(Store(runs), one, "ada", "first")
+
+
 def spread(count: int, points: int) -> list[int]:
     """`points` places of 1 … count, from the first to the last."""
+    if not count:
+        return []
     if points == 1:
         return [max(1, count // 2)]
     return sorted({1 + round(i * (count - 1) / (points - 1)) for i in range(points)})
@@ -155,13 +169,15 @@ def main(recipe: Path, folder: Path, points: int, killed: list[str]) -> None:
     log, before = folder / "log.txt", folder / "before"  # `before` holds the stages above
     before.mkdir()
     for stage in load_recipe(recipe).stages:
+        if stage == "label":
+            judge(before)
         whole, counts = folder / f"{stage}-whole", folder / f"{stage}.json"
         shutil.copytree(before, whole)
         if forked(recipe, whole, stage, Places(None, counts), log):
             raise SystemExit(log.read_text())
         wanted, seen = left(whole, stage), json.loads(counts.read_text())
         for kind, share in KINDS.items() if not killed or stage in killed else ():
-            for number in spread(seen[kind], max(1, share * points // 20)):
+            for number in spread(seen.get(kind, 0), max(1, share * points // 20)):
                 runs = folder / "runs"
                 shutil.copytree(before, runs)
                 status = forked(recipe, runs, stage, Places((kind, number), None), log)
@@ -169,7 +185,7 @@ def main(recipe: Path, folder: Path, points: int, killed: list[str]) -> None:
                 counts.write_text("{}")
                 again = forked(recipe, runs, stage, Places(None, counts), log)
                 differs = ["it was not killed"] if not os.WIFSIGNALED(status) else []
-                if json.loads(counts.read_text()).get("step", 0) > seen["step"] - kept:
+                if json.loads(counts.read_text()).get("step", 0) > seen.get("step", 0) - kept:
                     differs.append(f"it began anew, with {kept} steps saved")
                 if again:
                     differs.append("it did not end well")

@@ -243,8 +243,6 @@ def owners(tables: dict[str, Any], path: Key, field: Field) -> set[str]:
     kinds |= {kind.name: kind for kind in asked_for(tables)}
     everyone = {*kinds}
     counts = field.effect == "result" or key in BATCH  # of a batch its size counts
-    if key == "url" and "url" not in tables[head]:
-        return {str(head)}  # whose `model` is a server's name from then on
     if not counts or key in kinds.get(head, KINDS["sft"]).borrows:
         return set()  # what is borrowed: see `World.sampled`
     if head in ("seed", "model", "lora"):
@@ -304,6 +302,11 @@ class World:
 
     def keep(self) -> None:
         self.before.append(copy.deepcopy((self.tables, self.files, self.waiting, self.said)))
+
+    @property
+    def earlier(self) -> list[dict[str, Any]]:
+        """The tables that have run."""
+        return [before[0] for before in self.before]
 
     def asked(self) -> dict[str, Any]:
         """[evaluation], or what it was before it was left out; best_of where there is a PPO."""
@@ -439,8 +442,9 @@ def keys(tables: dict[str, Any]) -> dict[Key, Field]:
         for name, one in fields.items():
             inner = one.items() if not isinstance(one, Field) else ()
             found |= {(*at, name, deeper): last for deeper, last in inner}
-            # What names something is not drawn, nor a file that does not count.
-            named = not inner and (one.effect == "source" or name == "guideline")
+            # What names something is not drawn, nor a file that does not count, nor what makes a
+            # server's name of a folder's.
+            named = not inner and (one.effect == "source" or name in ("guideline", "url"))
             if not inner and one.standing == "passed" and not named:
                 found[(*at, name)] = one
     return found

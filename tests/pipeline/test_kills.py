@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,16 @@ LONGER = {
 }
 
 
-ALL = '"sft", "reward", "ppo", "kto", "rloo", "grpo"'
+SAMPLED = """
+[sample]
+answers = 8
+prompts = 24
+
+[label]
+minimum = 1
+minimum_test = 0
+"""
+ALL = '"sft", "sample", "label", "reward", "ppo", "kto", "rloo", "grpo"'
 
 
 @pytest.mark.parametrize("points", [2, pytest.param(20, marks=pytest.mark.torture)])
@@ -32,10 +42,12 @@ def test_a_killed_run_ends_with_the_same_bytes(
     for short, long in LONGER.items():
         assert short in text
         text = text.replace(short, long)
+    chain = '"sft", "reward", "ppo"'
     if points == 20:
-        text = text.replace('"sft", "reward", "ppo"', ALL) + OTHERS
+        text = text.replace(chain, ALL) + OTHERS
         text = text.replace("max_steps = 40", "max_steps = 48")  # 12 updates: 13 steps to die at
-    tiny_recipe.write_text(text)
+    text = text.replace(chain, '"sft", "sample", "label", "reward", "ppo"')
+    tiny_recipe.write_text(text + SAMPLED)
     done = subprocess.run(
         [
             sys.executable,
@@ -52,5 +64,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     killed = [json.loads(line) for line in done.stdout.splitlines()]
     wrong = [line for line in killed if line["differs"]]
     record_property("cases", f"{len(killed) - len(wrong)} of {len(killed)}")
-    assert len(killed) >= (120 if points == 20 else 9)
+    counts = Counter(line["stage"] for line in killed)
+    assert len(killed) >= (135 if points == 20 else 12)
+    assert counts["sample"] >= (10 if points == 20 else 2) and counts["label"]
     assert wrong == []

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes.errors import Interrupted, MachineError, ModelError
+from rlhf_recipes.errors import Interrupted, MachineError, ModelError, PeopleNeeded
+from rlhf_recipes.feedback.items import ANSWERS, read_items
+from rlhf_recipes.feedback.store import Store
 from rlhf_recipes.pipeline import fit, rehearsal, runner
 from rlhf_recipes.pipeline.plan import plan_run
 from rlhf_recipes.recipe.load import load_recipe
@@ -22,6 +24,7 @@ from rlhf_recipes.stages import contract, reward
 from rlhf_recipes.stages.ppo import trainer as ppo
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store.files import read_json
+from tests.helpers.people import say
 
 pytestmark = pytest.mark.train
 
@@ -84,6 +87,34 @@ def test_it_changes_nothing_in_what_the_stages_make(
     assert [line.split()[0] for line in told[:-1]] == ALL
     assert all("about" in line for line in told)
     assert "s a step" in told[0]
+
+
+def test_what_learns_from_judgements_is_rehearsed_once_they_are_there(
+    tiny_recipe: Path, always: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What comes before them is rehearsed at the start, and not again."""
+
+    def rehearsed() -> list[list[str]]:
+        first, *others = capfd.readouterr().err.split(HEADING)
+        told = [[line.split()[0] for line in part.splitlines()[1:]] for part in others]
+        return [names[: names.index("in")] for names in told]
+
+    words = ['stages=["sft", "sample", "label", "reward"]', "sft.max_steps=2", "sample.prompts=40"]
+    words += ["reward.max_steps=2", 'reward.pairs=["label"]', "reward.minimum_accuracy=0"]
+    with pytest.raises(PeopleNeeded):
+        go(tiny_recipe, *words)
+    assert rehearsed() == [["sft", "sample"]]
+    runs = tiny_recipe.parent / "runs"
+    [file] = (runs / ".stages").glob(f"sample-*/output/{ANSWERS}")
+    for one in read_items(file):
+        say(Store(runs), one, "ada", "first")
+    go(tiny_recipe, *words)
+    assert rehearsed() == [["reward", "evaluation"]]
+
+    # A rule judges within the run: what comes after it is rehearsed there.
+    rule = ["label.by=rule", 'label.rule={rule="words", at_most=3}', "sft.max_steps=1"]
+    go(tiny_recipe, *words[:1], *words[2:], *rule)
+    assert rehearsed() == [["sft", "sample"], ["reward", "evaluation"]]
 
 
 def test_what_would_break_at_the_end_breaks_before_anything_is_trained(

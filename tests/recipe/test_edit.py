@@ -207,6 +207,52 @@ def test_fork_rebases_the_judge(tmp_path: Path) -> None:
         assert said in new.read_text().splitlines()
 
 
+def test_fork_rebases_what_label_stages_read(tmp_path: Path) -> None:
+    """But not what a server calls its model."""
+    for name in ("guide.md", "fair.md", "rule.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    label = """
+[label]
+guideline = "guide.md"
+by = "model"
+model = "./judge"
+principles = "./fair.md"
+
+[label-2]
+kind = "label"
+by = "model"
+model = "./served"
+url = "http://127.0.0.1:8000/v1"
+
+[ruled]
+kind = "label"
+by = "rule"
+rule = "python:./rule.py:f"
+
+[rounds]
+count = 2
+from = "ppo"
+"""
+    stages = 'stages = ["sft", "sample", "label", "label-2", "ruled", "reward", "ppo"]\n'
+    text = "".join(line for line in MINIMAL.splitlines(True) if not line.startswith("stages"))
+    new = fork_recipe(write(tmp_path, stages + text + label), tmp_path / "sub" / "new.toml")
+    loaded = load_recipe(new)
+    written, whole = loaded.tables, loaded.resolved()
+    assert written["label"].extras["model"] == "../judge"
+    assert written["label"].extras["principles"] == "../fair.md"
+    assert written["label-2"].extras["model"] == "./served"
+    assert written["ruled"].extras["rule"] == "python:../rule.py:f"
+    assert {key: whole["label"][key] for key in ("guideline", "model", "principles")} == {
+        "guideline": f"{tmp_path}/guide.md",
+        "model": f"{tmp_path}/judge",
+        "principles": f"{tmp_path}/fair.md",
+    }
+    assert whole["label-2"]["model"] == "./served"
+    assert whole["ruled"]["rule"] == f"python:{tmp_path}/rule.py:f"
+
+
 def test_fork_leaves_hub_ids_and_absolute_paths_alone(tmp_path: Path) -> None:
     text = MINIMAL.replace("./pairs", f"{tmp_path}/pairs")
     new = fork_recipe(write(tmp_path, text), tmp_path / "sub" / "new.toml")

@@ -112,3 +112,40 @@ def test_what_is_wrong_is_said(load: Any, words: list[str], said: str):
     with pytest.raises(RecipeError) as wrong:
         load(*words)
     assert said in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"ppo"]', '"ppp"]', 'stages: "ppp" is no kind of stage'),
+        ('"ppo"]', '"ppo", 3]', "stages: must be a list of texts"),
+        ('"ppo"]', '"ppo", ["a"]]', "stages: must be a list of texts"),
+        ('"ppo"]', '"ppo", "rounds"]', '"rounds" cannot be the name of a stage'),
+        ("kl_coef = 0.1", 'kl_coef = "x"', "ppo.kl_coef: must be a number"),
+        ("prompts = 50", 'skip = "a"', "sample.skip: must be a whole number"),
+        ("[evaluation]", "[reward]\npairs = 3\n[evaluation]", "reward.pairs: must be a list"),
+    ],
+)
+def test_what_is_wrong_in_the_first_round_is_said_once(
+    tmp_path: Path, old: str, new: str, said: str
+):
+    file = tmp_path / "mine.toml"
+    assert old in TOML
+    file.write_text(TOML.replace(old, new) + '[rounds]\ncount = 2\nfrom = "sample"\n')
+    with pytest.raises(RecipeError) as wrong:
+        load_recipe(file)
+    [problem] = wrong.value.problems
+    assert said in str(problem) and problem.line
+
+
+def test_more_rounds_than_anyone_means_are_refused_at_once(load: Any):
+    with pytest.raises(RecipeError) as wrong:
+        load("rounds.count=999999999999999999", "rounds.from=sample")
+    assert "stages of 4: 400 are the most" in str(wrong.value)
+
+
+def test_pairs_may_be_one_text(load: Any):
+    assert load(*ROUNDS, "reward.pairs=label").table("reward-2").extras["pairs"] == [
+        "label",
+        "label-2",
+    ]

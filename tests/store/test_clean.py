@@ -43,6 +43,19 @@ def everything(runs: Path) -> set[Path]:
     return {path for path in runs.rglob("*") if "lock" not in path.name}
 
 
+def test_what_people_said_stays_whatever_else_goes(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = {runs / name for name in ("feedback.db", "feedback.db-wal", "feedback.key")}
+    for file in kept:
+        file.write_text("")
+    for run in ("toy", "other"):
+        shutil.rmtree(runs / run)
+    cleaned(runs, monkeypatch, capfd, "--yes")
+    assert not [path for path in (runs / ".stages").iterdir() if path.is_dir()]
+    assert kept <= everything(runs)
+
+
 def test_stages_that_no_run_refers_to_go_once_that_is_agreed_to(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from rlhf_recipes.errors import RecipeError
 from rlhf_recipes.recipe.fields import Field, fields_for
+from rlhf_recipes.recipe.kinds import KINDS
 from tests.helpers.worlds import (
     ALL,
     BATCH,
@@ -170,17 +171,23 @@ def learn_from_others(world: World) -> set[str]:
     stage = world.draw.choice(able)
     before = stages[: stages.index(stage)]
     labels = [one for one in before if kind_of(world.tables, one).makes == "judgements"]
-    was = world.tables.get(stage, {}).get("pairs", ["dataset", *labels])
-    now = world.draw.sample(["dataset", *labels], world.draw.randint(1, len(labels) + 1))
+    every = ["dataset", *labels]
+    had = [dig(tables, (stage, "pairs")) or every for tables in world.earlier]
+    now = world.draw.sample(every, world.draw.randint(1, len(every)))
+    if {*now} in map(set, had):
+        return set()
     put(world.tables, (stage, "pairs"), now)
     rewards = [s for s in stages if kind_of(world.tables, s).makes == "reward_model"]
-    return {stage, *(["judge"] if [stage] == rewards[-1:] else [])} if {*was} != {*now} else set()
+    return {stage, *(["judge"] if [stage] == rewards[-1:] else [])}
 
 
 def people_judge(world: World) -> set[str]:
     """What people say of the answers is other than it was, or the first that they say."""
-    world.said = world.draw.choice([one for one in ("first", "second", "tie") if one != world.said])
-    stages = world.tables["stages"]
+    had = [state[-1] for state in world.before]
+    fresh = [one for one in ("first", "second", "tie", "both_bad", "skip") if one not in had]
+    if not fresh:
+        return set()
+    world.said, stages = world.draw.choice(fresh), world.tables["stages"]
     labels = [one for one in stages if kind_of(world.tables, one).makes == "judgements"]
     return {s for s in labels if world.tables.get(s, {}).get("by", "people") == "people"}
 
@@ -191,9 +198,11 @@ def judge_by_another_rule(world: World) -> set[str]:
     if not found:
         return set()
     stage, file = found[0], next(name for name in world.files if name.endswith("better.py"))
-    was = world.tables[stage]["rule"]
-    now = world.draw.choice([rule for rule in [f"python:./{file}:score", *RULES] if rule != was])
-    put(world.tables, (stage, "rule"), copy.deepcopy(now))
+    had = [dig(tables, (stage, "rule")) for tables in world.earlier]
+    fresh = [rule for rule in [f"python:./{file}:other", *RULES] if rule not in had]
+    if not fresh:
+        return set()
+    put(world.tables, (stage, "rule"), copy.deepcopy(world.draw.choice(fresh)))
     return {stage}  # and the answers, where it reads other columns: see `World.sampled`
 
 
@@ -219,9 +228,9 @@ def take_another_policy(world: World) -> set[str]:
 
 def drop_the_last_stage(world: World) -> set[str]:
     stages = world.tables["stages"]
-    if len(stages) < 3:
-        return set()
     dropped = stages[-1]
+    if len(stages) < 3 or kind_of(world.tables, dropped).makes == "judgements":
+        return set()  # [reward] may name it
     before = inputs(world.tables)
     world.tables["stages"] = stages[:-1]
     if kind_of(world.tables, dropped).explores and world.tables["evaluation"]:
@@ -256,7 +265,8 @@ RULES: list[Any] = [
 # Keys that may have no other value: of a file, of a stage's own dataset, beside others' values.
 ONE_VALUE = set("name data_dir data_files test_split test_fraction validation_fraction".split())
 ONE_VALUE |= {"judge_fraction", "quantization", "best_of", "trust_remote_code", "choose"}
-ONE_VALUE |= {"by", "url"}  # others need or refuse `rule` and `model`
+ONE_VALUE |= {"by"}  # others need or refuse `rule` and `model`
+ONE_VALUE |= {"num_generations"}  # others do not divide a batch of 2
 
 # ---- the cases ----------------------------------------------------------------------------------
 
@@ -309,7 +319,8 @@ def try_edits(case: int, folder: Path) -> None:
             own = [why for why in reasons if not why.startswith("input ")]
             assert not own or stage in roots | world.waiting, f"{stage}, after {name}: {reasons}"
             if stage in roots - world.waiting and not callable(step):
-                words = {*map(str, step[0]), "batch_size"}
+                calls = KINDS.get(str(step[0][0]), KINDS["ppo"]).calls
+                words = {*map(str, step[0]), "batch_size", *calls}
                 said = {word for why in own for word in re.split(r"[ .]", why)}
                 assert words & said, f"{stage}, after {name}: {reasons}"
         world.waiting = changed - there
