@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="rlhf-recipes",
     help="One recipe, one command: SFT → reward → PPO, with the evidence that it worked.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
