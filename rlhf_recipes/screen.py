@@ -228,8 +228,8 @@ def _shown(numbers: dict[str, float]) -> str:
 
 def begin(what: str) -> None:
     """At a terminal, name a step before it keeps a person waiting for over two seconds."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if console.is_terminal:
+    if sys.stderr.isatty():  # whatever FORCE_COLOR says: a script may read it
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(Text(writable(f"{what} …", console.encoding), "dim"))
 
 

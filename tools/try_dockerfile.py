@@ -1,20 +1,24 @@
 """Check the Dockerfile's steps without Docker: its files, its shell lines, and what it installs.
 
-usage: python -m tools.try_dockerfile
+usage: python -m tools.try_dockerfile [--pip]
 
 The files that it copies are put in a folder of their own. A wheel built there must hold what the
 wheel of the clone holds. No step changes this machine: those with apt and useradd are only read.
+With `--pip`, pip resolves what its steps would install, for this Python, and installs nothing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -73,7 +77,21 @@ def copy(text: str, into: Path) -> None:
                     shutil.copy(ROOT / name, to)
 
 
+def resolve(text: str, source: Path, environment: Path) -> None:
+    """The steps with pip, as a dry run in a fresh environment, with the default index."""
+    venv.create(environment, with_pip=True)
+    path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    for word, rest in steps(text):
+        if word == "RUN" and rest.startswith("pip install "):
+            line = rest.replace("pip install ", "pip install --dry-run --quiet ")
+            line = line.replace("/source", str(source))
+            subprocess.run(["sh", "-c", line], check=True, env={**os.environ, "PATH": path})
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pip", action="store_true", help="resolve what pip would install")
+    given = parser.parse_args()
     text = (ROOT / "Dockerfile").read_text()
     wrong = problems(text)
     with tempfile.TemporaryDirectory() as work:
@@ -82,6 +100,8 @@ def main() -> None:
             copy(text, source)
             with zipfile.ZipFile(build(source, Path(work) / "wheels")) as archive:
                 wrong = apart(archive.namelist())
+            if given.pip:
+                resolve(text, source, Path(work) / "environment")
     if wrong:
         raise SystemExit("\n".join(["Dockerfile:", *wrong]))
     print(f"{len(steps(text))} steps of the Dockerfile checked; its files build the whole wheel")
