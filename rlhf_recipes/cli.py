@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="rlhf-recipes",
     help="One recipe, one command: SFT → reward → PPO, with the evidence that it worked.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -155,7 +154,7 @@ def plan(
     """Say of each stage whether it would run, and why; and what memory and time it takes."""
     from rlhf_recipes.pipeline.data_lint import data_lint, provable
     from rlhf_recipes.pipeline.plan import plan_run
-    from rlhf_recipes.screen import quietly
+    from rlhf_recipes.screen import begin, quietly
     from rlhf_recipes.stages.session import Session
 
     made = plan_run(_load(recipe, set_, unset), runs, name=name)
@@ -165,6 +164,7 @@ def plan(
     _print(cli_tables.plan(made))
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
+    begin("Reading and encoding the rows")
     with quietly():
         session = Session(made.recipe, made.model, made.runs)
         found = data_lint(made, session)
@@ -174,6 +174,7 @@ def plan(
     if pending := [stage for stage in made.stages if not stage.done]:
         from rlhf_recipes.pipeline.estimate import reckoning
 
+        begin("Rehearsing every stage" if measure else "Estimating memory and time")
         _print(f"\n{reckoning(made, pending, session, device, measure)}")
     if any(line.level == "fault" for line in found):
         raise Exit(1)
@@ -189,7 +190,7 @@ def check(
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
     from rlhf_recipes.data.dataset import check_rows
-    from rlhf_recipes.screen import quietly
+    from rlhf_recipes.screen import begin, quietly
     from rlhf_recipes.stages.session import check_models
 
     found = []
@@ -212,6 +213,7 @@ def check(
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
             wrong = []
+            begin(f"Looking at the rows and the model of {file}")
             for about, look in (("rows", check_rows), ("model", check_models)):
                 try:
                     with quietly():
@@ -265,8 +267,9 @@ def recipes(json: Json = False) -> None:
 def schema() -> None:
     """Print the JSON Schema of a recipe, from which editors complete keys and values."""
     from rlhf_recipes.pipeline.schema import schema_json
-    from rlhf_recipes.screen import quietly
+    from rlhf_recipes.screen import begin, quietly
 
+    begin("Reading the settings of every trainer")
     with quietly():
         schema = schema_json()
     print(schema, end="")
@@ -315,8 +318,9 @@ def compare(
 
 def _head_to_head(first: Path, second: Path, json: bool) -> None:
     """Ask two runs' last policies the same, and print whom the first run's judge prefers."""
-    from rlhf_recipes.screen import Screen
+    from rlhf_recipes.screen import Screen, begin
 
+    begin("Loading two policies and a judge")
     with Screen(first / "log.txt") as screen, screen.quiet():
         from rlhf_recipes.pipeline.head_to_head import head_to_head as ask
 
@@ -351,8 +355,9 @@ def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
 def doctor(runs: Runs = RUNS, json: Json = False) -> None:
     """Say what this machine has and lacks, and what to do about it."""
     from rlhf_recipes.pipeline.doctor import doctor as ask
-    from rlhf_recipes.screen import quietly
+    from rlhf_recipes.screen import begin, quietly
 
+    begin("Looking at the device, the libraries and the hub")
     with quietly():
         found = ask(runs)
     said = {"lines": [asdict(line) for line in found]}
@@ -396,11 +401,12 @@ def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
 @app.command()
 def chat(run: Run, stage: Stage = None, all_: All = False, runs: Runs = RUNS) -> None:
     """Talk to the model that a run made."""
-    from rlhf_recipes.screen import Screen
+    from rlhf_recipes.screen import Screen, begin
 
     if all_ and stage:
         raise UsageError("--all and --stage exclude each other", "--all takes every policy")
     folder = _find(run, runs)
+    begin("Loading the model")
     with Screen(folder / "log.txt") as screen:
         with screen.quiet():
             from rlhf_recipes.chat import chat as chat_with
@@ -419,13 +425,14 @@ def export(
 ) -> None:
     """Write a stage's model and its card, for transformers and vLLM, llama.cpp and Ollama."""
     from rlhf_recipes.pipeline.to_gguf import KINDS
-    from rlhf_recipes.screen import Screen
+    from rlhf_recipes.screen import Screen, begin
 
     if form not in ("merged", "adapter", "gguf"):
         raise UsageError(f"no form {form!r}", "--form is merged, adapter or gguf")
     if type_ not in (None, *KINDS):
         raise UsageError(f"no type {type_!r}", f"--type is {' or '.join(KINDS)}")
     run_folder = _find(run, runs)
+    begin("Loading the model")
     with Screen(run_folder / "log.txt") as screen, screen.quiet():
         from rlhf_recipes.pipeline.export import export as export_model
 

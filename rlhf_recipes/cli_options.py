@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from rlhf_recipes import findings, text
 
@@ -16,7 +16,28 @@ if TYPE_CHECKING:
     from rlhf_recipes.pipeline.runner import RunOutcome
     from rlhf_recipes.recipe.load import Recipe as Loaded
 
-Recipe = Annotated[str, Argument(metavar="RECIPE", help="A file, or a shipped one's name.")]
+
+def _recipes(incomplete: str) -> list[str]:
+    """For the shell's completion. Where none of these fits, the shell offers files."""
+    from rlhf_recipes.recipe.load import shipped_recipes
+
+    own = sorted(file.name for file in Path().glob("*.toml"))
+    names = [*(file.stem for file in shipped_recipes()), *own]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _runs(context: Context, incomplete: str) -> list[str]:
+    from rlhf_recipes.store.layout import MANIFEST, runs_folder
+
+    runs = runs_folder(context.params.get("runs"))
+    names = sorted(manifest.parent.name for manifest in runs.glob(f"*/{MANIFEST}"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    Argument(metavar="RECIPE", help="A file, or a shipped one's name.", autocompletion=_recipes),
+]
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 Unset = Annotated[list[str], Option("--unset", metavar="KEY", help="Take a key out of the recipe.")]
 NONE: list[str] = []  # never changed
@@ -25,7 +46,9 @@ PLAIN: Any = {"show_default": False, "show_envvar": False}
 RUNS = Path("runs")
 RUNS_HELP = "Where runs are kept. [$RLHF_RECIPES_RUNS, else ./runs]"
 Runs = Annotated[Path, Option(envvar="RLHF_RECIPES_RUNS", help=RUNS_HELP, metavar="DIR", **PLAIN)]
-Run = Annotated[str, Argument(metavar="RUN", help="A run's folder or its name.")]
+Run = Annotated[
+    str, Argument(metavar="RUN", help="A run's folder or its name.", autocompletion=_runs)
+]
 Stage = Annotated[str | None, Option(help="A stage. [the last policy]")]
 Name = Annotated[str | None, Option(help="The run's name. [the recipe's]")]
 Json = Annotated[bool, Option("--json", help="For a program to read.")]

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from rlhf_recipes.store.files import no_link, to_json, write_text
 from rlhf_recipes.store.provenance import now
-from rlhf_recipes.text import cut, duration, masked, plain
+from rlhf_recipes.text import cut, duration, masked, plain, writable
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
 LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often
@@ -224,6 +224,13 @@ def _step(line: str) -> float:
 def _shown(numbers: dict[str, float]) -> str:
     first = list(numbers.items())[:SHOWN_NUMBERS]
     return "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in first)
+
+
+def begin(what: str) -> None:
+    """At a terminal, name a step before it keeps a person waiting for over two seconds."""
+    if sys.stderr.isatty():  # whatever FORCE_COLOR says: a script may read it
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(Text(writable(f"{what} …", console.encoding), "dim"))
 
 
 @contextlib.contextmanager

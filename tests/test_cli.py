@@ -213,6 +213,21 @@ def test_a_terminal_gets_colours_a_hanging_indent_and_the_cure_on_its_own_line(
     assert capsys.readouterr().err.startswith("✗ no recipe none\n  → shipped: ")
 
 
+def test_a_terminal_is_told_of_a_step_before_it_takes_long(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Counting(monkeypatch)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    for words, step in (
+        (["check", "toy"], "Looking at the rows and the model of toy.toml …\n"),
+        (["run", "toy"], "  Loading PyTorch …\n"),
+    ):
+        assert call(monkeypatch, *words) == 0
+        assert step in capsys.readouterr().err
+
+
 def test_output_in_ascii(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.screen import Screen, StageProgress
+from rlhf_recipes.screen import Screen, StageProgress, begin
 from rlhf_recipes.text import duration, plain
 
 
@@ -169,3 +169,20 @@ def test_a_resumed_stage_keeps_what_led_to_its_checkpoint(
     assert "goes on" in shown(tmp_path, again, capfd)[0]
     assert [line["loss"] for line in jsonl(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 30.0]
     assert (tmp_path / "samples.jsonl").read_text().count("\n") == 2
+
+
+def test_a_step_is_named_before_it_keeps_a_person_waiting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Jupyter sets it
+    begin("Encoding the rows")
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    begin("Encoding the rows")
+    assert capsys.readouterr().err == "\x1b[2mEncoding the rows …\x1b[0m\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    begin("Encoding the rows")
+    assert "Encoding the rows …" in capsys.readouterr().err

@@ -35,7 +35,7 @@ from rlhf_recipes.pipeline import doctor, memory
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage, plan_run, run_name
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import Recipe, layout_settings, smaller_layout
-from rlhf_recipes.screen import Screen, StageProgress
+from rlhf_recipes.screen import Screen, StageProgress, begin
 from rlhf_recipes.sources.fetch import bring
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store import files, layout, locks, provenance
@@ -226,6 +226,7 @@ class _Run:
             # What the hub sends, it shows itself; converting a mirror only makes noise.
             with self.screen.quiet() if self.plan.mirrored else contextlib.nullcontext():
                 bring(self.plan.recipe, self.plan.model)
+            begin("  Loading PyTorch")
             with self.screen.quiet():
                 for line in doctor.short(self.plan.runs):
                     self.screen.line(f"  {line}", "dim")
@@ -241,6 +242,7 @@ class _Run:
         return [one for one in known if one.name in self.wanted and self._record(one) is None]
 
     def _rehearse(self, pending: list[PlannedStage], resumed: bool) -> None:
+        begin("  Encoding the rows and estimating memory")
         with self.screen.quiet():
             from rlhf_recipes.pipeline import fit
 
