@@ -283,7 +283,7 @@ def test_a_judged_row_of_a_test_splits_prompt_is_a_test_row(recipe: Any, tiny_pa
         (["label.rule={ rule = 'ended' }"], 'is for by = "rule", not "people"'),
         (["label.by=rule", "label.rule=colours"], 'must be a table with a rule, or "python:'),
         (["label.by=rule", "label.rule={ rule = 'word', at_most = 3 }"], "words"),
-        (['reward.pairs=["lable"]'], 'did you mean "label"?'),
+        (['reward.pairs=["labels"]'], 'did you mean "label"?'),
         (["label.guideline=gone.md"], "no such file"),
         (["label.answers=sft"], "is of kind sft, not sample"),
         (["sample.against=ppo"], "does not come before"),

@@ -38,7 +38,7 @@ ROWS = {
     stages = ["sample", "label"]; label.by = "rule"; label.rule = "x" | a table with a rule
     stages = ["sample"]; sample.choose = "unsure" | needs a reward model
     stages = ["reward", "sample"]; sample = { answers = 1, choose = "unsure" } | 2 sample.choose: 2
-    + reward.pairs = ["lable"] | neither
+    + reward.pairs = ["labels"] | neither
     + rounds.count = 2 | 2 rounds.from: must be one of stages
     + ppo.num_mini_batches = 2; ppo.whiten_rewards = true | at least 8 rows
     stages = ["rloo"]; rloo.reward_model = "a/b"; rloo.num_generations = 3 | does not divide
