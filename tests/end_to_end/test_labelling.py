@@ -107,4 +107,4 @@ def test_from_a_recipe_to_a_report_through_people(tiny_recipe: Path, monkeypatch
         sides = Counter(row["verdict"] for row in db.execute("select verdict from counted"))
     assert [count for _, count in map(tuple, asked)] == [1] * 9
     assert sides.keys() <= {"first", "second"}
-    assert "rlhf-recipes label" not in (runs / "tiny" / "report.html").read_text()
+    assert "People have to judge first" not in (runs / "tiny" / "report.html").read_text()

@@ -36,7 +36,7 @@ def test_the_answers_that_both_evaluations_kept_meet_before_the_first_s_judge(
         run(load_recipe(tiny_recipe, set=words), runs=runs, name=name, rehearse=False)
     record = json.loads((stages_of(runs / "one")["evaluation"] / "stage.json").read_text())
     assert record["summary"].startswith("dpo over sft: win rate by the judge ")
-    monkeypatch.setattr(answers, "sample", None)  # nothing is left to ask
+    monkeypatch.setattr(answers, "Sampler", None)  # nothing is left to ask
     words = ("compare", "one", "two", "--head-to-head", "--runs", str(runs))
     out, _ = call(monkeypatch, capfd, *words)
     pairs = zip(judged(runs / "one"), judged(runs / "two"), strict=True)

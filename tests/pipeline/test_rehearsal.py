@@ -126,7 +126,7 @@ def test_what_would_break_at_the_end_breaks_before_anything_is_trained(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     need = Counter(weights=10**6, activations=2 * 10**9)
-    monkeypatch.setattr(fit, "refuse", lambda ahead, _: ahead.needs.update(ppo=need))
+    monkeypatch.setattr(fit, "refuse", lambda ahead, *_: ahead.needs.update(ppo=need))
     monkeypatch.setattr(ppo.PPOTrainer, "optimize", lack)
     with pytest.raises(MachineError) as caught:
         go(tiny_recipe)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import cli
+from rlhf_recipes import cli, cli_options
 from rlhf_recipes import screen as progress
 from rlhf_recipes.errors import ModelError, RecipeError, StageError, UsageError
 from rlhf_recipes.findings import Finding
@@ -297,4 +297,4 @@ def test_problems_say_no_more_than_a_line_each(tmp_path: Path) -> None:
     file = toy(tmp_path, text=RECIPE.replace('"Toy"', '"Toy"\n"a\\nb\\u001b[2J" = 1'))
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
-    assert cli.printable(json.dumps(str(caught.value))).count("\x1b") == 0
+    assert cli_options.printable(json.dumps(str(caught.value))).count("\x1b") == 0
