@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from rlhf_recipes.feedback.store import QUESTION, Judged, Store
+from rlhf_recipes.feedback.store import PAUSE, QUESTION, Judged, Store
 from rlhf_recipes.findings import said
 from rlhf_recipes.stats import Share, share_of
 
 SCALE = {"first": 0, "tie": 1, "both_bad": 1, "second": 2}
 VALUE = {**SCALE, "good": 0, "bad": 2}
-PAUSE = 180.0  # seconds: who takes longer for one item was away
 
 
 @dataclass(frozen=True)

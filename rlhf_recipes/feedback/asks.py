@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.feedback.items import Item
-from rlhf_recipes.feedback.store import OF_ONE, OF_PAIRS, QUESTION, Store, as_item
+from rlhf_recipes.feedback.store import OF_ONE, OF_PAIRS, PAUSE, QUESTION, Store, as_item
 
 LEASE = 600.0  # seconds
 HELD_OUT, AGAIN, APART = 5, 20, 15  # every so many asks; and an item's two asks lie so far apart
-PAUSE = 180.0  # seconds: who took longer did something else
 LATEST = 40  # asks that say how fast a person is
 SIDES = {"left": ("first", "second"), "right": ("second", "first")}  # as stored: plain, flipped
 

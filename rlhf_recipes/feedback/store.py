@@ -29,6 +29,7 @@ QUESTION = "better"  # of training; the evaluation's is another, and trains noth
 OF_PAIRS = ("first", "second", "tie", "both_bad", "skip")
 OF_ONE = ("good", "bad", "skip")
 SECONDS_BUSY = 5.0
+PAUSE = 180.0  # seconds: who takes longer for one item was away
 
 SCHEMA = """
 create table item (

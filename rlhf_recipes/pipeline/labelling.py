@@ -15,7 +15,7 @@ from rlhf_recipes.feedback.items import ANSWERS, Item, items_of, read_items
 from rlhf_recipes.feedback.serving import serve
 from rlhf_recipes.feedback.store import QUESTION, Store
 from rlhf_recipes.pipeline import runner
-from rlhf_recipes.pipeline.plan import PlannedStage, plan_run
+from rlhf_recipes.pipeline.plan import Plan, PlannedStage, plan_run
 from rlhf_recipes.pipeline.runner import RunOutcome
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import Recipe, load_recipe
@@ -53,8 +53,7 @@ def run(
         except PeopleNeeded as stopped:
             people.tell(stopped.message)
         gc.collect()  # the base model goes, while people judge
-        waiting = next(one for one in plan_run(recipe, runs, name=name).stages if _waits(one))
-        if not _judge(recipe, waiting, people, runs):
+        if not _judge(plan_run(recipe, runs, name=name), people):
             people.tell("the same command goes on from here")
             return None
 
@@ -63,17 +62,18 @@ def _waits(stage: PlannedStage) -> bool:
     return makes(stage.kind, "judgements") and not stage.done
 
 
-def _judge(recipe: Recipe, stage: PlannedStage, people: People, runs: Path) -> bool:
-    """Serve the page of a stage. True where it was ended to train."""
+def _judge(plan: Plan, people: People) -> bool:
+    """Serve the page of the stage that waits. True where it was ended to train."""
     from rlhf_recipes.stages.label import for_people, missing
 
-    extras, source = recipe.table(stage.name).extras, recipe.table(stage.name).answers
-    samples = next(one for one in plan_run(recipe, runs).stages if one.name == source)
+    recipe, stages = plan.recipe, {one.name: one for one in plan.stages}
+    table = recipe.table(next(one.name for one in plan.stages if _waits(one)))
+    extras, samples = table.extras, stages[table.answers or ""]
     items = list(read_items(samples.folder / "output" / ANSWERS))
     if people.votes:
         extras = {**extras, "votes": people.votes}
     asked, votes = for_people(extras, items)
-    store = Store(runs)
+    store = Store(plan.runs)
     guideline = people.guideline
     if guideline is None and extras["guideline"]:
         guideline = located(extras["guideline"], recipe.model.base)
@@ -94,8 +94,17 @@ def rows(file: Path, people: People, runs: Path) -> str:
     """Judge what is in a file of answers; what came of it, in a line."""
     items = items_of(file, people.tell)
     ids, store = [one.id for one in items], Store(runs)
-    ended = {"end": "Finish", "queue": digest(ids), "title": file.name}
-    _page(store, items, people, guideline=people.guideline, votes=people.votes or 1, **ended)
+    _page(
+        store,
+        items,
+        people,
+        queue=digest(ids),
+        title=file.name,
+        votes=people.votes or 1,
+        guideline=people.guideline,
+        strength=people.strength,
+        end="Finish",
+    )
     judged = {one.item for one in store.judged(ids) if one.verdict != "skip"}
     return f"{len(judged)} of {len(ids)} are judged, in {store.file}"
 

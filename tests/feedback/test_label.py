@@ -36,6 +36,7 @@ def test_label_asks_for_what_is_not_judged_and_says_how_far_it_is(tmp_path, caps
     runs = tmp_path / "runs"
     for judged in (1, 2):
         words = (file, "--port", 0, "--runs", runs, "--person", "ada", "--person", "bob")
+        words += ("--strength",)
         thread = threading.Thread(target=label, args=words, daemon=True)
         thread.start()
         said = ""
@@ -45,13 +46,17 @@ def test_label_asks_for_what_is_not_judged_and_says_how_far_it_is(tmp_path, caps
         address = said.partition("ada: http://127.0.0.1:")[2].partition("\n")[0]
         port, path = int(address.partition("/")[0]), f"/{address.partition('/')[2]}"
         first = ask(port, path)
+        page = raw(port, f"GET {first} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+        assert 'value="left-3"' in page  # the seven degrees
         time.sleep(SOONEST)
-        assert ask(port, first, "verdict=left") == path
+        assert ask(port, first, "verdict=left-2") == path
         ask(port, f"{path}end", "")
         thread.join(20)
         last = f"{judged} of 3 are judged, in {runs / 'feedback.db'}\n"
         assert capsys.readouterr().out == last
-    assert len(Store(runs).judged([])) == 0
+    store = Store(runs)
+    assert [one.strength for one in store.judged(store.ids())] == [2, 2]
+    assert len(store.judged([])) == 0
     assert (runs / "feedback.db").stat().st_mode & 0o777 == 0o600
 
 

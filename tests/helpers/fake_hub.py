@@ -21,10 +21,12 @@ import base64
 import hashlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.helpers.loopback import Loopback
 
 LARGE = {".safetensors", ".parquet", ".gz"}  # what the hub keeps in LFS, and names by its SHA-256
 REFUSALS = {"missing": (404, "RepoNotFound"), "gated": (403, "GatedRepo")}
@@ -34,7 +36,7 @@ REFUSALS |= {"unauthorized": (401, ""), "forbidden": (403, ""), "moved": (404, "
 TOKEN = "hf_" + "a" * 34
 
 
-class FakeHub(ThreadingHTTPServer):
+class FakeHub(Loopback):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -66,15 +68,6 @@ class FakeHub(ThreadingHTTPServer):
         """For a process that shall know this hub alone."""
         alone = {"HF_HUB_OFFLINE": "0", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "NO_PROXY": "127.0.0.1"}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home)} | alone
-
-    def __enter__(self) -> FakeHub:
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
 
 
 class _Answer(BaseHTTPRequestHandler):

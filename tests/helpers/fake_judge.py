@@ -28,9 +28,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.loopback import Loopback
 
 Odds = Callable[[str, str, str], float]
 PARTS = re.compile(
@@ -41,7 +43,7 @@ PARTS = re.compile(
 PRICE = 4  # characters of a token, as this server counts
 
 
-class FakeJudge(ThreadingHTTPServer):
+class FakeJudge(Loopback):
     daemon_threads = True
     request_queue_size = 64
 
@@ -84,15 +86,6 @@ class FakeJudge(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         """A client that was killed is no fault of this server."""
-
-    def __enter__(self) -> FakeJudge:
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
 
 
 class _Answer(BaseHTTPRequestHandler):
