@@ -93,7 +93,9 @@ def raw(port: int, request: str | bytes, host: str = "host: localhost\r\n") -> s
         with contextlib.suppress(ConnectionError, TimeoutError):
             while piece := connection.recv(65536):
                 answer += piece
-                if b"\r\n\r\n" in answer:
+                head, ended, body = answer.partition(b"\r\n\r\n")
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                if ended and len(body) >= int(length[1] if length else 0):
                     break
     return answer.decode("latin1")
 
