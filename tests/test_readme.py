@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_recipes
-from rlhf_recipes.data.dataset import check_rows
+from rlhf_recipes.data.first_rows import check_rows
 from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
 from rlhf_recipes.stats import wilson
 
