@@ -159,10 +159,9 @@ class Vllm:
         if status == 503:
             raise Busy(f"503: {_message(said)}")
         if status != 200:
-            what = (
-                f"vLLM at {self.url} refused the adapter in {body['lora_path']}: {_message(said)}"
-            )
-            raise StageError(what, f"it reads that folder itself; start it with: {self.start}")
+            what = f"refused the adapter in {body['lora_path']}: {_message(said)}"
+            hint = f"it reads that folder itself; start it with: {self.start}"
+            raise StageError(f"vLLM at {self.url} {what}", hint)
         self.name = name
         return name
 
@@ -206,7 +205,7 @@ class Vllm:
         return ids, numbers
 
     def _wrong(self, what: str) -> StageError:
-        return StageError(f"vLLM at {self.url} {what}", "vLLM 0.19 to 0.27.1 are known to work")
+        return StageError(f"vLLM at {self.url} {what}", "vLLM 0.27.1 is known to work")
 
     def _ask(self, path: str, body: dict[str, Any]) -> str:
         """The text of a reply. Raises Busy, and StageError where to ask again would not help."""
@@ -259,8 +258,8 @@ class Vllm:
 def command(model: Path, dtype: str, rank: int) -> str:
     """What starts a server for such a base and such adapters."""
     most = next((one for one in RANKS if one >= rank), rank)
-    words = f"--dtype {dtype} --enable-lora --max-lora-rank {most}"
-    words += " --logprobs-mode processed_logprobs"
+    words = f"--host 127.0.0.1 --dtype {dtype} --enable-lora --max-lora-rank {most}"
+    words += " --logprobs-mode processed_logprobs"  # at the temperature that was asked for
     return f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve {shlex.quote(str(model))} {words}"
 
 

@@ -154,6 +154,6 @@ def test_where_nobody_reads_the_answers_some_are_read(
 
 def test_the_command_that_starts_a_server() -> None:
     assert vllm.command(Path("/m y"), "bfloat16", 20) == (
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve '/m y' --dtype bfloat16 --enable-lora"
-        " --max-lora-rank 32 --logprobs-mode processed_logprobs"
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve '/m y' --host 127.0.0.1 --dtype bfloat16"
+        " --enable-lora --max-lora-rank 32 --logprobs-mode processed_logprobs"
     )
