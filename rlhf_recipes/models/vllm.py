@@ -149,6 +149,7 @@ class Vllm:
         """What to ask for: the adapter, which the server reads unless it has it, or the base."""
         if self.folder is None or self.name:
             return self.name or self.base
+        # A name that was in use may bring its prefix cache (vLLM #42125).
         name = f"rlhf-recipes-{uuid.uuid4().hex[:12]}"
         folder = self.folder if self.save is None else self.folder / "adapter"
         body = {"lora_name": name, "lora_path": str(folder.resolve())}

@@ -96,8 +96,9 @@ def ask(
     steps = 0 if session.recipe.model.sampler == "adapters" else batches * setting.length
     engine = session.engine(output, tell)
     sampler = Sampler(policy, False, tell, longest, steps, engine)
-    if sampler.static:
-        tell(f"answers: {rows} sampled together, {sampler.told}")
+    if sampler.static or engine:
+        sizes = f"{rows} sampled together, " * sampler.static
+        tell(f"answers: {sizes}{sampler.told}")
     for seed in seeds:
         yield sampler.sample(
             prompts,
