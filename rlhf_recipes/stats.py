@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -34,18 +35,22 @@ def bootstrap(values: Sequence[float], seed: int) -> tuple[float, float]:
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's interval of the mean of one value a seed; None of one seed.
-
-    It takes the values to be normal. At t = √ν tan θ, the density of t is that of cos(θ)^(ν-1).
-    """
-    count = len(values)
-    if count < 2:
+    """Student's interval of the mean of one value a seed; None of one seed."""
+    if len(values) < 2:
         return None
+    half = _student(len(values)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+@cache
+def _student(count: int) -> float:
+    """Standard errors around the mean of `count` normal values.
+
+    At t = √ν tan θ, the density of t is that of cos(θ)^(ν-1).
+    """
     angle = np.linspace(0, math.pi / 2, STEPS + 1)
     mass = np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (count - 2))
-    t = math.sqrt(count - 1) * math.tan(np.interp(0.95 * mass[-1], mass, angle[1:]))
-    half = t * stdev(values) / math.sqrt(count)
-    return fmean(values) - half, fmean(values) + half
+    return math.sqrt(count - 1) * math.tan(np.interp(0.95 * mass[-1], mass, angle[1:]))
 
 
 def measured(key: str, values: Sequence[float], seed: int) -> dict[str, float]:
