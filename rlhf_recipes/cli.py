@@ -47,6 +47,15 @@ STRICT = 5  # the exit code of a run that worked, whose verdict has a fault
 Device = Annotated[
     str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
 ]
+Devices = Annotated[
+    str,
+    Option(
+        "--devices",
+        "--device",
+        metavar="[Nx]SIZE",
+        help="Memory of the card, or of each of N cards, to plan for: 24GB, 4x24GB. [this one]",
+    ),
+]
 Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a rehearsal.")]
 Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
 Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults filled in.")]
@@ -118,7 +127,7 @@ def plan(
     recipe: Recipe,
     set_: Set = NONE,
     unset: Unset = NONE,
-    device: Device = "",
+    device: Devices = "",
     measure: Measure = False,
     name: Name = None,
     runs: Runs = RUNS,

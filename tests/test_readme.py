@@ -104,7 +104,7 @@ def test_every_option_beside_a_command_is_its_own(page: str) -> None:
         name, _, rest = line.partition(" ")
         own = helped.partition(f"Usage: rlhf-recipes {name} ")[2].partition("Usage:")[0]
         for option in re.findall(r"(?<!\S)--[a-z-]+", rest.partition("#")[0]):
-            assert re.search(rf"^  {option}\b", own, re.MULTILINE), f"{page}: {line}"
+            assert re.search(rf"^  (?:--[a-z]+,)?{option}\b", own, re.MULTILINE), f"{page}: {line}"
 
 
 @each_page
