@@ -20,7 +20,6 @@ from rlhf_recipes.store import locks
 from rlhf_recipes.store.files import write_text
 
 NETWORK = "nfs nfs4 cifs smb3 smbfs lustre beegfs gpfs ceph glusterfs afs 9p virtiofs".split()
-NETWORK += "fuse.sshfs fuse.glusterfs fuse.juicefs fuse.ceph-fuse".split()
 # Object stores shown as files: https://github.com/awslabs/mountpoint-s3/blob/main/doc/SEMANTICS.md
 STORES = "mountpoint-s3 s3fs goofys gcsfuse blobfuse blobfuse2 rclone ossfs geesefs".split()
 # Options with which a lock stays on its own machine: nfs(5), mount.cifs(8), Lustre's manual.
@@ -69,7 +68,9 @@ def fit(runs: Path) -> tuple[str, ...]:
     there = existing(runs)
     kind, options = mount_of(there)
     if kind.removeprefix("fuse.") in STORES:
-        text = f"{there} is on {kind}, an object store: it has no locks, and no rename at once"
+        text = (
+            f"{there} is on {kind}, an object store: no lock reaches others, no rename is at once"
+        )
         return "fault", text, f"keep runs on a disk; {ELSEWHERE}"
     if wrong := tried(there):
         return "fault", f"{there} is on {kind}: {wrong}", ELSEWHERE
@@ -77,7 +78,9 @@ def fit(runs: Path) -> tuple[str, ...]:
     if alone := sorted(ALONE & options):
         text = f"{there} is on {kind}, mounted with {', '.join(alone)}: no lock reaches others"
         return "fault", text, "start runs on one machine alone, or mount it without"
-    if kind in NETWORK:
+    # A program that shows files (FUSE) may keep locks to itself: with bindfs and rclone, a lock on
+    # the mount kept nobody out of the folder below it.
+    if kind in NETWORK or (kind.startswith("fuse") and kind != "fuseblk"):
         text = f"{works}; between machines this was not tried"
         how = "while a run is under way here, `rlhf-recipes runs` on another machine has to say so;"
         return "doubt", text, f"{how} label on one machine alone"
