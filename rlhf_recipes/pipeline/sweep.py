@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -98,17 +99,13 @@ def trials(
     varied = sorted((key for key, found in given.items() if len(found) > 1), key=SEED.__eq__)
     if not varied:
         raise UsageError("a sweep needs a key with several values", "as in --set seed=1,2,3")
-    count = 1
-    for key in varied:
-        count *= len(given[key])
-    if count > MOST:
+    if (count := math.prod(len(given[key]) for key in varied)) > MOST:
         raise UsageError(f"{count:,} runs are too many for one sweep", f"{MOST} at most")
     file, prefix = find_recipe(word), _prefix(word, given, unset, name)
     made, problems = list[Trial](), dict[str, Problem]()
     for chosen in itertools.product(*(given[key] for key in varied)):
-        now = {key: found[0] for key, found in given.items()} | dict(
-            zip(varied, chosen, strict=True)
-        )
+        now = {key: found[0] for key, found in given.items()}
+        now |= zip(varied, chosen, strict=True)
         words = tuple(f"{key}={value}" for key, value in now.items())
         try:
             recipe = load_recipe(file, set=words, unset=unset)
@@ -168,16 +165,16 @@ def _alike(made: Sequence[Trial]) -> None:
     for trial in made:
         twin = known.setdefault(repr(trial.recipe.resolved()), trial)
         if twin is not trial:
-            apart = [pair for pair in zip(twin.words, trial.words, strict=True) if len({*pair}) > 1]
-            words = " and ".join(dict.fromkeys(one for pair in apart for one in pair))
-            same = plain(words or trial.words[0])
-            raise UsageError(f"{same}: the same value twice", "leave one out")
+            what = f"{twin.name} and {trial.name} would be one run"
+            raise UsageError(what, "a value is there twice: leave one out")
 
 
 def _look(made: Sequence[Trial]) -> None:
     """Raise what `check` finds wrong with rows and models; a seed changes neither."""
-    seen = {repr(trial.recipe.resolved() | {SEED: 0}): trial for trial in reversed(made)}
-    for trial in reversed(seen.values()):
+    seen: dict[str, Trial] = {}
+    for trial in made:
+        seen.setdefault(repr(trial.recipe.resolved() | {SEED: 0}), trial)
+    for trial in seen.values():
         for error in found_wrong(trial.recipe).values():
             raise type(error)(f"{trial.name}: {error.message}", error.hint)
 

@@ -35,9 +35,10 @@ class Mean(NamedTuple):
     ends: tuple[float, float] | None
     count: int  # type: ignore[assignment]  # of seeds; tuple's own method is not used
 
-    def said(self, form: str) -> str:
-        ends = f" ({self.ends[0]:{form}} to {self.ends[1]:{form}})" if self.ends else ""
-        return f"{self.value:{form}}{ends}".replace("-", "−").replace("%", " %")
+    def said(self, times: int = 1, form: str = ".2f", unit: str = "") -> str:
+        ends = [f"{times * end:{form}}" for end in self.ends or ()]
+        around = f" ({' to '.join(ends)})" if ends else ""
+        return f"{times * self.value:{form}}{unit}{around}".replace("-", "−")
 
 
 def mean(values: Sequence[float | None]) -> Mean | None:
@@ -249,4 +250,4 @@ def _said(key: str, one: Mean | None) -> str:
     if "win_rate" in key:
         around = f" ({interval(_share(one))})" if one.ends else ""
         return percent(one.value) + around
-    return one.said(".1%" if _is_share(key) else ".2f")
+    return one.said(100, ".1f", " %") if _is_share(key) else one.said()

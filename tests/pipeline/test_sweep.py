@@ -87,8 +87,10 @@ def test_what_is_wrong_in_any_run_is_said_before_one_starts(here: Path) -> None:
     for words, problem in {
         ("seed=1",): "needs a key with several values",
         ("seed=1,2", "seed=3"): "seed is set twice (once, as in --set seed=A,B)",
-        ("seed=1,2,1",): "seed=1: the same value twice",
-        ("ppo.kl_coef=0.1,1e-1",): "ppo.kl_coef=0.1 and ppo.kl_coef=1e-1: the same value twice",
+        (
+            "seed=1,2,1",
+        ): "toy-seed=1 and toy-seed=1 would be one run (a value is there twice: leave one out)",
+        ("ppo.kl_coef=0.1,1e-1",): "toy-ppo.kl_coef=0.1 and toy-ppo.kl_coef=1e-1 would be one run",
         ("seed=1,",): "an empty value",
         ("seed=" + ",".join(map(str, range(501))),): "501 runs are too many",
     }.items():
