@@ -293,12 +293,12 @@ def _start(
 
 
 def card_of(place: int, jobs: int) -> Mapping[str, str]:
-    """Runs at once have a card each, in turn, where there are several."""
+    """A card each for runs at once, in turn, where there are several; a launcher's run has all."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = [str(n) for n in range(len(hardware()["gpus"]))]
     if given is not None:
         cards = [one.strip() for one in given.split(",") if one.strip()]
-    if jobs == 1 or len(cards) < 2:
+    if jobs == 1 or len(cards) < 2 or os.environ.get("RLHF_RECIPES_LAUNCH"):
         return {}
     return {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]}
 

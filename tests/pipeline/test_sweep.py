@@ -152,6 +152,9 @@ def test_so_many_at_once_each_with_a_card_of_its_own(
     assert [line.split()[0] for line in lines] == ["r0", "r1", "r2", "r3"]
     assert sorted(line.split()[1] for line in lines) == ["GPU-a", "GPU-a", "GPU-b", "GPU-b"]
     assert sweep.card_of(0, 1) == {}  # one at a time has them all
+    monkeypatch.setenv("RLHF_RECIPES_LAUNCH", "torchrun")  # a run's processes share the cards
+    assert sweep.card_of(1, 2) == {}
+    monkeypatch.delenv("RLHF_RECIPES_LAUNCH")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert sweep.card_of(1, 2) == {}
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
