@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import cli_feedback, cli_runs, cli_tables, errors
+from rlhf_recipes import cli_feedback, cli_runs, cli_sweep, cli_tables, errors
 from rlhf_recipes.cli_options import (
     NONE,
     RUNS,
@@ -46,6 +46,15 @@ STRICT = 5  # the exit code of a run that worked, whose verdict has a fault
 # Of one command each.
 Device = Annotated[
     str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
+]
+Devices = Annotated[
+    str,
+    Option(
+        "--devices",
+        "--device",
+        metavar="[Nx]SIZE",
+        help="Memory of the card, or of each of N cards, to plan for: 24GB, 4x24GB. [this one]",
+    ),
 ]
 Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a rehearsal.")]
 Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
@@ -118,7 +127,7 @@ def plan(
     recipe: Recipe,
     set_: Set = NONE,
     unset: Unset = NONE,
-    device: Device = "",
+    device: Devices = "",
     measure: Measure = False,
     name: Name = None,
     runs: Runs = RUNS,
@@ -162,9 +171,8 @@ def check(
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
-    from rlhf_recipes.data.first_rows import check_rows
-    from rlhf_recipes.screen import begin, quietly
-    from rlhf_recipes.stages.session import check_models
+    from rlhf_recipes.pipeline.data_lint import found_wrong
+    from rlhf_recipes.screen import begin
 
     found = []
     for word in recipes:
@@ -185,16 +193,10 @@ def check(
 
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
-            wrong = []
             begin(f"Looking at the rows and the model of {file}")
-            for about, look in (("rows", check_rows), ("model", check_models)):
-                try:
-                    with quietly():
-                        look(loaded)
-                except errors.RlhfRecipesError as error:
-                    entry[about] = str(error)
-                    wrong.append(f"{file}: {about}: {error}")
-            said[-1:] = wrong or [verdict]
+            wrong = {about: str(error) for about, error in found_wrong(loaded).items()}
+            entry |= wrong
+            said[-1:] = [f"{file}: {about}: {one}" for about, one in wrong.items()] or [verdict]
         if not json:
             _print("\n".join(said))
     if json:
@@ -248,6 +250,7 @@ def schema() -> None:
     print(schema, end="")
 
 
+app.add_typer(cli_sweep.app)
 app.add_typer(cli_runs.app)
 app.add_typer(cli_feedback.app)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.dataset import COPY, NEEDS, lacking
+from rlhf_recipes.data.first_rows import check_rows
 from rlhf_recipes.data.rows import IDS, answered
 from rlhf_recipes.data.shapes import ALONE
 from rlhf_recipes.data.tokens import THINK, TODAY, render
@@ -19,10 +20,11 @@ from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.wiring import columns_of, judged_before
+from rlhf_recipes.screen import quietly
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import datasets
-from rlhf_recipes.stages.session import Session
+from rlhf_recipes.stages.session import Session, check_models
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.data.rows import Example
     from rlhf_recipes.data.tokens import Tokens
     from rlhf_recipes.pipeline.plan import Plan
+    from rlhf_recipes.recipe.load import Recipe
 
 LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
@@ -72,6 +75,18 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
     except RlhfRecipesError as error:
         about = "model" if isinstance(error, ModelError) else "rows"
         return [Finding("fault", about, error.message, error.hint.partition("; or the shapes")[0])]
+
+
+def found_wrong(recipe: Recipe) -> dict[str, RlhfRecipesError]:
+    """What a run would stop for, by "rows" and "model", as far as a first look can tell."""
+    found = {}
+    for about, look in (("rows", check_rows), ("model", check_models)):
+        try:
+            with quietly():
+                look(recipe)
+        except RlhfRecipesError as error:
+            found[about] = error
+    return found
 
 
 def provable(plan: Plan, session: Session) -> Found:
