@@ -18,8 +18,10 @@ from rlhf_recipes.stages.ppo import loop
 from rlhf_recipes.stages.ppo.losses import Learned, Rollout, corrected
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from rlhf_recipes.stages.session import Session
+from tests.helpers.chains import Chain
 from tests.helpers.fake_vllm import Serve, serve
 from tests.helpers.roles import make_base, trained
+from tests.helpers.tiny import OTHERS, RECIPE
 from tests.helpers.trainers import make_trainer
 
 __all__ = ["serve"]  # a fixture
@@ -129,6 +131,22 @@ def test_a_stage_goes_on_after_its_server_was_gone(serve: Serve, make) -> None:
     again = make(save_strategy="steps", save_steps=1)
     again.train()
     assert again.state.global_step == 2 and again.metrics["val/sampler_apart"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_whole_stage_learns_from_a_server_s_answers(
+    serve: Serve, tiny_model: Path, tiny_pairs: Path, tmp_path: Path, kind: str
+) -> None:
+    file, server = tmp_path / "tiny.toml", serve()
+    file.write_text(RECIPE.format(model=tiny_model, data=tiny_pairs) + OTHERS)
+    words = [f'stages=["{kind}"]', f'{kind}.rewards=[{{rule="ended"}}]', f"{kind}.max_steps=8"]
+    words += ["model.sampler=vllm", f"{kind}.eval_strategy=no", f"{kind}.keep=last"]
+    chain = Chain(load_recipe(file, set=words), tmp_path / "stages")
+    metrics = chain.run(kind, {}).metrics
+    assert metrics["updates"] == len(server.loaded) == 2 and server.names == []
+    assert metrics["sampler_apart"] < 1e-5
+    assert f"scored together; sampled by vLLM at {server.url}" in " ".join(chain.progress.notes)
+    assert chain.progress.updates[-1]["val/importance"] == 1
 
 
 def test_an_evaluation_asks_the_server_and_reads_some_of_its_answers(
