@@ -33,12 +33,12 @@ unit: setup
 	$(BIN)/python -m pytest -q -m unit
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # The tests whose outcome hangs on what was learned. `.ci/run` repeats them for other processors.
 LEARNED := test_stages test_evaluation test_gate test_dpo test_groups test_labels test_rewards
 train: setup
-	$(BIN)/python -m pytest -q -n 2 -m train tests/pipeline/test_induced.py \
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m train tests/pipeline/test_induced.py \
 	  $(LEARNED:%=tests/stages/%.py)
 
 # Every fault, everywhere: a quarter of an hour, and a table of the cases tried and passed.

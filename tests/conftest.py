@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import pickle
@@ -11,11 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers.canary import Canary
-from tests.helpers.tiny import RECIPE, WORDS, word_tokenizer
+from tests.helpers.tiny import RECIPE, WORDS, save_llama, word_tokenizer
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -29,36 +31,33 @@ os.environ.update(
 )
 # A job in a script's background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.disable()  # while a thousand modules are imported, which all stay
+
+# What a run imports when it comes to it.
+LATE = ["matplotlib.backends.backend_svg", "rlhf_recipes.report.run_page"]
+LATE += [f"rlhf_recipes.pipeline.{name}" for name in ("export", "fit", "rehearsal")]
+LATE += [f"rlhf_recipes.stages.{name}" for name in ("evaluate", "ppo.stage", "reward", "sft")]
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: no collection of garbage need look at it again."""
+    """What is imported by now stays: no collection of garbage need look at it again.
+
+    A run collects a dozen times. Later no model may be frozen, or none would go.
+    """
+    if "torch" in sys.modules:
+        for name in LATE:
+            importlib.import_module(name)
+    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder: a random two-layer Llama, float32, and a word tokenizer with a ChatML template."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    folder = tmp_path_factory.mktemp("tiny-model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
+    words = {"vocab_size": 32, "max_position_embeddings": 128}
+    words |= {"tie_word_embeddings": True, "eos_token_id": 2}
+    return save_llama(tmp_path_factory.mktemp("tiny-model"), word_tokenizer(), **words)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +84,43 @@ def tiny_recipe(tiny_model: Path, tiny_pairs: Path, tmp_path: Path) -> Path:
     file = tmp_path / "tiny.toml"
     file.write_text(RECIPE.format(model=tiny_model, data=tiny_pairs))
     return file
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tiny_model: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """SFT and the reward model of the tiny recipe, trained once, only to be read.
+
+    `recipe` is its file; `outputs` and `metrics` are by stage.
+    """
+    from rlhf_recipes.recipe.load import load_recipe
+    from tests.helpers.chains import Chain
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(RECIPE.format(model=tiny_model, data=tiny_pairs))
+    chain = Chain(load_recipe(folder / "tiny.toml"), folder)
+    metrics = {"sft": chain.run("sft", {}).metrics}
+    metrics["reward"] = chain.run("reward", {"policy": "sft"}).metrics
+    chain.session.release()
+    return SimpleNamespace(recipe=chain.recipe.path, outputs=chain.outputs, metrics=metrics)
+
+
+@pytest.fixture
+def stages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run here writes no report and merges no model, which take as long as two stages."""
+    from rlhf_recipes.pipeline import runner
+
+    monkeypatch.setattr(runner._Run, "_report", lambda _: [])
+    monkeypatch.setattr(runner._Run, "_write_model", lambda _: None)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's plots are made, but not rendered, which takes four fifths of its time."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda _, out, **__: out.write("<svg></svg>"))
 
 
 @pytest.fixture

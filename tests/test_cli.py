@@ -16,7 +16,7 @@ import pytest
 from rlhf_recipes.cli import main
 from rlhf_recipes.recipe.load import shipped_recipes
 from tests.helpers.commands import command, environment
-from tests.helpers.counting import RECIPE, Counting, toy
+from tests.helpers.counting import RECIPE, Counting, fail, toy
 
 pytestmark = pytest.mark.train
 
@@ -60,10 +60,13 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return ended.value.code
 
 
-def test_a_run_ends_in_a_table_and_what_to_type_next(here: Path) -> None:
-    done = command("run", "toy.toml", cwd=here)
-    assert done.returncode == 0
-    table, verdict, rest = done.stdout.strip("\n").split("\n\n")
+def test_a_run_ends_in_a_table_and_what_to_type_next(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Counting(monkeypatch)
+    assert call(monkeypatch, "run", "toy.toml") == 0
+    out, err = capsys.readouterr()
+    table, verdict, rest = out.strip("\n").split("\n\n")
     rows = [line.split(maxsplit=4) for line in table.splitlines()]
     assert rows[0] == ["stage", "time", "result"]
     for row, name in zip(rows[1:], ("sft", "reward", "ppo", "evaluation"), strict=True):
@@ -82,12 +85,12 @@ def test_a_run_ends_in_a_table_and_what_to_type_next(here: Path) -> None:
         "next     rlhf-recipes chat runs/toy",
         "         rlhf-recipes fork toy.toml my-recipe.toml",
     ]
-    assert done.stderr.splitlines()[0] == "Toy · runs/toy"
+    assert err.splitlines()[0] == "Toy · runs/toy"
 
-    again = command("run", "toy.toml", cwd=here)
-    assert again.returncode == 0
-    assert again.stdout.count("cached") == 4
-    assert len(again.stderr.splitlines()) == 5
+    assert call(monkeypatch, "run", "toy.toml") == 0
+    out, err = capsys.readouterr()
+    assert out.count("cached") == 4
+    assert len(err.splitlines()) == 5
 
 
 def test_strict_ends_with_a_code_of_its_own_where_the_verdict_has_a_fault(
@@ -105,20 +108,21 @@ def test_strict_ends_with_a_code_of_its_own_where_the_verdict_has_a_fault(
     assert "✗ SFT made the model worse." in capsys.readouterr().out
 
 
-def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(here: Path) -> None:
-    done = command("run", "toy.toml", cwd=here, fault="fail:reward")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-3:] == [
+def test_a_failed_stage_is_one_line_and_a_traceback_only_with_debug(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Counting(monkeypatch).fault["reward"] = fail
+    assert call(monkeypatch, "run", "toy.toml") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-3:] == [
         "Stage 2 of 4 · reward — new",
         "  report: runs/toy/report.html",
         "stage reward failed: ValueError: the loss is NaN (log: runs/toy/log.txt)",
     ]
-    shown = command("run", "toy.toml", "--debug", cwd=here, fault="fail:reward")
-    assert shown.returncode == 1
-    assert "Traceback" in shown.stderr
-    assert "in fail" in shown.stderr
-    assert "and more of the same" in shown.stderr
+    assert call(monkeypatch, "run", "toy.toml", "--debug") == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "in fail" in shown and "and more of the same" in shown
 
 
 def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
@@ -139,35 +143,46 @@ def test_noise_of_every_origin_stays_in_the_log(here: Path) -> None:
         assert words in log
 
 
-def test_after_a_kill_the_same_command_goes_on(here: Path) -> None:
+def test_after_a_kill_the_same_command_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No lock to clear by hand; what was finished is kept, the stage that was killed runs anew."""
     running = hanging(here)
     running.kill()
-    running.communicate(timeout=30)
+    running.communicate(timeout=60)
     assert running.returncode == -signal.SIGKILL
-    again = command("run", "toy.toml", cwd=here)
-    assert again.returncode == 0
-    assert again.stderr.count("— cached (") == 2
-    assert "ppo — was not finished" in again.stderr
+    Counting(monkeypatch)
+    assert call(monkeypatch, "run", "toy.toml") == 0
+    said = capsys.readouterr().err
+    assert said.count("— cached (") == 2
+    assert "ppo — was not finished" in said
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(here: Path, signum: int, code: int) -> None:
+def test_an_interrupted_run_says_how_to_go_on(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: int,
+    code: int,
+) -> None:
+    Counting(monkeypatch)
     running = hanging(here)
-    busy = command("run", "toy.toml", cwd=here)
-    assert busy.returncode == 75
-    assert busy.stderr.startswith(f"run toy is held by process {running.pid} on ")
-    assert len(busy.stderr.splitlines()) == 1
+    assert call(monkeypatch, "run", "toy.toml") == 75
+    busy = capsys.readouterr().err
+    assert busy.startswith(f"run toy is held by process {running.pid} on ")
+    assert len(busy.splitlines()) == 1
 
     running.send_signal(signum)
-    stderr = running.communicate(timeout=10)[1]
+    stderr = running.communicate(timeout=60)[1]
     assert running.returncode == code
     assert stderr.splitlines()[-1] == (
         "run toy was interrupted (the same command goes on from what is finished and saved)"
     )
     assert json.loads((here / "runs/toy/manifest.json").read_text())["outcome"] == "interrupted"
-    after = command("run", "toy.toml", cwd=here)
-    said = [line.rpartition(" — ")[2] for line in after.stderr.splitlines() if "Stage" in line]
+    assert call(monkeypatch, "run", "toy.toml") == 0
+    after = capsys.readouterr().err.splitlines()
+    said = [line.rpartition(" — ")[2] for line in after if "Stage" in line]
     cached = "cached "
     assert [re.sub(r"\(.*", "", why) for why in said] == [cached, cached, "was not finished", "new"]
 

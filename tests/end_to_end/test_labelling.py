@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rlhf_recipes import cli_feedback
 from rlhf_recipes.cli import app
 from rlhf_recipes.errors import PeopleNeeded
 from rlhf_recipes.feedback.page import SOONEST
@@ -35,25 +36,12 @@ minimum_test = 1
 """
 
 
-@contextmanager
-def page(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Tab]]:
-    """The command, and the tab of its only person once the page is there."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "rlhf_recipes", "label", "tiny.toml", "--port", "0"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            said = ""
-            while "http://127.0.0.1:" not in said and (line := process.stdout.readline()):
-                said += line
-            port, token, _ = said.partition("http://127.0.0.1:")[2].split("/")
-            yield process, Tab([int(port)], token, 0, threading.Event())
-        finally:
-            process.kill()
+LABEL = ["label", "tiny.toml", "--port", "0"]
+
+
+def tab_at(address: str) -> Tab:
+    port, token, _ = address.partition("http://127.0.0.1:")[2].split("/")
+    return Tab([int(port)], token, 0, threading.Event())
 
 
 def judge(tab: Tab, count: int) -> None:
@@ -64,7 +52,50 @@ def judge(tab: Tab, count: int) -> None:
         assert tab.ask("POST", place, "verdict=left") == f"/{tab.token}/"
 
 
-def test_from_a_recipe_to_a_report_through_people(tiny_recipe: Path, monkeypatch) -> None:
+def judged_and_killed(folder: Path) -> None:
+    """The command in a process of its own: its only person judges three pairs, and it is killed."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf_recipes", *LABEL],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            lines = iter(process.stdout.readline, "")
+            judge(tab_at(next(line for line in lines if "http://127.0.0.1:" in line)), 3)
+        finally:
+            process.kill()
+
+
+def judged_here(monkeypatch: pytest.MonkeyPatch, then: Callable[[Tab], object]) -> list[str]:
+    """The command in this process, with a thread as its person, who does `then` after three pairs.
+
+    What it said: its last word is its exit code.
+    """
+    said: queue.Queue[str] = queue.Queue()
+
+    def person() -> None:
+        lines = iter(lambda: said.get(timeout=60), None)
+        try:
+            tab = tab_at(next(line for line in lines if "http://127.0.0.1:" in line))
+            judge(tab, 3)
+            then(tab)
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGINT)  # else the page waits for ever
+            raise
+
+    monkeypatch.setattr(cli_feedback, "say", lambda line, **_: said.put(line))
+    thread = threading.Thread(target=person, daemon=True)
+    thread.start()
+    code = app(LABEL, standalone_mode=False)
+    thread.join(20)
+    return [*iter(lambda: said.get() if said.qsize() else None, None), str(code or 0)]
+
+
+def test_from_a_recipe_to_a_report_through_people(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny_recipe.parent
     text = tiny_recipe.read_text().replace('"sft", "reward", "ppo"', STAGES)
     text = text.replace("[reward]\n", "[reward]\nminimum_accuracy = 0\n")
@@ -78,23 +109,12 @@ def test_from_a_recipe_to_a_report_through_people(tiny_recipe: Path, monkeypatch
     assert stopped.value.exit_code == 4
     assert stopped.value.hint == "rlhf-recipes label tiny.toml"
 
-    with page(folder) as (process, tab):
-        judge(tab, 3)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 4
-    assert out == "the same command goes on from here\n"
-
-    with page(folder) as (process, tab):
-        judge(tab, 3)
-        process.kill()
-
-    with page(folder) as (process, tab):
-        judge(tab, 3)
-        tab.ask("POST", f"/{tab.token}/end", "end=")
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "report   runs/tiny/report.html" in out
+    judged_and_killed(folder)
+    said = judged_here(monkeypatch, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert said == ["the same command goes on from here", "4"]
+    said = judged_here(monkeypatch, lambda tab: tab.ask("POST", f"/{tab.token}/end", "end="))
+    assert said == ["0"]
+    assert "report   runs/tiny/report.html" in capsys.readouterr().out
 
     runs = folder / "runs"
     manifest = json.loads((runs / "tiny" / "manifest.json").read_text())

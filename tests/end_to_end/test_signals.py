@@ -62,6 +62,7 @@ def send_at(kind: str, point: str, send: Callable[[], Any], patch: Callable) -> 
     patch(layout, "write_record", recorded)
 
 
+@pytest.mark.usefixtures("stages_alone")
 def test_one_signal_in_one_stage(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +74,7 @@ def test_one_signal_in_one_stage(
         run(recipe, runs=tmp_path / "runs", until="sft")
     assert caught.value.exit_code == 143
     run(recipe, runs=tmp_path / "runs", until="sft")
-    assert digests(tmp_path / "runs") == digests(tmp_path / "whole")
+    assert digests(tmp_path / "runs") == digests(tmp_path / "whole") != {}
 
 
 @pytest.mark.torture

@@ -14,7 +14,7 @@ from rlhf_recipes.feedback.local_judge import LocalJudge
 from rlhf_recipes.feedback.store import Store
 from rlhf_recipes.models.load import load_causal_lm, load_tokenizer
 from tests.helpers.judged import numbered
-from tests.helpers.tiny import byte_tokenizer
+from tests.helpers.tiny import byte_tokenizer, save_llama
 
 pytestmark = pytest.mark.train
 
@@ -22,23 +22,8 @@ pytestmark = pytest.mark.train
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     """A random two-layer model that reads bytes, 1,500 of them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1500,
-        initializer_range=0.3,
-    )
-    folder = tmp_path_factory.mktemp("judge")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer, folder = byte_tokenizer(), tmp_path_factory.mktemp("judge")
+    save_llama(folder, tokenizer, vocab_size=len(tokenizer), max_position_embeddings=1500)
     return JudgeSettings(str(folder), folder=folder, content="a", dtype="float32", tie=0.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,13 +28,12 @@ answers = 4
 
 
 @pytest.fixture
-def sampled(tiny_recipe: Path, tmp_path: Path) -> Any:
+def sampled(tiny_recipe: Path, tmp_path: Path, trained: SimpleNamespace) -> Any:
     """Samples of one policy, by how they are chosen."""
     tiny_recipe.write_text(tiny_recipe.read_text() + TABLE)
     stages = 'stages=["sft", "reward", "sample"]'
-    chain = Chain(load_recipe(tiny_recipe, set=[stages, "evaluation=false"]), tmp_path)
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
+    recipe = load_recipe(tiny_recipe, set=[stages, "evaluation=false"])
+    chain = Chain(recipe, tmp_path, outputs=dict(trained.outputs))
 
     def sample(*words: str) -> list[Item]:
         chain.recipe = load_recipe(tiny_recipe, set=[stages, "evaluation=false", *words])

@@ -61,13 +61,15 @@ class Chain:
         self.outputs[name] = folder / "output"
         return result
 
-    def all(self) -> dict[str, StageResult]:
+    def train(self) -> dict[str, StageResult]:
         return {
             "sft": self.run("sft", {}),
             "reward": self.run("reward", {"policy": "sft"}),
             "ppo": self.run("ppo", {"policy": "sft", "reward_model": "reward"}),
-            "evaluation": self.evaluate({"sft": "sft", "ppo": "ppo"}),
         }
+
+    def all(self) -> dict[str, StageResult]:
+        return self.train() | {"evaluation": self.evaluate({"sft": "sft", "ppo": "ppo"})}
 
     def evaluate(self, policies: Mapping[str, str], name: str = "evaluation") -> StageResult:
         inputs = {f"policy:{shown}": stage for shown, stage in policies.items()}

@@ -11,6 +11,7 @@ the point, and what differs from the first run.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -110,7 +111,7 @@ def forked(recipe: Path, runs: Path, until: str, places: Places | None, log: Pat
 
         if places is not None:
             places.watch()
-        run(load_recipe(recipe), runs=runs, until=until)
+        run(load_recipe(recipe), runs=runs, until=until, model=False)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -159,12 +160,18 @@ def spread(count: int, points: int) -> list[int]:
 
 
 def main(recipe: Path, folder: Path, points: int, killed: list[str]) -> None:
+    # Once, for all children.
+    import matplotlib.backends.backend_svg  # noqa: F401
+
+    import rlhf_recipes.pipeline.fit
+    import rlhf_recipes.report.run_page
     import rlhf_recipes.stages.ppo.trainer
     import rlhf_recipes.stages.reward
     import rlhf_recipes.stages.session
-    import rlhf_recipes.stages.sft  # noqa: F401 - once, for all children
+    import rlhf_recipes.stages.sft  # noqa: F401
     from rlhf_recipes.recipe.load import load_recipe
 
+    gc.freeze()  # a child's collector would look at all of it a dozen times
     folder.mkdir(parents=True)
     log, before = folder / "log.txt", folder / "before"  # `before` holds the stages above
     before.mkdir()

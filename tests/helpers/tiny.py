@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 TEMPLATE = (
@@ -52,6 +53,26 @@ def byte_tokenizer(split: Any = None, ignore_merges: bool = False) -> Any:
         additional_special_tokens=specials[:2],
         chat_template=TEMPLATE,
     )
+
+
+def save_llama(folder: Path, tokenizer: Any, **settings: Any) -> Path:
+    """A random two-layer Llama in float32, and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **settings,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 # Tables of kinds that RECIPE has no stage of.

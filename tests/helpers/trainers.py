@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlhf_recipes.data.tokens import settle
 from rlhf_recipes.models.base import Base
@@ -16,6 +19,21 @@ from tests.helpers.chains import Silent
 from tests.helpers.roles import trained
 
 PROMPTS = [{"input_ids": [1, 4, *words, 5]} for words in ([7], [8, 9], [10], [11, 12, 13], [14])]
+
+
+class TableReward(nn.Module):
+    """A reward that is a table over the answer's last token; quacks like a Role."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        yield
+
+    def scored(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        return self.table[ids[torch.arange(len(ids)), last]]
 
 
 def make_trainer(

@@ -65,14 +65,6 @@ def chain(model: Path, data: Path, folder: Path, *words: str) -> Chain:
     return Chain(load_recipe(file, set=[*SHORT, *words]), folder)
 
 
-def train(chain: Chain) -> Chain:
-    """SFT, reward and PPO."""
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
-    chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
-    return chain
-
-
 def rows_of(chain: Chain) -> list[tuple[list[int], list[int]]]:
     tokens = chain.session.tokens
     return [encode(tokens, [{"role": "user", "content": p}], a) for p, a in ROWS]
@@ -124,7 +116,7 @@ def gpt2(tiny_pairs: Path, tmp_path: Path) -> Chain:
 def test_gpt2_trains_and_is_exported(gpt2: Chain, tmp_path: Path, pad: dict[str, str]) -> None:
     """No token of its tokenizer is free to pad with, or one that has no row in the embedding."""
     architectures.byte_tokenizer(**pad).save_pretrained(gpt2.recipe.model.folder)
-    train(gpt2)
+    gpt2.train()
     gpt2.evaluate({"sft": "sft", "ppo": "ppo"})
     assert policy_apart(gpt2, tmp_path / "policy") < 1e-4
     assert reward_apart(gpt2, tmp_path / "reward") < 1e-4
@@ -144,7 +136,8 @@ def test_what_pads_changes_nothing_that_is_learned(
     assert letter.session.tokens.pad_id == 0 and eos.session.tokens.pad_id == 256
     results = []
     for one in (eos, letter):
-        train(one).run("dpo", {"policy": "sft"})
+        one.train()
+        one.run("dpo", {"policy": "sft"})
         results.append(one.evaluate({"sft": "sft", "ppo": "ppo", "dpo": "dpo"}).metrics)
     assert results[0] == results[1]
     for stage in ("sft", "reward", "ppo", "dpo"):
@@ -199,7 +192,7 @@ def whole_chain(name: str, data: Path, folder: Path) -> None:
     kind, settings = architectures.ARCHITECTURES[name]
     made = chain(architectures.save(folder / name, kind, **settings), data, folder)
     lora = copy.deepcopy(made.recipe.lora)
-    train(made)
+    made.train()
     assert made.recipe.lora == lora  # else PEFT's ranks of experts would be in the stages' keys
     assert passes_apart(made) < 1e-4
     assert policy_apart(made, folder / "policy") < 1e-4

@@ -176,6 +176,7 @@ def test_a_folder_that_gives_no_score_gets_a_line(
         check_foreign(wrong, tokens)
 
 
+@pytest.mark.usefixtures("stages_alone")
 def test_ppo_and_the_evaluation_score_through_it(
     tiny_model: Path, tiny_recipe: Path, tmp_path: Path
 ) -> None:

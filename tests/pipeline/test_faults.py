@@ -34,7 +34,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    "every", [pytest.param(1, id="all", marks=pytest.mark.torture), pytest.param(7, id="some")]
+    "every", [pytest.param(1, id="all", marks=pytest.mark.torture), pytest.param(19, id="some")]
 )
 @pytest.mark.parametrize("begin", ["new", "resumed", "fresh"])
 def test_every_operation_fails_once(

@@ -19,6 +19,10 @@ SHORT = ["sft.max_steps=2", "reward.max_steps=2", 'stages=["sft", "dpo"]', "dpo.
 SHORT += ['evaluation.judge="independent"']
 
 
+@pytest.fixture(autouse=True)
+def quick(stages_alone: None) -> None: ...
+
+
 def judged(folder: Path) -> list[float]:
     file = stages_of(folder)["evaluation"] / "output" / "answers.jsonl"
     return [json.loads(line)["judged"]["dpo"] for line in file.read_text().splitlines()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,16 @@ pytestmark = pytest.mark.train
 WORDS = ['stages=["warmup", "sft"]', "warmup.kind=sft", "warmup.max_steps=1", "evaluation=false"]
 
 
+@pytest.fixture(scope="module")
+def made(trained: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("made")
+    run(load_recipe(trained.recipe, set=WORDS), runs=runs, name="mine")
+    return runs
+
+
 @pytest.fixture
-def finished(tiny_recipe: Path) -> Path:
-    runs = tiny_recipe.parent / "runs"
-    return run(load_recipe(tiny_recipe, set=WORDS), runs=runs, name="mine").run_folder
+def finished(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "runs") / "mine"
 
 
 def sample(folder: Path, *words: Any) -> None:

@@ -42,8 +42,7 @@ HEADING = "Rehearsal · a step of each stage, on its longest rows"
 
 
 @pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner._Run, "_report", lambda _: [])
+def quick(stages_alone: None) -> None: ...
 
 
 @pytest.fixture

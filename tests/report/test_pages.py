@@ -240,6 +240,7 @@ def test_hostile_text_comes_out_as_text(tmp_path: Path, shown: tuple[Path, str, 
     assert {tag for tag, _ in found.tags} <= {tag for tag, _ in shown[2].tags} | {"code", "ul"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_hides_in_a_text_is_left_out_and_its_lines_stay(tmp_path: Path) -> None:
     text = "one\n two\u202elast\x00\x07\u2066 \ud800 ‍👨‍👩‍👧"
     rows = [{"prompt": text, "answers": {"sft": "a", "ppo": "b"}, "scores": {}}]
@@ -264,6 +265,7 @@ def test_a_page_stays_small_whatever_a_run_holds(tmp_path: Path) -> None:
     assert "(998,500 characters more)" in " ".join(found.text)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cases_are_the_best_the_worst_the_middle_and_some_by_lot(
     tmp_path: Path, shown: tuple[Path, str, Page]
 ) -> None:
@@ -279,6 +281,7 @@ def test_cases_are_the_best_the_worst_the_middle_and_some_by_lot(
         ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_failed_shows_what_there_is(tmp_path: Path) -> None:
     error = {"stage": "ppo", "message": "stage ppo: out of memory", "hint": "smaller batches"}
     run = told(
@@ -298,6 +301,7 @@ def test_a_run_that_failed_shows_what_there_is(tmp_path: Path) -> None:
     assert "No policy was evaluated: there are no answers to show." in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_that_are_missing_or_damaged_are_said_and_nothing_more(tmp_path: Path) -> None:
     run = whole(tmp_path)
     for file in run.parent.rglob("*.json*"):
@@ -313,6 +317,7 @@ def test_files_that_are_missing_or_damaged_are_said_and_nothing_more(tmp_path: P
     harmless(page(run)[0])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_value_of_another_type_is_as_if_it_were_not_there(tmp_path: Path) -> None:
     run = whole(tmp_path)
     damaged = {
@@ -325,16 +330,23 @@ def test_a_value_of_another_type_is_as_if_it_were_not_there(tmp_path: Path) -> N
     people = {"format": 1, "evaluation": KEY, "results": {}, "agreement": {}}
     (run / "people.json").write_text(json.dumps(people))
     assert sorted(TYPES) == sorted(sum(damaged.values(), []))
+    kept = {}
     for name, keys in damaged.items():
         for file in run.parent.rglob(name):
-            value = json.loads(file.read_text())
-            for some in [keys[:4], keys][name != "manifest.json" :]:  # also with its stages
-                file.write_text(json.dumps({**value, **dict.fromkeys(some, 1)}))
-                assert Facts(run).stages or "stages" in some
-                harmless(page(run)[0])
-            file.write_text(json.dumps(value))
+            kept[file] = file.read_text()
+            some = keys[: -1 if name == "manifest.json" else None]  # without its stages
+            file.write_text(json.dumps({**json.loads(kept[file]), **dict.fromkeys(some, 1)}))
+            assert Facts(run).stages
+        harmless(page(run)[0])
+        for file in run.parent.rglob(name):
+            file.write_text(kept[file])
+    manifest = run / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(kept[manifest]) | {"stages": 1}))
+    assert not Facts(run).stages
+    harmless(page(run)[0])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
     ends = [f"ppo.{by}win_rate_{end}" for by in ("", "judge_") for end in ("low", "high")]
     run = told(tmp_path, dict.fromkeys(ends), kinds=["sft", "reward", "ppo", "evaluation"])
@@ -343,6 +355,7 @@ def test_an_older_run_s_page_says_what_it_has_not(tmp_path: Path) -> None:
     assert "71 % of 128 prompts (63–78)" in text  # Wilson's
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_card_goes_with_the_model_and_names_no_place_on_this_machine(tmp_path: Path) -> None:
     run = told(tmp_path, manifest={"title": "A [title](x) | <b>"})
     run_page.write(run)

@@ -347,7 +347,7 @@ def test_the_command_ends_soon_with_one_line(
         capture_output=True,
         text=True,
     )
-    assert time.monotonic() - since < 10
+    assert time.monotonic() - since < 40  # it is one second's work; machines are busy
     assert (done.returncode, done.stdout) == (1, "")
     *before, last = done.stderr.splitlines()
     assert last.startswith("the model owner/model is neither on this machine nor to be had from")

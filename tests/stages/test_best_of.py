@@ -7,6 +7,7 @@ import math
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,16 +25,15 @@ pytestmark = pytest.mark.train
 
 
 def test_the_best_of_n_is_reckoned_from_the_start_s_own_answers(
-    tiny_recipe: Path, tmp_path: Path
+    tiny_recipe: Path, tmp_path: Path, trained: SimpleNamespace
 ) -> None:
     rule = tmp_path / "rule.py"
     rule.write_text("def rule(prompt, answer):\n    return float(len(answer))\n")
     penalty = 1.5  # of the reward that PPO trains on, and that the best is therefore best by
     changes = ["evaluation.best_of=4", f"evaluation.judge=python:{rule}:rule"]
     changes.append(f"ppo.missing_eos_penalty={penalty}")
-    chain = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "stages")
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
+    recipe = load_recipe(tiny_recipe, set=changes)
+    chain = Chain(recipe, tmp_path / "stages", outputs=dict(trained.outputs))
     result = chain.run("best_of", {"policy": "sft", "reward_model": "reward"})
     output = chain.outputs["best_of"]
     floor = read_floor(chain.outputs["reward"])

@@ -27,12 +27,18 @@ def weights(trainer: PPOTrainer) -> list[torch.Tensor]:
     return [*trainer.policy_model.trainable(), *trainer.value_model.trainable()]
 
 
-@pytest.mark.parametrize("killed_after", [2, 3, 4])
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> PPOTrainer:
+    """A training that nothing cut short."""
+    trainer = build(tiny_model, tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("killed_after", [2, 3])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    tiny_model: Path, tmp_path: Path, killed_after: int
+    tiny_model: Path, tmp_path: Path, whole: PPOTrainer, killed_after: int
 ) -> None:
-    whole = build(tiny_model, tmp_path / "whole")
-    whole.train()
     cut = build(tiny_model, tmp_path / "cut", killed_after=killed_after)
     with pytest.raises(Killed):
         cut.train()
@@ -47,9 +53,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_out_of_memory_a_smaller_micro_batch_goes_on(tiny_model: Path, tmp_path: Path) -> None:
-    whole = build(tiny_model, tmp_path / "whole")
-    whole.train()
+def test_out_of_memory_a_smaller_micro_batch_goes_on(
+    tiny_model: Path, tmp_path: Path, whole: PPOTrainer
+) -> None:
     with pytest.raises(Killed):
         build(tiny_model, tmp_path / "cut", killed_after=2).train()
     smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +25,7 @@ from rlhf_recipes.stages.ppo.config import PPOConfig
 from rlhf_recipes.stages.rloo import RLOOTrainer
 from tests.helpers.chains import Chain, Silent, adapter, base_weights, differs
 from tests.helpers.tiny import OTHERS, RECIPE
-from tests.helpers.trainers import PROMPTS
+from tests.helpers.trainers import PROMPTS, TableReward
 
 pytestmark = pytest.mark.train
 
@@ -48,17 +46,6 @@ SHARED = {
     "save_strategy": "no",
 }
 TABLE = torch.linspace(-1, 1, 32).roll(9)  # what an answer is worth, by its last token
-
-
-class Worth(nn.Module):
-    """A reward that is a table over the answer's last token; quacks like a Role."""
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        yield
-
-    def scored(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        return TABLE[ids[torch.arange(len(ids)), last]]
 
 
 def given(prompts: list[list[int]], update: int) -> list[list[int]]:
@@ -134,7 +121,7 @@ def ours(
         processing_class=settle(load_tokenizer(model), 32).tokenizer,
         model=roles[0],
         ref_model=roles[1],
-        reward_model=Worth(),
+        reward_model=TableReward(TABLE),
         train_dataset=PROMPTS[:4],
         limits=FREE,
         key="the stage's",

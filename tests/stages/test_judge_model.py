@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoConfig, GPTNeoXForCausalLM
 
 from rlhf_recipes.data.tokens import encode
 from rlhf_recipes.errors import ModelError
@@ -19,6 +18,7 @@ from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.policy_rules import winning
 from rlhf_recipes.stages.session import Session, check_models
+from tests.helpers.architectures import save_model
 from tests.helpers.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.train
@@ -30,21 +30,14 @@ ROOM = ["dataset.max_prompt_tokens=64", "dataset.max_answer_tokens=64"]
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-NeoX that reads and writes bytes."""
-    torch.manual_seed(1)
-    config = GPTNeoXConfig(
-        vocab_size=265,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
     folder = tmp_path_factory.mktemp("other")
-    GPTNeoXForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
+    words = {"vocab_size": 265, "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return save_model(folder, "gpt_neox", **words)
+
+
+@pytest.fixture(autouse=True)
+def quick(stages_alone: None) -> None: ...
 
 
 def changes(other: Path, *more: str) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,11 +79,10 @@ def test_a_pair_is_one_good_and_one_bad_answer() -> None:
 
 @pytest.mark.parametrize("change", ["lora.r=4", "model.quantization=4bit"])
 def test_it_starts_as_the_reference_and_tells_good_from_bad_more_and_more(
-    thumbs: Path, tmp_path: Path, change: str
+    thumbs: Path, tmp_path: Path, trained: SimpleNamespace, change: str
 ) -> None:
-    chain = Chain(load_recipe(thumbs, set=[change]), tmp_path / "stages")
-    chain.run("sft", {})
-    chain.progress.updates.clear()
+    recipe = load_recipe(thumbs, set=[change])
+    chain = Chain(recipe, tmp_path / "stages", outputs=dict(trained.outputs))
     weights = "2.2"  # of good answers: a third of all
     result = chain.run("kto", {"policy": "sft"})
     steps = chain.progress.updates
@@ -92,10 +92,11 @@ def test_it_starts_as_the_reference_and_tells_good_from_bad_more_and_more(
     assert result.metrics["validation_margin"] > 0.1
 
 
-def test_only_its_own_adapter_moves_and_none_is_left(thumbs: Path, tmp_path: Path) -> None:
-    chain = Chain(load_recipe(thumbs), tmp_path / "stages")
+def test_only_its_own_adapter_moves_and_none_is_left(
+    thumbs: Path, tmp_path: Path, trained: SimpleNamespace
+) -> None:
+    chain = Chain(load_recipe(thumbs), tmp_path / "stages", outputs=dict(trained.outputs))
     base = base_weights(chain.session.base)
-    chain.run("sft", {})
     chain.run("kto", {"policy": "sft"})
     assert not differs(base, base_weights(chain.session.base))
     assert len(differs(adapter(chain.outputs["sft"]), adapter(chain.outputs["kto"]))) == 28
@@ -103,12 +104,12 @@ def test_only_its_own_adapter_moves_and_none_is_left(thumbs: Path, tmp_path: Pat
 
 
 def test_its_loss_is_that_of_the_saved_policy_against_the_one_it_started_from(
-    thumbs: Path, tmp_path: Path
+    thumbs: Path, tmp_path: Path, trained: SimpleNamespace
 ) -> None:
     """By hand, one unpadded answer at a time; without the KL, which hangs on who shares a batch."""
     words = ["kto.loss_type=apo_zero_unpaired", "kto.desirable_weight=1", "kto.beta=0.2"]
-    chain = Chain(load_recipe(thumbs, set=words), tmp_path / "stages")
-    chain.run("sft", {})
+    recipe = load_recipe(thumbs, set=words)
+    chain = Chain(recipe, tmp_path / "stages", outputs=dict(trained.outputs))
     metrics = chain.run("kto", {"policy": "sft"}).metrics
     policy, start = (
         chain.session.base.open(stage, chain.outputs[stage], seed=0) for stage in ("kto", "sft")
@@ -154,6 +155,7 @@ def test_the_micro_batch_and_the_judge_s_share_are_part_of_its_key(
     assert micro[1] != usual[1] != judged[1]
 
 
+@pytest.mark.usefixtures("stages_alone")
 def test_it_runs_alone_and_is_evaluated(thumbs: Path, tmp_path: Path) -> None:
     recipe = load_recipe(thumbs, set=["stages=['kto']"], unset=["sft"])
     outcome = runner.run(recipe, runs=tmp_path / "runs", name="tiny")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from rlhf_recipes.stages.ppo.config import PPOConfig
 from rlhf_recipes.stages.ppo.trainer import PPOTrainer
 from tests.helpers.chains import Silent
 from tests.helpers.roles import make_base
-from tests.helpers.trainers import PROMPTS, make_trainer
+from tests.helpers.trainers import PROMPTS, TableReward, make_trainer
 
 pytestmark = pytest.mark.train
 
@@ -170,21 +168,6 @@ def test_five_updates_give_the_stock_metrics(
     assert 0 < sum(entry["val/num_eos_tokens"] for entry in mine) < UPDATES * BATCH
 
 
-class TableReward(nn.Module):
-    """A reward that is a table over the answer's last token; quacks like a Role."""
-
-    def __init__(self, table: torch.Tensor):
-        super().__init__()
-        self.table = table
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        yield
-
-    def scored(self, ids: torch.Tensor, mask: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        return self.table[ids[torch.arange(len(ids)), last]]
-
-
 def test_a_one_token_bandit_converges_to_its_optimum(tiny_model: Path, tmp_path: Path) -> None:
     """max E[r] − β KL(p ‖ p₀) has the optimum p₀ · exp(r/β) / Z: PPO finds it."""
     beta, prompt = 0.5, [1, 4, 7, 5]
@@ -195,14 +178,14 @@ def test_a_one_token_bandit_converges_to_its_optimum(tiny_model: Path, tmp_path:
         prompts=[{"input_ids": prompt}],
         words={"limits": NO_LIMITS},
         response_length=1,
-        per_device_train_batch_size=256,
+        per_device_train_batch_size=128,
         gradient_accumulation_steps=1,
         num_mini_batches=1,
         num_ppo_epochs=2,
-        total_episodes=256 * 100,
-        learning_rate=5e-3,
+        total_episodes=128 * 45,
+        learning_rate=1e-2,
         kl_coef=beta,
-        local_rollout_forward_batch_size=256,
+        local_rollout_forward_batch_size=128,
         missing_eos_penalty=None,
     )
     reward = torch.linspace(-1, 1, 32).roll(9)

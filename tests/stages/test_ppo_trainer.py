@@ -80,15 +80,16 @@ def test_the_bounds_allow_for_tf32_on_a_card() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("mini_batches", [1, 2, 4])
-@pytest.mark.parametrize("prompts", [PROMPTS * 2, PROMPTS * 8], ids=["one batch", "many"])
+@pytest.mark.parametrize(
+    ("accumulation", "mini_batches", "prompts"),
+    [(1, 1, 8), (1, 2, 2), (1, 4, 8), (2, 1, 2), (2, 4, 2), (4, 1, 8), (4, 2, 8), (4, 4, 2)],
+)
 def test_steps_are_epochs_times_mini_batches(
-    make, accumulation: int, mini_batches: int, prompts: list
+    make, accumulation: int, mini_batches: int, prompts: int
 ) -> None:
     """Stock: accumulation counts the whole batch, and a pass's last batch steps every time."""
     trainer = make(
-        prompts=prompts,
+        prompts=PROMPTS * prompts,  # one batch, or many
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
         num_mini_batches=mini_batches,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_every_stage_reports_to_tensorboard(tiny_recipe: Path, tmp_path: Path, h
     words += ["sft.logging_steps=1", "reward.logging_steps=2", "reward.eval_strategy=steps"]
     words += ["reward.eval_steps=3", "ppo.eval_steps=1", "ppo.logging_steps=1"]
     chain = Chain(load_recipe(tiny_recipe, set=words), tmp_path / "stages")
-    results = chain.all()
+    results = chain.train()
     assert list(here.iterdir()) == []
 
     sft = scalars(tmp_path / "stages" / "sft" / "tensorboard")
@@ -65,14 +66,16 @@ def test_every_stage_reports_to_tensorboard(tiny_recipe: Path, tmp_path: Path, h
 
 
 def test_nothing_is_reported_unless_asked(
-    tiny_recipe: Path, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path,
+    tmp_path: Path,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    trained: SimpleNamespace,
 ) -> None:
     """Not even where tensorboard is installed; all of PPO's numbers are kept, three are shown."""
-    chain = Chain(load_recipe(tiny_recipe), tmp_path / "stages")
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
+    chain = Chain(load_recipe(tiny_recipe), tmp_path / "stages", outputs=dict(trained.outputs))
     with Screen(tmp_path / "log.txt") as screen:
-        (tmp_path / "stages" / "ppo").mkdir()
+        (tmp_path / "stages" / "ppo").mkdir(parents=True)
         with StageProgress(screen, tmp_path / "stages" / "ppo") as chain.progress:
             chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
     assert list(here.iterdir()) == [] and not list(tmp_path.rglob("*tfevents*"))

@@ -58,6 +58,10 @@ WALL_CLOCK = ("seconds", "eps")
 Go = Callable[[dict[str, Any]], dict[str, Any]]
 
 
+@pytest.fixture(autouse=True)
+def quick(stages_alone: None) -> None: ...
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_model: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Go:
     """What a recipe with these settings ends with where nothing interrupts it."""

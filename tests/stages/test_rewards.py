@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,20 +25,9 @@ RED = 'ppo.rewards=[{ rule = "contains", text = "red" }]'
 BOTH = 'ppo.rewards=["reward", { rule = "words", at_most = 2, weight = 0.5 }]'
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_pairs: Path) -> Chain:
-    """SFT and a reward model, for the chains below to start from."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.toml").write_text(RECIPE.format(model=tiny_model, data=tiny_pairs))
-    chain = Chain(load_recipe(folder / "tiny.toml"), folder)
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
-    return chain
-
-
 @pytest.fixture
-def chain_of(trained: Chain, tmp_path: Path) -> Callable[..., Chain]:
-    def made(*changes: str, recipe: Path = trained.recipe.path, name: str = "stages") -> Chain:
+def chain_of(trained: SimpleNamespace, tmp_path: Path) -> Callable[..., Chain]:
+    def made(*changes: str, recipe: Path = trained.recipe, name: str = "stages") -> Chain:
         loaded = load_recipe(recipe, set=changes)
         return Chain(loaded, tmp_path / name, outputs=dict(trained.outputs))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf_recipes.errors import StageError
+from rlhf_recipes.models.base import Base
 from rlhf_recipes.models.reward_model import (
     fined,
     floor_of,
@@ -31,14 +34,28 @@ pytestmark = pytest.mark.train
 
 
 @pytest.fixture
-def chain(tiny_recipe: Path, tmp_path: Path) -> Chain:
-    return Chain(load_recipe(tiny_recipe), tmp_path / "stages")
+def chain(tiny_recipe: Path, tmp_path: Path, trained: SimpleNamespace) -> Chain:
+    """SFT and a reward model are there."""
+    return Chain(load_recipe(tiny_recipe), tmp_path / "stages", outputs=dict(trained.outputs))
 
 
-def test_each_stage_moves_its_own_weights_and_no_other(chain: Chain) -> None:
-    base = base_weights(chain.session.base)
-    results = chain.all()
-    assert not differs(base, base_weights(chain.session.base))
+def content(base: Base) -> dict[str, str]:
+    """Digests: a copy of the weights would be one in memory."""
+    named = base_weights(base).items()
+    return {name: hashlib.sha256(one.numpy().tobytes()).hexdigest() for name, one in named}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, trained: SimpleNamespace) -> Chain:
+    """The whole chain, its results, and its base before; only to be read."""
+    chain = Chain(load_recipe(trained.recipe), tmp_path_factory.mktemp("whole"))
+    chain.base, chain.results = content(chain.session.base), chain.all()
+    return chain
+
+
+def test_each_stage_moves_its_own_weights_and_no_other(whole: Chain) -> None:
+    chain, results = whole, whole.results
+    assert chain.base == content(chain.session.base)
     sft, reward = adapter(chain.outputs["sft"]), adapter(chain.outputs["reward"])
     policy = adapter(chain.outputs["ppo"])
     value = adapter(chain.outputs["ppo"] / "value")
@@ -54,13 +71,10 @@ def test_a_killed_ppo_stage_goes_on_and_ends_with_the_same_bytes(
     chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = {"policy": "sft", "reward_model": "reward"}
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     recipe = load_recipe(chain.recipe.path, set=["ppo.save_steps=1"])
-    trained = dict(chain.outputs)
 
     def start(folder: str) -> Chain:
-        return Chain(recipe, tmp_path / folder, outputs=dict(trained))
+        return Chain(recipe, tmp_path / folder, outputs=dict(chain.outputs))
 
     def weights(chain: Chain) -> dict[str, bytes]:
         output = chain.outputs["ppo"]
@@ -111,10 +125,9 @@ def test_a_stage_that_is_left_with_none_says_of_what(
     assert error.value.message == wrong
 
 
-def test_the_base_is_in_memory_once_after_every_stage(chain: Chain) -> None:
+def test_the_base_is_in_memory_once_after_every_stage(whole: Chain) -> None:
     """No stage keeps a second copy, and no adapter outlives its stage."""
-    chain.all()
-    lm = chain.session.base.lm
+    lm = whole.session.base.lm
     embedding = lm.get_input_embeddings().weight
     live = [t for t in _live_tensors() if t.shape == embedding.shape]
     copies = {t.data_ptr() for t in live if torch.equal(t, embedding)}
@@ -153,7 +166,7 @@ def test_the_ids_of_equal_text_are_equal_in_every_stage(
         train(self)
 
     monkeypatch.setattr(PPOTrainer, "train", spy)
-    chain.all()
+    chain.train()
     data = chain.session.data(chain.recipe.dataset)
     examples = {tuple(e.prompt_ids + e.chosen_ids): e for e in data.train}
     sft = {tuple(row["input_ids"]) for row in seen["SFT rows"]}
@@ -170,8 +183,6 @@ def test_the_ids_of_equal_text_are_equal_in_every_stage(
 
 
 def test_the_reference_is_the_sft_model(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     weights: dict[str, torch.Tensor] = {}
     train = PPOTrainer.train
 
@@ -196,8 +207,6 @@ def test_the_value_starts_as_the_reward_model_in_units(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any step, the value of a finished answer is its reward."""
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     apart: list[float] = []
     train = PPOTrainer.train
 
@@ -219,8 +228,6 @@ def test_the_value_starts_as_the_reward_model_in_units(
 @pytest.mark.parametrize("start", ["nothing", "ppo"])
 def test_the_reference_is_what_the_stage_starts_from(chain: Chain, start: str) -> None:
     """Without SFT, the bare base; in a second PPO stage, the first one's policy: KL 0 at first."""
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     inputs = {"reward_model": "reward"}
     if start == "ppo":
         chain.run("ppo", {"policy": "sft", **inputs})
@@ -243,8 +250,6 @@ def test_kl_is_0_at_first_without_sft_under_any_adapter(tiny_recipe, tmp_path, w
 
 
 def test_ppo_taken_as_sft_is_unchanged_at_half_the_wins(chain: Chain) -> None:
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     metrics = chain.evaluate({"sft": "sft", "ppo": "sft"}).metrics
     assert metrics["ppo.win_rate"] == 0.5
     assert metrics["ppo.kl"] == 0.0
@@ -253,23 +258,15 @@ def test_ppo_taken_as_sft_is_unchanged_at_half_the_wins(chain: Chain) -> None:
     assert metrics["ppo.score"] == metrics["sft.score"] != metrics["base.score"]
 
 
-def test_evaluating_or_not_changes_no_weight(chain: Chain, tiny_recipe: Path) -> None:
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
+def test_evaluating_or_not_changes_no_weight(chain: Chain, whole: Chain) -> None:
     chain.evaluate({"sft": "sft"})
     chain.run("ppo", {"policy": "sft", "reward_model": "reward"})
-    other = Chain(load_recipe(tiny_recipe), chain.folder.with_name("other"))
-    other.run("sft", {})
-    other.run("reward", {"policy": "sft"})
-    other.run("ppo", {"policy": "sft", "reward_model": "reward"})
-    for stage in ("sft", "reward", "ppo"):
-        a, b = (c.outputs[stage] / "adapter_model.safetensors" for c in (chain, other))
+    for part in (".", "value"):
+        a, b = (c.outputs["ppo"] / part / "adapter_model.safetensors" for c in (chain, whole))
         assert a.read_bytes() == b.read_bytes()
 
 
 def test_the_unit_is_mean_0_and_deviation_1_over_the_training_chosen(chain: Chain) -> None:
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     reward = open_reward(chain.session.base, chain.outputs["reward"])
     pairs = chain.session.data(chain.recipe.dataset).reward_train
     scores = score_ids(reward, [(e.prompt_ids, e.chosen_ids) for e in pairs], 0, 7)
@@ -279,11 +276,10 @@ def test_the_unit_is_mean_0_and_deviation_1_over_the_training_chosen(chain: Chai
 
 @pytest.mark.parametrize("kind", ["own", "foreign"])
 def test_a_rejected_answer_that_is_cut_in_half_gains_nothing(
-    chain: Chain, tmp_path: Path, kind: str
+    chain: Chain, tmp_path: Path, trained: SimpleNamespace, kind: str
 ) -> None:
     """A penalty of 1 alone leaves it a gain: the reward model has seen no answer without EOS."""
-    chain.run("sft", {})
-    metrics = chain.run("reward", {"policy": "sft"}).metrics
+    metrics = trained.metrics["reward"]
     rows = [e for e in chain.session.data(chain.recipe.dataset).reward_train if e.rejected_ids[1:]]
     unit = 1.0
     if kind == "own":
@@ -309,8 +305,6 @@ def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(
     chain: Chain, tiny_recipe: Path, tmp_path: Path
 ) -> None:
     """PPO against a reward model from a folder: held apart, the value from the policy, at 0."""
-    chain.run("sft", {})
-    chain.run("reward", {"policy": "sft"})
     folder = tmp_path / "exported"
     write_reward_model(chain.session, chain.outputs["reward"], folder, form="merged")
     mean, std = read_unit(chain.outputs["reward"])
@@ -321,7 +315,7 @@ def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(
 
     changes = [f"ppo.reward_model={folder}", 'stages=["sft", "ppo"]']
     other = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "other")
-    other.run("sft", {})
+    other.outputs["sft"] = chain.outputs["sft"]
     result = other.run("ppo", {"policy": "sft"})
     assert result.metrics["updates"] == 2 and result.metrics["reward.test_pairs"] == 15
     metrics = other.run(
@@ -330,9 +324,9 @@ def test_an_exported_reward_model_scores_as_trained_and_serves_another_run(
     assert 0 < metrics["ppo.kl"] < 50
 
 
-def test_the_evaluations_numbers_are_what_they_say(chain: Chain) -> None:
+def test_the_evaluations_numbers_are_what_they_say(whole: Chain) -> None:
     """Recomputed from the answers it left on disk."""
-    metrics = chain.all()["evaluation"].metrics
+    chain, metrics = whole, whole.results["evaluation"].metrics
     lines = (chain.outputs["evaluation"] / "answers.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == metrics["evaluation.prompts"] == 12
@@ -347,12 +341,15 @@ def test_the_evaluations_numbers_are_what_they_say(chain: Chain) -> None:
     assert metrics["ppo.distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs), abs=0.1)
 
 
-def test_a_written_rule_judges_beside_the_reward_model(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_a_written_rule_judges_beside_the_reward_model(
+    tiny_recipe: Path, tmp_path: Path, whole: Chain
+) -> None:
     """It gets the prompt and the answer as texts, and its numbers are those in answers.jsonl."""
     rule = tmp_path / "rule.py"
     rule.write_text("def rule(prompt, answer):\n    return len(answer) + len(prompt) / 1000\n")
-    chain = Chain(load_recipe(tiny_recipe, set=[f"evaluation.judge=python:{rule}:rule"]), tmp_path)
-    metrics = chain.all()["evaluation"].metrics
+    recipe = load_recipe(tiny_recipe, set=[f"evaluation.judge=python:{rule}:rule"])
+    chain = Chain(recipe, tmp_path, outputs=dict(whole.outputs))
+    metrics = chain.evaluate({"sft": "sft", "ppo": "ppo"}).metrics
     lines = (chain.outputs["evaluation"] / "answers.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     for row in rows:
@@ -387,7 +384,6 @@ def test_nats_under_the_base_are_the_mean_over_tokens(chain: Chain) -> None:
 
 def test_exact_kl_is_the_vocabularys(chain: Chain) -> None:
     """Against a sum over the vocabulary by hand, one unpadded answer at a time."""
-    chain.run("sft", {})
     base = chain.session.base
     policy = base.open("policy", chain.outputs["sft"], seed=0)
     start = base.open("start", None, seed=0)
@@ -431,7 +427,8 @@ def test_sft_in_bfloat16_learns_what_it_learns_in_float32(
     ],
 )
 def test_the_chain_runs_otherwise_too(tiny_recipe: Path, tmp_path: Path, change: str) -> None:
-    results = Chain(load_recipe(tiny_recipe, set=[change]), tmp_path / "stages").all()
+    few = ["sft.max_steps=2", "reward.max_steps=2", "evaluation.prompts=4"]
+    results = Chain(load_recipe(tiny_recipe, set=[*few, change]), tmp_path / "stages").all()
     assert results["ppo"].metrics["updates"] == 2
     assert 0.0 < results["evaluation"].metrics["ppo.kl"] < 50
 
@@ -442,9 +439,8 @@ def test_checkpointing_in_stock_trainers_changes_no_weight(
     """And neither leaves its hooks or its switch on the session base."""
     changes = ["sft.gradient_checkpointing=true", "reward.gradient_checkpointing=true"]
     other = Chain(load_recipe(tiny_recipe, set=changes), tmp_path / "checkpointed")
-    for one in (chain, other):
-        one.run("sft", {})
-        one.run("reward", {"policy": "sft"})
+    other.run("sft", {})
+    other.run("reward", {"policy": "sft"})
     for stage in ("sft", "reward"):
         plain, checkpointed = adapter(chain.outputs[stage]), adapter(other.outputs[stage])
         assert all(torch.allclose(plain[k], checkpointed[k], atol=1e-5) for k in plain)
@@ -468,7 +464,7 @@ def test_the_chain_runs_quantized_and_every_adapter_trains(
     words = [f"model.quantization={bits}", "ppo.cliprange=0.5"]
     recipe = load_recipe(tiny_recipe, set=words, unset=CHECKPOINTING)
     chain = Chain(recipe, tmp_path / "stages")
-    chain.all()
+    chain.train()
     sft, policy = adapter(chain.outputs["sft"]), adapter(chain.outputs["ppo"])
     value, reward = adapter(chain.outputs["ppo"] / "value"), adapter(chain.outputs["reward"])
     assert len(differs(sft, policy)) == 28 and len(differs(reward, value)) == 28

@@ -40,7 +40,7 @@ from tests.helpers.worlds import (
 
 pytestmark = pytest.mark.train
 
-CASES, SHORT = 200, 25
+CASES, SHORT = 200, 12
 
 # ---- edits: each changes the world, and gives the stages whose own result that changes -----------
 
