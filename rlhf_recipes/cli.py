@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import cli_feedback, cli_tables, errors, findings, text
+from rlhf_recipes import cli_feedback, cli_tables, cli_ui, errors, findings, text
 from rlhf_recipes.cli_options import (
     NONE,
     RUNS,
@@ -443,6 +443,7 @@ def export(
 
 
 app.add_typer(cli_feedback.app)
+app.add_typer(cli_ui.app)
 
 
 def main() -> NoReturn:
