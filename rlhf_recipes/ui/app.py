@@ -19,7 +19,7 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from rlhf_recipes.feedback.guard import Guard, known
-from rlhf_recipes.ui import runs
+from rlhf_recipes.ui import run, runs
 from rlhf_recipes.ui.house import STATIC, House
 
 
@@ -28,7 +28,7 @@ class Ui(House):
 
     @property
     def app(self) -> Guard:
-        inside = Router([*runs.routes(self)], redirect_slashes=False)
+        inside = Router([*runs.routes(self), *run.routes(self)], redirect_slashes=False)
         routes = [
             *(Route(f"/{name}", _static) for name in STATIC),
             Mount("/{token}", app=_Known(self, inside)),
@@ -41,7 +41,7 @@ class Ui(House):
         assert isinstance(error, HTTPException)
         said = {404: "There is nothing here. Use the address that the terminal shows, whole."}
         line = said.get(error.status_code, error.detail)
-        made = self.page("says.html", request, error.status_code, line=line)
+        made = self.page("says.html", request, code=error.status_code, line=line)
         if error.status_code in (408, 413):
             made.headers["connection"] = "close"
         return made

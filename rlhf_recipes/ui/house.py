@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ POLICY = (
     "default-src 'none'; style-src 'self'; style-src-attr 'unsafe-inline'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
+PATIENCE = 20
 ME = "\0ui"  # whose address it is: no person of the labelling page can have that name
 
 
@@ -41,18 +43,20 @@ class House:
         runs.mkdir(parents=True, exist_ok=True)
         self.runs = runs
         self.people: Mapping[str, str] = {token(runs, ME): "you"}
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._kept: dict[str, tuple[Any, Any, float]] = {}
         self._drawing = threading.Lock()  # matplotlib's settings are one for all threads
 
-    def page(self, name: str, request: Request, code: int = 200, **values: Any) -> Response:
-        made = PAGES.get_template(name).render(
-            base=self.base, version=VERSION, at=request.url.path, **values
+    def page(self, template: str, request: Request, /, code: int = 200, **values: Any) -> Response:
+        made = PAGES.get_template(template).render(
+            base=self.base, version=VERSION, here=request.url.path, **values
         )
         return HTMLResponse(made, code, {"content-security-policy": POLICY})
 
-    def part(self, name: str, **values: Any) -> str:
-        """A piece of a page, as the page itself has it."""
-        return PAGES.get_template(name).render(base=self.base, **values)
+    def blocks(self, template: str, names: Iterable[str], /, **values: Any) -> dict[str, str]:
+        """Pieces of a page as the page itself has them: what changes as one looks at it."""
+        found = PAGES.get_template(template)
+        context = found.new_context({"base": self.base, **values})
+        return {name: "".join(found.blocks[name](context)).strip() for name in names}
 
     @property
     def base(self) -> str:
@@ -68,9 +72,18 @@ class House:
                 return folder, manifest
         raise HTTPException(404)
 
-    def kept(self, place: str, about: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made anew where `about` is another than at the last time."""
+    def kept(
+        self, place: str, about: Any, make: Callable[[], Any], *, patient: bool = False
+    ) -> Any:
+        """What `make` gives, made anew where `about` is another than at the last time.
+
+        `patient`: not before PATIENCE times as long has passed as it took: a run needs the cores.
+        """
         with self._drawing:
-            if self._kept.get(place, (None, None))[0] != about:
-                self._kept[place] = about, make()
-            return self._kept[place][1]
+            before, value, until = self._kept.get(place, (None, None, 0.0))
+            begun = time.monotonic()
+            if before != about and not (patient and begun < until):
+                value = make()
+                until = begun + PATIENCE * (time.monotonic() - begun)
+                self._kept[place] = about, value, until
+            return value

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rlhf_recipes.cli_tables import when
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.verdict import verdict
 from rlhf_recipes.store import history
@@ -19,8 +20,7 @@ def routes(house: House) -> list[Route]:
         return house.page("runs.html", request, **_listed(house))
 
     def now(request: Request) -> Response:
-        listed = _listed(house)
-        return JSONResponse({"parts": {"list": house.part("runs_list.html", **listed)}})
+        return JSONResponse({"parts": house.blocks("runs.html", ["list"], **_listed(house))})
 
     return [Route("/", show), Route("/now", now)]
 
@@ -30,5 +30,7 @@ def _listed(house: House) -> dict[str, Any]:
     runs = found["runs"][::-1]
     runs.sort(key=lambda run: run["outcome"] != "running")
     for run in runs:
-        run["finding"] = verdict(Facts(house.runs / run["name"]))[0]
+        first = [*verdict(Facts(house.runs / run["name"])), None][0]
+        run["level"], run["says"] = (first.level, first.text) if first else ("note", "")
+        run["when"] = when(run["ended"])
     return {"runs": runs, "others": found["others"], "folder": house.runs.resolve().name}

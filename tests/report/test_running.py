@@ -41,7 +41,7 @@ def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_a_curve_that_is_damaged_says_nothing(tmp_path: Path) -> None:
-    assert history.progress(tmp_path) == ""
+    assert history.pace(tmp_path) is None
     for text in (
         "{",
         "[1]",
@@ -50,9 +50,9 @@ def test_a_curve_that_is_damaged_says_nothing(tmp_path: Path) -> None:
         "[" * 9999,
     ):
         (tmp_path / "metrics.jsonl").write_text(text)
-        assert history.progress(tmp_path) == ""
+        assert history.pace(tmp_path) is None
     (tmp_path / "metrics.jsonl").write_text(json.dumps(STEPS[0]))
-    assert history.progress(tmp_path) == "step 1 of 30"
+    assert str(history.pace(tmp_path)) == "step 1 of 30"
 
 
 def test_runs_has_the_win_rate_by_the_judge_where_there_is_one(tmp_path: Path) -> None:
