@@ -69,6 +69,7 @@ class Page:
     ended: Callable[[], None] = lambda: None
     about: Callable[[], list[tuple[str, str]]] = list  # more to say of what was judged
     soonest: float = SOONEST
+    back: str = ""  # where it leads when it has ended; "" where a terminal goes on
     shown_guideline: texts.Text = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Page:
     @property
     def app(self) -> guard.Guard:
         routes = [
-            *(Route(f"/{name}", self._static) for name in STATIC),
+            *(Route(f"/{name}", static) for name in STATIC),
             Route("/{token}", self._home),
             Route("/{token}/", self._next),
             Route("/{token}/all", self._all),
@@ -172,7 +173,7 @@ class Page:
         await guard.fields(request)
         made = await run_in_threadpool(self._page, "ended.html", request)  # 404 for a stranger
         self.ended()
-        return made
+        return RedirectResponse(self.back, 303) if self.back else made
 
     # ---- what all of them share
 
@@ -180,7 +181,8 @@ class Page:
         return guard.known(request, self.people)
 
     def _to(self, request: Request, place: str) -> Response:
-        return RedirectResponse(f"/{request.path_params['token']}/{place}", 303)
+        root = request.scope.get("root_path", "")
+        return RedirectResponse(f"{root}/{request.path_params['token']}/{place}", 303)
 
     def _page(self, name: str, request: Request, code: int = 200, **values: Any) -> Response:
         person = self._person(request)
@@ -197,10 +199,6 @@ class Page:
         }
         return HTMLResponse(PAGES.get_template(name).render(shared | values), code)
 
-    def _static(self, request: Request) -> Response:
-        content, kind = STATIC[request.url.path.removeprefix("/")]
-        return Response(content, media_type=kind, headers={"cache-control": "max-age=86400"})
-
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         said = {404: "There is nothing here. Use the address that the terminal shows, whole."}
@@ -210,6 +208,12 @@ class Page:
         assert isinstance(error, sqlite3.Error)
         code, why = trouble(error)
         return _says(f"Nothing was changed: {why}, then load this page again.", code)
+
+
+def static(request: Request) -> Response:
+    """Of STATIC; at the root of whatever the page is part of."""
+    content, kind = STATIC[request.url.path.removeprefix("/")]
+    return Response(content, media_type=kind, headers={"cache-control": "max-age=86400"})
 
 
 def trouble(error: sqlite3.Error) -> tuple[int, str]:

@@ -29,6 +29,12 @@ def queue(run_folder: Path) -> str:
     return f"{QUEUE}-{_key(Facts(run_folder))[:12]}"
 
 
+def compared(run_folder: Path) -> tuple[str, str] | None:
+    """The policy and the start that a run's evaluation has differing answers of."""
+    facts = Facts(run_folder)
+    return _policies(facts) if any(True for _ in _compared(facts)) else None
+
+
 def evaluation_items(run_folder: Path, pairs: int = PAIRS) -> list[Item]:
     """So many pairs of answers to judge, drawn by lot; more pairs begin with the same ones.
 

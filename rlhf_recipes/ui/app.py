@@ -9,6 +9,8 @@ name among the folders there: no request holds a path.
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -19,8 +21,12 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from rlhf_recipes.feedback.guard import Guard, known
-from rlhf_recipes.ui import run, runs
+from rlhf_recipes.feedback.page import trouble
+from rlhf_recipes.ui import compare, run, runs
 from rlhf_recipes.ui.house import STATIC, House
+from rlhf_recipes.ui.label import Labelling
+
+KNOWN = "rlhf-recipes.known"  # in a request's scope: a stranger's answer must not have the address
 
 
 class Ui(House):
@@ -28,12 +34,16 @@ class Ui(House):
 
     @property
     def app(self) -> Guard:
-        inside = Router([*runs.routes(self), *run.routes(self)], redirect_slashes=False)
+        labelling = Labelling(self)
+        inside = [route for page in (runs, run, compare) for route in page.routes(self)]
+        inside += labelling.routes()
         routes = [
             *(Route(f"/{name}", _static) for name in STATIC),
-            Mount("/{token}", app=_Known(self, inside)),
+            *labelling.mounts(),
+            Mount("/{token}", app=_Known(self, Router(inside, redirect_slashes=False))),
         ]
-        made = Starlette(routes=routes, exception_handlers={HTTPException: self._refused})
+        handlers = {HTTPException: self._refused, sqlite3.Error: self._failed}
+        made = Starlette(routes=routes, exception_handlers=handlers)
         made.router.redirect_slashes = False  # it would lead "//elsewhere/" there
         return Guard(made)
 
@@ -41,10 +51,17 @@ class Ui(House):
         assert isinstance(error, HTTPException)
         said = {404: "There is nothing here. Use the address that the terminal shows, whole."}
         line = said.get(error.status_code, error.detail)
-        made = self.page("says.html", request, code=error.status_code, line=line)
+        words = {"line": line, "base": self.base if request.scope.get(KNOWN) else ""}
+        made = self.page("says.html", request, code=error.status_code, **words)
         if error.status_code in (408, 413):
             made.headers["connection"] = "close"
         return made
+
+    async def _failed(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, sqlite3.Error)
+        code, why = trouble(error)
+        line = f"Nothing was changed: {why}, then load this page again."
+        return await self._refused(request, HTTPException(code, line))
 
 
 class _Known:
@@ -55,6 +72,7 @@ class _Known:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         known(Request(scope), self.house.people)
+        scope[KNOWN] = True
         await self.app(scope, receive, send)
 
 
@@ -63,8 +81,8 @@ def _static(request: Request) -> Response:
     return Response(content, media_type=kind, headers={"cache-control": "max-age=86400"})
 
 
-def serve(runs_folder: Path, port: int) -> None:
+def serve(runs_folder: Path, port: int, files: Sequence[Path] = ()) -> None:
     """Serve the ui until Ctrl-C. Raises UsageError where the port cannot be had."""
     from rlhf_recipes.feedback.serving import at_address
 
-    at_address(Ui(runs_folder), port, print)
+    at_address(Ui(runs_folder, files), port, print)

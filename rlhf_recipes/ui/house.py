@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,17 @@ ME = "\0ui"  # whose address it is: no person of the labelling page can have tha
 class House:
     """The ui of one runs folder."""
 
-    def __init__(self, runs: Path) -> None:
+    def __init__(self, runs: Path, files: Sequence[Path] = ()) -> None:
         runs.mkdir(parents=True, exist_ok=True)
         self.runs = runs
+        self.files = files
         self.people: Mapping[str, str] = {token(runs, ME): "you"}
         self._kept: dict[str, tuple[Any, Any, float]] = {}
         self._drawing = threading.Lock()  # matplotlib's settings are one for all threads
 
     def page(self, template: str, request: Request, /, code: int = 200, **values: Any) -> Response:
-        made = PAGES.get_template(template).render(
-            base=self.base, version=VERSION, here=request.url.path, **values
-        )
+        shared = {"base": self.base, "version": VERSION, "here": request.url.path}
+        made = PAGES.get_template(template).render(shared | values)
         return HTMLResponse(made, code, {"content-security-policy": POLICY})
 
     def blocks(self, template: str, names: Iterable[str], /, **values: Any) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rlhf_recipes.errors import UsageError
+from rlhf_recipes.feedback import winrate
 from rlhf_recipes.feedback.guard import fields
 from rlhf_recipes.recipe.kinds import KINDS
 from rlhf_recipes.report import charts, run_page
@@ -45,6 +49,8 @@ def routes(house: House) -> list[Route]:
             return house.page(
                 "run.html", request, code=code, **_live(house, folder, manifest), **said
             )
+        with contextlib.suppress(OSError, UsageError, sqlite3.Error):  # as `report` does
+            winrate.write(folder)
         facts = Facts(folder)
         about = run_page.made_from(facts)
         values = house.kept(
