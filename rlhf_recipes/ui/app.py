@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from rlhf_recipes.feedback.guard import Guard, known
 from rlhf_recipes.feedback.page import trouble
 from rlhf_recipes.ui import compare, run, runs
+from rlhf_recipes.ui.chat import Chat
 from rlhf_recipes.ui.house import STATIC, House
 from rlhf_recipes.ui.label import Labelling
 
@@ -36,7 +37,7 @@ class Ui(House):
     def app(self) -> Guard:
         labelling = Labelling(self)
         inside = [route for page in (runs, run, compare) for route in page.routes(self)]
-        inside += labelling.routes()
+        inside += [*labelling.routes(), *Chat(self).routes()]
         routes = [
             *(Route(f"/{name}", _static) for name in STATIC),
             *labelling.mounts(),

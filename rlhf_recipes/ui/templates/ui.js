@@ -24,6 +24,13 @@ function put(place, html) {
   if (details && html) details.hidden = false;
 }
 
+addEventListener("keydown", (event) => {
+  const field = event.target.closest("textarea[data-enter]");
+  if (!field || event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (field.value.trim()) field.form.requestSubmit();
+});
+
 if (main) {
   const every = 1000 * main.dataset.every;
   const next = () => setTimeout(() => look().catch(() => {}).finally(next), every);
