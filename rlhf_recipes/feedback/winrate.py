@@ -30,9 +30,12 @@ def queue(run_folder: Path) -> str:
 
 
 def compared(run_folder: Path) -> tuple[str, str] | None:
-    """The policy and the start that a run's evaluation has differing answers of."""
+    """How a run's policy and its start are called, where its evaluation has answers that differ."""
     facts = Facts(run_folder)
-    return _policies(facts) if any(True for _ in _compared(facts)) else None
+    if not any(True for _ in _compared(facts)):
+        return None
+    policy, start = map(facts.plain_title, _policies(facts))
+    return policy, start
 
 
 def evaluation_items(run_folder: Path, pairs: int = PAIRS) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from rlhf_recipes.data.tokens import Messages, encode
+from rlhf_recipes.data.tokens import Messages, Tokens, encode
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import sampling
 from rlhf_recipes.pipeline.export import shared_of
@@ -58,3 +58,20 @@ class Speakers:
                 generation_config=self.settings,
                 streamer=streamer,
             )
+
+
+class Writer(BaseStreamer):
+    """Writes an answer, as it comes, to a place of a list, which other threads read."""
+
+    def __init__(self, texts: list[str], place: int, tokens: Tokens) -> None:
+        self.texts, self.place, self.tokens = texts, place, tokens
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() > 1:
+            return  # the prompt
+        self.ids += value.tolist()
+        self.texts[self.place] = self.tokens.decode(self.ids).rstrip("\ufffd")  # half a character
+
+    def end(self) -> None:
+        self.texts[self.place] = self.tokens.decode(self.ids)

@@ -89,7 +89,7 @@ class Talks:
             talk.done_at, talk.doing = time.time(), ""
 
     def _answer(self, talk: Talk) -> None:
-        from rlhf_recipes.ui.writer import Writer
+        from rlhf_recipes.pipeline.speakers import Writer
 
         speakers = self._speakers(talk)
         prompt = speakers.prompt(talk.turns)
