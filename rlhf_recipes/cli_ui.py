@@ -14,7 +14,7 @@ from rlhf_recipes.errors import UsageError
 app = typer.Typer()
 
 Files = Annotated[
-    list[Path], Argument(metavar="[FILE...]", help="Files of answers, to be judged there.")
+    list[Path], Argument(metavar="FILE...", help="Files of answers, to be judged there.")
 ]
 Port = Annotated[int, Option(metavar="N", help="Of the page; 0 takes any.")]
 
