@@ -41,12 +41,17 @@ class Ui(House):
         routes = [
             *(Route(f"/{name}", _static) for name in STATIC),
             *labelling.mounts(),
+            Route("/{token}", self._home),
             Mount("/{token}", app=_Known(self, Router(inside, redirect_slashes=False))),
         ]
         handlers = {HTTPException: self._refused, sqlite3.Error: self._failed}
         made = Starlette(routes=routes, exception_handlers=handlers)
         made.router.redirect_slashes = False  # it would lead "//elsewhere/" there
         return Guard(made)
+
+    def _home(self, request: Request) -> Response:
+        known(request, self.people)
+        return self.to("")
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -72,18 +72,23 @@ class House:
                 return folder, manifest
         raise HTTPException(404)
 
-    def kept(
-        self, place: str, about: Any, make: Callable[[], Any], *, patient: bool = False
-    ) -> Any:
-        """What `make` gives, made anew where `about` is another than at the last time.
-
-        `patient`: not before PATIENCE times as long has passed as it took: a run needs the cores.
-        """
+    def kept(self, place: str, about: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made anew where `about` is another than at the last time."""
         with self._drawing:
-            before, value, until = self._kept.get(place, (None, None, 0.0))
-            begun = time.monotonic()
-            if before != about and not (patient and begun < until):
+            before, value, _ = self._kept.get(place, (None, None, 0.0))
+            if before != about:
+                begun = time.monotonic()
                 value = make()
-                until = begun + PATIENCE * (time.monotonic() - begun)
-                self._kept[place] = about, value, until
+                now = time.monotonic()
+                self._kept[place] = about, value, now + PATIENCE * (now - begun)
             return value
+
+    def soon(self, place: str, about: Any, make: Callable[[], list[Any]]) -> list[Any]:
+        """What `make` gave at last, at first []; where `about` has changed, a thread makes it anew.
+
+        Not before PATIENCE times as long has passed as it took: a run needs the cores.
+        """
+        before, value, until = self._kept.get(place, (None, [], 0.0))
+        if before != about and time.monotonic() >= until and not self._drawing.locked():
+            threading.Thread(target=self.kept, args=(place, about, make), daemon=True).start()
+        return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sqlite3
 from datetime import UTC, datetime
@@ -84,21 +85,25 @@ def _live(house: House, folder: Path, manifest: dict[str, Any]) -> dict[str, Any
     facts = Facts(folder)
     at = next((stage for stage in facts.stages if not stage.record), None)
     pace = history.pace(at.folder) if at else None
-    began = manifest.get("started")
+    elapsed, silent = _age(manifest.get("started")), _age(pace.at if pace else "")
+    ready = bool(at and locks.held(at.folder))
+    before = None  # where an earlier process left it: this one has not made a step yet
+    if pace and (not ready or (silent or 0) > (elapsed or math.inf)):
+        before, pace = pace, None
     plots = _curves(house, facts, at) if at else []
-    silent = _age(pace.at) if pace and pace.at else None
     return {
         "run": folder.name,
         "title": facts.manifest.get("title") or folder.name,
         "stages": facts.stages,
         "at": at,
-        "ready": bool(at and locks.held(at.folder)),
+        "ready": ready,
+        "before": before,
         "pace": pace,
         "share": 100 * pace.step / pace.of if pace and pace.of else 0,
         "left": duration(pace.left) if pace and pace.left is not None else "",
         "silent": duration(silent) if silent is not None else "",
         "loud": silent is not None and silent > SILENT,
-        "elapsed": duration(_age(began) or 0.0) if isinstance(began, str) else "",
+        "elapsed": duration(elapsed or 0.0),
         "first": plots[:FIRST],
         "more": plots[FIRST:],
         "samples": lines(at.folder / "samples.jsonl")[: -SAMPLES - 1 : -1] if at else [],
@@ -115,10 +120,10 @@ def _curves(house: House, facts: Facts, stage: Stage) -> list[Plot]:
         return [*charts.loss(facts, stage), *charts.compared(stage)]
 
     place = f"curves {facts.folder.name} {stage.name}"
-    return house.kept(place, len(stage.curve), make, patient=True) if stage.kind in KINDS else []
+    return house.soon(place, len(stage.curve), make) if stage.kind in KINDS else []
 
 
-def _age(at: str) -> float | None:
+def _age(at: Any) -> float | None:
     """Seconds since a time of ours."""
     try:
         return max((datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds(), 0.0)

@@ -18,6 +18,7 @@ from rlhf_recipes.feedback.serving import listening, served
 from rlhf_recipes.store import locks
 from rlhf_recipes.ui.app import Ui
 from tests.feedback.conftest import raw
+from tests.helpers.browser import chromium, tab  # noqa: F401
 from tests.helpers.told import GOOD, told
 
 ADDRESS = "http://127.0.0.1:8018"
@@ -106,9 +107,11 @@ def site(tmp_path: Path) -> Callable[..., Site]:
 
 
 @contextlib.contextmanager
-def running(run: Path) -> Iterator[None]:
-    """This process holds the lock of a run."""
-    with locks.lock(run, f"run {run.name}"):
+def running(run: Path, at: str = "ppo") -> Iterator[None]:
+    """This process holds a run, and its stage of a kind."""
+    with contextlib.ExitStack() as held:
+        for folder in (run, *(run.parent / ".stages").glob(f"{at}-*")):
+            held.enter_context(locks.lock(folder, folder.name))
         yield
 
 

@@ -51,15 +51,21 @@ def test_runs_are_listed_with_their_state_and_what_came_of_them(tmp_path, site):
 def test_a_run_as_it_goes(tmp_path, site):
     run = unfinished(tmp_path, STEPS)
     page = site()
-    with running(run):
+    with running(run, at="none"):
         beat(run, 3)
-        html = page.get("/run/told").text
+        said = words_of(page.get("/run/told").text)  # nobody holds the stage yet
+        assert "▸ ppo getting ready: the rows, memory, a rehearsal it was at step 12 of 30" in said
+    with running(run):
+        assert "they are drawn after a few steps" in page.get("/run/told").text  # it is being drawn
+        until = time.monotonic() + 60
+        while (html := page.get("/run/told").text).count("<figure>") < 3:  # score, KL, length
+            assert time.monotonic() < until
+            time.sleep(0.05)
         said = words_of(html)
         assert "ppo needs about 36 s more" in said
         assert "✓ sft sft done 1 min 01 s ✓ reward" in said
         assert re.search(r"▸ ppo step 12 of 30 · about 36 s left last step \d+ s ago", said)
         assert "· judge · evaluation · best_of" in said
-        assert html.count("<figure>") == 3  # score, KL, length; the stage has no others
         assert "It is &lt;b&gt;2&lt;/b&gt;." in html and "score −0.50" in said
         assert "loading\nstep 10</pre>" in html
         assert '<noscript><meta http-equiv="refresh" content="3">' in html
