@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import cli_feedback, cli_runs, cli_sweep, cli_tables, errors
+from rlhf_recipes import cli_feedback, cli_runs, cli_sweep, cli_tables, cli_ui, errors
 from rlhf_recipes.cli_options import (
     NONE,
     RUNS,
@@ -253,6 +253,7 @@ def schema() -> None:
 app.add_typer(cli_sweep.app)
 app.add_typer(cli_runs.app)
 app.add_typer(cli_feedback.app)
+app.add_typer(cli_ui.app)
 
 
 def main() -> NoReturn:

@@ -37,7 +37,7 @@ def runs(found: dict[str, Any], folder: Path) -> str:
         said = [f"{numbers[key]:{form}}" if key in numbers else "" for key, form in forms.items()]
         stages = f"{run['stages_done']} of {run['stages']}"
         sizes = [size(run["bytes"]), size(run["stages_bytes"])]
-        rows.append([run["name"], _when(run["ended"]), run["outcome"], stages, *said, *sizes])
+        rows.append([run["name"], when(run["ended"]), run["outcome"], stages, *said, *sizes])
     running = [run for run in found["runs"] if run["progress"]]
     own, shared = size(sum(run["bytes"] for run in found["runs"])), size(found["stages_bytes"])
     lines = [table(rows, right=(4, 5, 6, 7, 8)), ""] if found["runs"] else []
@@ -85,7 +85,7 @@ def _gain(first: Any, value: Any, part: str) -> str:
     return f" ({value - first:+.3g})" if part == "results" and numbers and value != first else ""
 
 
-def _when(ended: str) -> str:
+def when(ended: str) -> str:
     """A time of ours, by this machine's clock."""
     try:
         return f"{datetime.fromisoformat(ended).astimezone():%Y-%m-%d %H:%M}"

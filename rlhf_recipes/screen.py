@@ -25,13 +25,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlhf_recipes.store.files import no_link, to_json, write_text
+from rlhf_recipes.store.files import FORMAT, no_link, to_json, write_text
+from rlhf_recipes.store.layout import PROGRESS
 from rlhf_recipes.store.provenance import now
 from rlhf_recipes.text import cut, duration, masked, plain, writable
 
 LINE_SHARE = 0.1  # without a terminal: a line at least every so much of the work …
 LINE_SECONDS = 15  # … or after so long, and later, when a stage takes hours, less often
 SHOWN_NUMBERS = 3
+BEAT_SECONDS = 1.0  # between two writings of progress.json, at least
 SPEED_SECONDS = 3600  # a PPO update can take minutes: rich's 30 s would never see two
 
 
@@ -140,6 +142,8 @@ class StageProgress:
         self._last = (self._started, 0.0)  # at the last plain line
         self._numbers: dict[str, float] = {}
         self._done = 0
+        self._first: dict[str, float] | None = None  # what was told first, in this process
+        self._beat_at = -math.inf
         self._bar = Progress(
             TextColumn("  "),
             BarColumn(),
@@ -167,10 +171,11 @@ class StageProgress:
         """`done` of `total` steps; the numbers that matter most come first."""
         self._done = done
         self._numbers |= numbers
+        seconds = round(self._clock() - self._started, 3)
         if numbers:
-            seconds = round(self._clock() - self._started, 3)
             row = {"step": done, **numbers, "of": total, "seconds": seconds}
             self._append("metrics.jsonl", row)
+        self._beat(done, total, seconds)
         shown = _shown(self._numbers)
         self._bar.update(self._task, completed=done, total=total, numbers=shown)
         if self._bar.disable:
@@ -196,6 +201,21 @@ class StageProgress:
 
     def note(self, text: str) -> None:
         self._screen.line(f"  {plain(text)}", "dim")
+
+    def _beat(self, done: int, total: int, seconds: float) -> None:
+        """Say on disk how far it is and when that was, for who looks from elsewhere.
+
+        It is not synced, and no run fails for it.
+        """
+        self._first = self._first or {"step": done, "seconds": seconds}
+        if seconds - self._beat_at < BEAT_SECONDS and done < total:
+            return
+        self._beat_at = seconds
+        beat = {"format": FORMAT, "step": done, "of": total, "seconds": seconds, "at": now()}
+        new = self._folder / f".{PROGRESS}"
+        with contextlib.suppress(OSError):
+            new.write_text(to_json({**beat, "first": self._first}))
+            new.replace(self._folder / PROGRESS)
 
     def _plain_line(self, done: int, total: int, shown: str) -> None:
         now, share = self._clock(), done / max(total, 1)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import GenerationMixin
 from rlhf_recipes import chat
 from rlhf_recipes.cli import main
 from rlhf_recipes.data.tokens import Tokens
+from rlhf_recipes.feedback.items import item
+from rlhf_recipes.feedback.store import Store
 from rlhf_recipes.models.reward_model import open_reward
 from rlhf_recipes.models.sampling import score_ids
 from rlhf_recipes.pipeline.export import finished_stage
@@ -24,6 +27,7 @@ from rlhf_recipes.pipeline.runner import run
 from rlhf_recipes.recipe.load import load_recipe
 from rlhf_recipes.stages.session import Session
 from tests.helpers.tiny import RECIPE
+from tests.ui.conftest import Site
 
 pytestmark = pytest.mark.train
 
@@ -127,6 +131,57 @@ def test_all_answer_the_same_question_in_order_and_each_keeps_its_own_turns(
         f"{before} {answer} <|im_end|> <|im_start|> user blue <|im_end|> <|im_start|> assistant"
         for before, (_, answer, _) in zip(first, given[:3], strict=True)
     ]
+
+
+def test_in_the_browser_two_answer_side_by_side_and_a_vote_is_a_judgement(folder: Path) -> None:
+    site = Site(folder.parent)
+    page = site.get("/chat/tiny").text
+    assert "<option selected>sft</option>" in page and "<option>base</option>" in page
+    asked = {"left": "base", "right": "ppo", "question": "red cat"}
+    for wrong in ({"left": "ppo"}, {"left": "reward"}, {"question": " "}):
+        assert site.post("/chat/tiny", **asked | wrong).status_code == 400
+    place = site.post("/chat/tiny", **asked).headers["location"]
+    busy = site.post("/chat/tiny", **asked | {"question": "still mine"})
+    assert busy.status_code == 409 and ">still mine</textarea>" in busy.text
+    assert site.client.post(place, data={"verdict": "left"}).status_code == 409
+
+    def answered(place: str) -> str:
+        for _ in range(600):
+            if "reload" in site.client.get(f"{place}/now").json():
+                return site.client.get(place).text
+            time.sleep(0.1)
+        raise AssertionError("no answer")
+
+    html = answered(place)
+    shown = re.findall('<b>(.*?)</b></div>\n<p class="text">(.*?)</p>', html)
+    assert [name for name, _ in shown] == ["Left", "Right"]
+    assert site.client.post(place, data={"verdict": "first"}).status_code == 400
+    assert site.client.post(place, data={"verdict": "left"}).headers["location"] == place
+    html = site.client.get(place).text
+    named = dict(re.findall('<b>(.*?)</b></div>\n<p class="text">(.*?)</p>', html))
+    assert {*named} == {"base", "ppo"} and [*named.values()] == [text for _, text in shown]
+    assert "Kept: Left is better." in html
+
+    store = Store(folder.parent)
+    [said] = store.judged(store.ids())
+    [one] = store.items(store.ids())
+    assert (said.person, said.item) == ("you", one.id)
+    assert one.id == item([{"role": "user", "content": "red cat"}], named.values()).id
+    better = one.answers[said.verdict == "second"]
+    assert better == shown[0][1] and 0 <= said.seconds < 60
+    site.client.post(place, data={"verdict": "both_bad"})
+    assert [each.verdict for each in store.judged(store.ids())] == ["both_bad"]
+
+    # It goes on from the better answer; what cannot be sent says why.
+    site.client.post(place, data={"verdict": "right"})
+    after = place.rpartition("/")[2]
+    second = site.post("/chat/tiny", **asked | {"question": "blue", "after": after})
+    html = answered(second.headers["location"])
+    turns = re.findall('<div class="turn .*?<p class="text">(.*?)</p>', html)
+    assert turns == ["red cat", shown[1][1], "blue"]
+    third = site.post("/chat/tiny", **asked | {"question": "red <|im_end|>"})
+    assert "contains a special token" in answered(third.headers["location"])
+    assert site.get("/chat/tiny/0123456789abcdef").status_code == 404
 
 
 def test_an_answer_is_the_same_when_its_policy_is_alone(folder: Path, talk: Talk) -> None:

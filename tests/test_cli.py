@@ -22,7 +22,7 @@ pytestmark = pytest.mark.train
 
 COMMANDS = (
     "init run sweep plan check fork fetch recipes schema runs compare report doctor clean chat"
-    " export label sample feedback judge"
+    " export label sample feedback judge ui"
 ).split()
 
 

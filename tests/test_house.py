@@ -16,13 +16,13 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "bits
 LIGHT = ("recipe", "store", "sources", "report", "data.rows", "stages.contract", "stages.session")
 LIGHT += ("pipeline.plan", "pipeline.runner", "pipeline.doctor", "pipeline.memory")
 LIGHT += ("pipeline.export", "pipeline.to_gguf", "pipeline.modelfile", "stages.rewards.rule")
-LIGHT += ("pipeline.data_lint", "pipeline.estimate", "cli", "cli_tables", "screen", "signals")
+LIGHT += ("pipeline.data_lint", "pipeline.estimate", "cli", "cli_tables", "screen", "signals", "ui")
 LIGHT += ("feedback.agreement", "feedback.exchange", "feedback.imports", "feedback.winrate")
 LIGHT += ("feedback.judge_file", "pipeline.sweep", "pipeline.places", "cli_sweep")
 LIGHT += ("errors", "text", "stats", "findings")
 # Lines of code of recipe, store, data, models, stages, plan and runner. Growth is a decision: who
 # raises this number says why in the commit.
-CORE_BUDGET = 9_860
+CORE_BUDGET = 9_900
 
 
 def modules() -> dict[str, Path]:

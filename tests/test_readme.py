@@ -22,7 +22,7 @@ HELP = ROOT / "docs" / "commands.md"
 PAGES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.glob("docs/*.md"))}
 PAGES["README.md"] = ROOT / "README.md"
 COMMANDS = "init run sweep plan check fork fetch recipes schema runs compare report doctor clean"
-COMMANDS = [*COMMANDS.split(), *"chat export label sample feedback judge".split()]
+COMMANDS = [*COMMANDS.split(), *"chat export label sample feedback judge ui".split()]
 MOST_LINES = 150
 LINK = re.compile(r"(?:\]\(|\bsrc=\"|\bsrcset=\")([^)\s\"]+)")
 each_page = pytest.mark.parametrize("page", PAGES)

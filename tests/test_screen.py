@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,41 @@ def test_an_update_without_numbers_keeps_the_last(
         "  half way",
     ]
     assert jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "of": 4, "seconds": 0.0}]
+
+
+def test_how_far_it_is_is_on_disk_at_most_once_a_second(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, written = tmp_path / "progress.json", []
+    replace = Path.replace
+
+    def counted(path: Path, target: Path) -> Path:
+        written.append(json.loads(path.read_text())["step"])
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", counted)
+
+    def steps(progress: StageProgress, clock: Clock) -> None:
+        for done in range(101, 131):
+            clock.now += 0.4
+            progress.update(done, 200)
+            progress.update(done, 200, loss=1.0)
+        clock.now += 0.1
+        progress.update(200, 200)
+
+    shown(tmp_path, steps, capfd)
+    assert written == [*range(101, 131, 3), 200]
+    beat = json.loads(file.read_text())
+    age = datetime.now(UTC) - datetime.fromisoformat(beat.pop("at"))
+    assert 0 <= age.total_seconds() < 60
+    first = {"step": 101, "seconds": 0.4}
+    assert beat == {"format": 1, "step": 200, "of": 200, "seconds": 12.1, "first": first}
+
+    def no_room(path: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", no_room)
+    shown(tmp_path, lambda progress, clock: progress.update(1, 2), capfd)  # no run fails for it
 
 
 def test_samples_are_one_harmless_line_and_kept_whole(

@@ -126,12 +126,17 @@ class Asks:
             item, flipped, again = found, self.draw.random() < 0.5, False
             if place % AGAIN == 0 and (before := self._to_repeat(db, words)):
                 item, flipped, again = *before, True
-            ask = secrets.token_hex(12)
-            db.execute(
-                "insert into ask values (?, ?, ?, ?, ?, ?, ?, ?)",
-                [ask, item, words["question"], person, flipped, again, self.guideline,
-                 words["now"]],
-            )  # fmt: skip
+            return self._ask(db, item, person, flipped, again, words["now"])
+
+    def put(self, person: str, item: Item, flipped: bool, at: float) -> str:
+        """The id of an ask that was made elsewhere; the item is in the queue."""
+        with self.store.writing() as db:
+            return self._ask(db, item.id, person, flipped, False, at)
+
+    def _ask(self, db: Any, item: str, person: str, flipped: bool, again: bool, at: float) -> str:
+        ask, question = secrets.token_hex(12), self._names["question"]
+        row = [ask, item, question, person, flipped, again, self.guideline, at]
+        db.execute("insert into ask values (?, ?, ?, ?, ?, ?, ?, ?)", row)
         return ask
 
     def _found(self, db: Any, words: dict[str, Any], held_out: bool) -> str | None:

@@ -12,27 +12,23 @@ A token is a person's address: who has it may judge in their name. There is no c
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import hmac
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from jinja2 import FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from rlhf_recipes.feedback import texts
+from rlhf_recipes.feedback import guard, texts
 from rlhf_recipes.feedback.asks import Ask, Asks
-from rlhf_recipes.feedback.guard import Guard
 from rlhf_recipes.report.html import ENVIRONMENT, STYLE
 from rlhf_recipes.store.digests import digest
 
@@ -44,8 +40,6 @@ STATIC = {
     "page.js": ((TEMPLATES / "page.js").read_text(encoding="utf-8"), "text/javascript"),
 }
 VERSION = digest([content for content, _ in STATIC.values()])[:12]
-BODY = 40 * 1024  # bytes: a note of NOTE Chinese characters takes nine apiece in a form
-FIELDS, BODY_SECONDS = 8, 10.0
 NOTE = 4000  # characters
 LISTED = 200  # of what a person said
 SOONEST = 0.3  # seconds: a verdict that follows its page sooner was a double click's second half
@@ -75,15 +69,16 @@ class Page:
     ended: Callable[[], None] = lambda: None
     about: Callable[[], list[tuple[str, str]]] = list  # more to say of what was judged
     soonest: float = SOONEST
+    back: str = ""  # where it leads when it has ended; "" where a terminal goes on
     shown_guideline: texts.Text = field(init=False)
 
     def __post_init__(self) -> None:
         self.shown_guideline = texts.text(self.guideline)
 
     @property
-    def app(self) -> Guard:
+    def app(self) -> guard.Guard:
         routes = [
-            *(Route(f"/{name}", self._static) for name in STATIC),
+            *(Route(f"/{name}", static) for name in STATIC),
             Route("/{token}", self._home),
             Route("/{token}/", self._next),
             Route("/{token}/all", self._all),
@@ -95,7 +90,7 @@ class Page:
         handlers = {HTTPException: self._refused, sqlite3.Error: self._failed}
         made = Starlette(routes=routes, exception_handlers=handlers)
         made.router.redirect_slashes = False  # it would lead "//elsewhere/" there
-        return Guard(made)
+        return guard.Guard(made)
 
     # ---- asking
 
@@ -139,7 +134,7 @@ class Page:
     # ---- judging
 
     async def _judge(self, request: Request) -> Response:
-        fields = await _fields(request)
+        fields = await guard.fields(request)
         return await run_in_threadpool(self._kept, request, fields)
 
     def _kept(self, request: Request, fields: dict[str, str]) -> Response:
@@ -175,22 +170,19 @@ class Page:
         return self._page("all.html", request, words=WORDS, said=said, counts=counts, about=about)
 
     async def _end(self, request: Request) -> Response:
-        await _fields(request)
+        await guard.fields(request)
         made = await run_in_threadpool(self._page, "ended.html", request)  # 404 for a stranger
         self.ended()
-        return made
+        return RedirectResponse(self.back, 303) if self.back else made
 
     # ---- what all of them share
 
     def _person(self, request: Request) -> str:
-        token = request.path_params["token"].encode()
-        for own, person in self.people.items():
-            if hmac.compare_digest(own.encode(), token):
-                return person
-        raise HTTPException(404)
+        return guard.known(request, self.people)
 
     def _to(self, request: Request, place: str) -> Response:
-        return RedirectResponse(f"/{request.path_params['token']}/{place}", 303)
+        root = request.scope.get("root_path", "")
+        return RedirectResponse(f"{root}/{request.path_params['token']}/{place}", 303)
 
     def _page(self, name: str, request: Request, code: int = 200, **values: Any) -> Response:
         person = self._person(request)
@@ -207,10 +199,6 @@ class Page:
         }
         return HTMLResponse(PAGES.get_template(name).render(shared | values), code)
 
-    def _static(self, request: Request) -> Response:
-        content, kind = STATIC[request.url.path.removeprefix("/")]
-        return Response(content, media_type=kind, headers={"cache-control": "max-age=86400"})
-
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         said = {404: "There is nothing here. Use the address that the terminal shows, whole."}
@@ -220,6 +208,12 @@ class Page:
         assert isinstance(error, sqlite3.Error)
         code, why = trouble(error)
         return _says(f"Nothing was changed: {why}, then load this page again.", code)
+
+
+def static(request: Request) -> Response:
+    """Of STATIC; at the root of whatever the page is part of."""
+    content, kind = STATIC[request.url.path.removeprefix("/")]
+    return Response(content, media_type=kind, headers={"cache-control": "max-age=86400"})
 
 
 def trouble(error: sqlite3.Error) -> tuple[int, str]:
@@ -243,27 +237,3 @@ def _known() -> Any:
         yield
     except KeyError:
         raise HTTPException(404) from None
-
-
-async def _fields(request: Request) -> dict[str, str]:
-    """A form's fields, each there once; a body is read no further than it may be long."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/x-www-form-urlencoded":
-        raise HTTPException(415, "This is not a form of this page.")
-    body = b""
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > BODY:
-                    raise HTTPException(413, "That is too long.")
-        found = parse_qs(body.decode("ascii"), True, True, errors="strict", max_num_fields=FIELDS)
-    except (TimeoutError, ClientDisconnect):
-        raise HTTPException(408, "The form did not arrive.") from None
-    except ValueError:
-        if body:
-            raise HTTPException(400, "This form cannot be read.") from None
-        found = {}
-    if any(len(values) > 1 for values in found.values()):
-        raise HTTPException(400, "A field is there twice.")
-    return {name: values[0] for name, values in found.items()}

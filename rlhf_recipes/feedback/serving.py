@@ -1,4 +1,4 @@
-"""Serves the labelling page on this machine alone, until a person ends it."""
+"""Serves a page on this machine alone, until a person ends it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import os
 import platform
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,7 +30,32 @@ KEY_BYTES, NAME = 32, 60  # characters of a person's name
 HALF_OPEN = 10.0  # seconds until a connection that asks for nothing is closed
 
 
+class Served(Protocol):
+    """What can be served: an application, and its people by their tokens."""
+
+    people: Mapping[str, str]
+
+    @property
+    def app(self) -> Any: ...
+
+
 def serve(
+    store: Store,
+    queue: str,
+    *,
+    port: int = 8017,
+    tell: Callable[[str], None] = print,
+    **words: Any,
+) -> bool:
+    """Serve the page of a queue, `words` as of `paged`. True where a person pressed `end`, False
+    on Ctrl-C. Raises UsageError as `paged` does, and where the port is taken.
+    """
+    page = paged(store, queue, **words)
+    with store.reading():  # open, so that SQLite's own files stay
+        return at_address(page, port, tell)
+
+
+def paged(
     store: Store,
     queue: str,
     *,
@@ -39,44 +64,31 @@ def serve(
     votes: int = 1,
     guideline: Path | None = None,
     question: str = QUESTION,
-    strength: bool = False,
-    notes: bool = True,
-    port: int = 8017,
-    end: str = "Train now",
-    missing: Callable[[], int] = int,
-    about: Callable[[], list[tuple[str, str]]] = list,
-    tell: Callable[[str], None] = print,
-) -> bool:
-    """Serve the page of a queue. True where a person pressed `end`, False on Ctrl-C.
+    **words: Any,
+) -> Page:
+    """The page of a queue; `words` are other fields of Page.
 
-    `missing` says how many judgements are wanted before `end` is what to do next. Raises UsageError
-    for names and numbers that cannot be, and where the port is taken.
+    Raises UsageError for names and numbers that cannot be.
     """
     text = _guideline(guideline)
-    addresses = _addresses(store.file.with_name(KEY), people, votes)
+    addresses = _addresses(store.file.parent, people, votes)
     asks = Asks(store, queue, votes=votes, question=question, guideline=digest(text))
-    page = Page(
-        asks,
-        addresses,
-        plain(title),
-        text,
-        strength=strength,
-        notes=notes,
-        end=end,
-        missing=missing,
-        about=about,
-    )
-    with listening(port) as listener, store.reading():  # open, so that SQLite's own files stay
+    return Page(asks, addresses, plain(title), text, **words)
+
+
+def at_address(page: Served, port: int, tell: Callable[[str], None]) -> bool:
+    """Tell each person's address, and serve a page there. Raises UsageError for the port."""
+    with listening(port) as listener:
         port = listener.getsockname()[1]
-        for token, person in addresses.items():
-            name = f"{person}: " if len(addresses) > 1 else ""
+        for token, person in page.people.items():
+            name = f"{person}: " if len(page.people) > 1 else ""
             tell(f"{name}http://127.0.0.1:{port}/{token}/")
         if "SSH_CONNECTION" in os.environ:
             tell(f"from your own machine: ssh -L {port}:127.0.0.1:{port} {platform.node()}")
         return served(page, listener)
 
 
-def served(page: Page, listener: socket.socket) -> bool:
+def served(page: Served, listener: socket.socket) -> bool:
     """Serve a page at a socket of this machine until it is ended (True) or Ctrl-C comes (False)."""
     config = uvicorn.Config(
         page.app,
@@ -100,7 +112,7 @@ def served(page: Page, listener: socket.socket) -> bool:
         # The last page is to arrive first, with its style.
         asyncio.get_running_loop().call_later(0.5, setattr, server, "should_exit", True)
 
-    page.ended = stop
+    page.ended = stop  # type: ignore[attr-defined]
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
@@ -146,7 +158,7 @@ def _guideline(file: Path | None) -> str:
         raise UsageError(f"the guideline {file} cannot be read: {error}") from None
 
 
-def _addresses(file: Path, people: Sequence[str], votes: int) -> dict[str, str]:
+def _addresses(runs: Path, people: Sequence[str], votes: int) -> dict[str, str]:
     """Each person's name by their token, which is the same whenever the page is served."""
     for name in people:
         if not name.strip() or plain(name) != name or len(name) > NAME:
@@ -156,8 +168,13 @@ def _addresses(file: Path, people: Sequence[str], votes: int) -> dict[str, str]:
     if not 1 <= votes <= len(people):
         what = f"{votes} votes an item cannot come from {len(people)} people"
         raise UsageError(what, "--person NAME adds one; --votes is at most their number")
-    key = _key(file)
-    return {hmac.new(key, n.encode(), hashlib.sha256).hexdigest()[:32]: n for n in people}
+    return {token(runs, name): name for name in people}
+
+
+def token(runs: Path, word: str) -> str:
+    """What stands in an address of a runs folder: the same for a word whenever it is served."""
+    key = _key(runs / KEY)
+    return hmac.new(key, word.encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def _key(file: Path) -> bytes:

@@ -29,6 +29,15 @@ def queue(run_folder: Path) -> str:
     return f"{QUEUE}-{_key(Facts(run_folder))[:12]}"
 
 
+def compared(run_folder: Path) -> tuple[str, str] | None:
+    """How a run's policy and its start are called, where its evaluation has answers that differ."""
+    facts = Facts(run_folder)
+    if not any(True for _ in _compared(facts)):
+        return None
+    policy, start = map(facts.plain_title, _policies(facts))
+    return policy, start
+
+
 def evaluation_items(run_folder: Path, pairs: int = PAIRS) -> list[Item]:
     """So many pairs of answers to judge, drawn by lot; more pairs begin with the same ones.
 

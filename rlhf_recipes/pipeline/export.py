@@ -16,6 +16,7 @@ from rlhf_recipes.errors import ModelError, UsageError
 from rlhf_recipes.pipeline import to_gguf
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import load_recipe
+from rlhf_recipes.recipe.tables import BASE
 from rlhf_recipes.report import card, run_page
 from rlhf_recipes.sources import push as hub
 from rlhf_recipes.stages.session import Session
@@ -183,6 +184,13 @@ def finished_stage(run_folder: Path, stage: str | None) -> tuple[str, str, Path]
         raise UsageError(f"{run_folder} has no finished stage {stage or 'with a policy'}", names)
     entry = fitting[-1]
     return entry["name"], entry["kind"], entry_folder(run_folder.parent, entry) / "output"
+
+
+def policies(run_folder: Path) -> dict[str, Path | None]:
+    """The output of each finished policy of a run, in their order; before them the base's None."""
+    entries = [e for e in manifest_of(run_folder)["stages"] if e["outcome"] != "not run"]
+    made = [e for e in entries if makes(e["kind"], "policy")]
+    return {BASE: None} | {e["name"]: entry_folder(run_folder.parent, e) / "output" for e in made}
 
 
 def write_model(session: Session, output: Path, folder: Path, *, form: str = "merged") -> None:

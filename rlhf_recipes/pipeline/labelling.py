@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rlhf_recipes.errors import PeopleNeeded, UsageError
 from rlhf_recipes.feedback import agreement, winrate
@@ -53,58 +54,81 @@ def run(
         except PeopleNeeded as stopped:
             people.tell(stopped.message)
         gc.collect()  # the base model goes, while people judge
-        if not _judge(plan_run(recipe, runs, name=name), people):
+        if not of_stage(plan_run(recipe, runs, name=name), people.votes).serve(people):
             people.tell("the same command goes on from here")
             return None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a page asks."""
+
+    store: Store
+    queue: str
+    items: Sequence[Item]
+    words: Mapping[str, Any]  # of `serving.paged`
+
+    def put(self) -> dict[str, Any]:
+        """Put the items in their queue; gives the words of `serving.paged`."""
+        self.store.put(self.items, self.queue)
+        ids, question = [one.id for one in self.items], self.words.get("question", QUESTION)
+        return {"about": lambda: agreement.lines(self.store, ids, question), **self.words}
+
+    def serve(self, people: People) -> bool:
+        """With what `people` say of how they are asked. True where the page was ended."""
+        given = {"votes": people.votes, "guideline": people.guideline}
+        said = {"people": people.names, "strength": people.strength or None, **given}
+        words = self.put() | {key: value for key, value in said.items() if value is not None}
+        return serve(self.store, self.queue, port=people.port, tell=people.tell, **words)
 
 
 def _waits(stage: PlannedStage) -> bool:
     return makes(stage.kind, "judgements") and not stage.done
 
 
-def _judge(plan: Plan, people: People) -> bool:
-    """Serve the page of the stage that waits. True where it was ended to train."""
+def of_stage(plan: Plan, votes: int | None = None) -> Asking:
+    """What the stage asks that waits for people."""
     from rlhf_recipes.stages.label import for_people, missing
 
     recipe, stages = plan.recipe, {one.name: one for one in plan.stages}
     table = recipe.table(next(one.name for one in plan.stages if _waits(one)))
     extras, samples = table.extras, stages[table.answers or ""]
     items = list(read_items(samples.folder / "output" / ANSWERS))
-    if people.votes:
-        extras = {**extras, "votes": people.votes}
+    if votes:
+        extras = {**extras, "votes": votes}
     asked, votes = for_people(extras, items)
     store = Store(plan.runs)
-    guideline = people.guideline
-    if guideline is None and extras["guideline"]:
-        guideline = located(extras["guideline"], recipe.model.base)
-    return _page(
-        store,
-        asked,
-        people,
-        queue=samples.key if len(asked) == len(items) else digest([one.id for one in asked]),
-        title=recipe.title,
-        votes=votes,
-        guideline=guideline,
-        strength=people.strength or extras["strength"],
-        missing=lambda: missing(extras, items, store.judged(one.id for one in asked)),
+    words: dict[str, Any] = {"title": recipe.title, "votes": votes, "strength": extras["strength"]}
+    if extras["guideline"]:
+        words["guideline"] = located(extras["guideline"], recipe.model.base)
+    words["missing"] = lambda: missing(extras, items, store.judged(one.id for one in asked))
+    queue = samples.key if len(asked) == len(items) else digest([one.id for one in asked])
+    return Asking(store, queue, asked, words)
+
+
+def of_rows(file: Path, runs: Path, tell: Callable[[str], None]) -> Asking:
+    """What is in a file of answers."""
+    items = items_of(file, tell)
+    queue = digest([one.id for one in items])
+    return Asking(Store(runs), queue, items, {"title": file.name, "end": "Finish"})
+
+
+def of_evaluation(run_folder: Path, pairs: int) -> Asking:
+    """A run's last policy against its start."""
+    words = {"title": f"{run_folder.name}: which answer is better?", "end": "Finish"}
+    return Asking(
+        Store(run_folder.parent),
+        winrate.queue(run_folder),
+        winrate.evaluation_items(run_folder, pairs),
+        words | {"question": winrate.QUESTION_EVALUATION},
     )
 
 
 def rows(file: Path, people: People, runs: Path) -> str:
     """Judge what is in a file of answers; what came of it, in a line."""
-    items = items_of(file, people.tell)
-    ids, store = [one.id for one in items], Store(runs)
-    _page(
-        store,
-        items,
-        people,
-        queue=digest(ids),
-        title=file.name,
-        votes=people.votes or 1,
-        guideline=people.guideline,
-        strength=people.strength,
-        end="Finish",
-    )
+    asking = of_rows(file, runs, people.tell)
+    asking.serve(people)
+    ids, store = [one.id for one in asking.items], asking.store
     judged = {one.item for one in store.judged(ids) if one.verdict != "skip"}
     return f"{len(judged)} of {len(ids)} are judged, in {store.file}"
 
@@ -113,56 +137,13 @@ def evaluated(run_folder: Path, people: People, pairs: int) -> str:
     """Judge a run's last policy against its start; the report is written again."""
     from rlhf_recipes.report import run_page
 
-    store = Store(run_folder.parent)
-    items = winrate.evaluation_items(run_folder, pairs)
-    _page(
-        store,
-        items,
-        people,
-        queue=winrate.queue(run_folder),
-        question=winrate.QUESTION_EVALUATION,
-        title=f"{run_folder.name}: which answer is better?",
-        votes=people.votes or 1,
-        guideline=people.guideline,
-        end="Finish",
-    )
+    asking = of_evaluation(run_folder, pairs)
+    asking.serve(replace(people, strength=False))
     winrate.write(run_folder)
     run_page.write(run_folder)
-    told = "\n".join(f"{name}: {value}" for name, value in winrate.people_lines(run_folder, store))
-    return f"{told}\nreport   {run_folder / REPORT}"
-
-
-def _page(
-    store: Store,
-    items: Sequence[Item],
-    people: People,
-    *,
-    queue: str,
-    title: str,
-    votes: int,
-    guideline: Path | None,
-    question: str = QUESTION,
-    strength: bool = False,
-    missing: Callable[[], int] = int,
-    end: str = "Train now",
-) -> bool:
-    store.put(items, queue)
-    ids = [one.id for one in items]
-    return serve(
-        store,
-        queue,
-        title=title,
-        people=people.names,
-        votes=votes,
-        guideline=guideline,
-        question=question,
-        strength=strength,
-        port=people.port,
-        missing=missing,
-        end=end,
-        about=lambda: agreement.lines(store, ids, question),
-        tell=people.tell,
-    )
+    told = winrate.people_lines(run_folder, asking.store)
+    said = "\n".join(f"{name}: {value}" for name, value in told)
+    return f"{said}\nreport   {run_folder / REPORT}"
 
 
 def sampled(

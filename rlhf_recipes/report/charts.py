@@ -25,7 +25,7 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values[:few]), fmean(values[-few:])
 
 
-def _went(values: Sequence[float], form: str = ".2f") -> str:
+def went(values: Sequence[float], form: str = ".2f") -> str:
     """rose from 1.00 to 2.00"""
     first, last = ends(values)
     verb = "rose" if last > first else "fell"
@@ -34,7 +34,7 @@ def _went(values: Sequence[float], form: str = ".2f") -> str:
 
 def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f") -> str:
     least, most = f"{min(ys):{form}}", f"{max(ys):{form}}"
-    over = f"from step {xs[0]:.0f} to {xs[-1]:.0f} {what} {_went(ys, form)}"
+    over = f"from step {xs[0]:.0f} to {xs[-1]:.0f} {what} {went(ys, form)}"
     return f"A line: {over}; the least is {least}, the most {most}.".replace("-", "−")
 
 
@@ -161,24 +161,24 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
 
 def _meaning(key: str, values: Sequence[float], form: str) -> str:
     """What a curve of PPO's says, in a line."""
-    (first, last), went = ends(values), _went(values, form)
+    (first, last), moved = ends(values), went(values, form)
     change = last / first if first else 1.0
     if key == "score" or key.startswith(LOGGED):
-        return f"The {key if key == 'score' else f'reward {key.removeprefix(LOGGED)}'} {went}"
+        return f"The {key if key == 'score' else f'reward {key.removeprefix(LOGGED)}'} {moved}"
     if key == "KL":
         return f"It moved {last:.1f} nats an answer away from its start"
     if key == "val/entropy_per_token":
         start = "Its choices stay open" if change > 0.5 else "Its choices narrow"
-        return f"{start}: entropy {went} nats a token"
+        return f"{start}: entropy {moved} nats a token"
     if key == "length":
         verb = "grow" if change > 4 / 3 else "shrink" if change < 3 / 4 else "keep their length"
         return f"Answers {verb}: from {first:.0f} to {last:.0f} tokens"
     if key == "loss/value_avg":
         start = "learns to foresee the score" if change < 0.9 else "does not learn"
-        return f"The value model {start}: its loss {went}"
+        return f"The value model {start}: its loss {moved}"
     if key == "val/explained_variance":
         start = "foresees the returns" if last > 0 else "foresees the returns worse than their mean"
-        return f"The value model {start}: explained variance {went}"
+        return f"The value model {start}: explained variance {moved}"
     start = "Updates are gentle" if last < ROUGH else "Updates are rough"
     return f"{start}: {100 * last:.1f} % of the tokens are clipped"
 
@@ -190,11 +190,11 @@ def loss(facts: Facts, stage: Stage) -> Iterator[Plot]:
         return
     before = facts.number(f"{stage.name}.validation_loss_before")
     after = facts.number(f"{stage.name}.validation_loss")
-    plot = Plot(f"{stage.name}-loss", f"The training loss {_went(ys)}", _alt("the loss", xs, ys))
+    plot = Plot(f"{stage.name}-loss", f"The training loss {went(ys)}", _alt("the loss", xs, ys))
     points: svg.Curve = ([], [])
     if before is not None and after is not None:
         points = ([0.0, xs[-1]], [before, after])
-        plot.title = f"On rows it did not see, the loss {_went([before, after])}"
+        plot.title = f"On rows it did not see, the loss {went([before, after])}"
         plot.note = "Line: the rows it trains on. Dots: validation rows, before and after."
         plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
     with plot.drawn() as axes:
@@ -208,9 +208,9 @@ def compared(stage: Stage) -> Iterator[Plot]:
         xs, ys = stage.series(key)
         if len(xs) < LEAST:
             continue
-        told = f"The margin of its training rows {_went(ys, form)}"
+        told = f"The margin of its training rows {went(ys, form)}"
         if key == "accuracy":
-            told = f"Training pairs whose better answer it prefers: the share {_went(ys, form)}"
+            told = f"Training pairs whose better answer it prefers: the share {went(ys, form)}"
         plot = Plot(f"{stage.name}-{key}", told, _alt(f"the {key}", xs, ys))
         with plot.drawn() as axes:
             svg.line(axes, xs, ys, PPO, "step", ([], []))

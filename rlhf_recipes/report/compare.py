@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE
+from rlhf_recipes.report import overlaid
 from rlhf_recipes.report.facts import Facts
 from rlhf_recipes.report.html import page
 from rlhf_recipes.report.run_page import SHARES, policies
@@ -26,14 +27,20 @@ MOST = 3  # differences of two judges that are said
 
 def write(folders: Sequence[Path], file: Path) -> None:
     """Write the page of some runs to `file`. Raises UsageError where one cannot be read."""
+    write_text(file, page("compare.html", values(folders)))
+
+
+def values(folders: Sequence[Path]) -> dict[str, Any]:
+    """What the template of the page is filled with. Raises UsageError as `write` does."""
     parts, runs = compare(folders), [Facts(folder) for folder in folders]
-    values = {
+    return {
         "names": [plain(facts.folder.resolve().name) for facts in runs],
         "runs": [(facts, verdict(facts)) for facts in runs],
         "parts": {part: _rows(rows, runs) for part, rows in parts.items()},
         "rulers": rulers(folders),
+        "curves": list(overlaid.curves(runs)),
+        "answers": overlaid.answers(runs),
     }
-    write_text(file, page("compare.html", values))
 
 
 def _rows(rows: dict[str, list[Any]], runs: list[Facts]) -> dict[str, list[str]]:

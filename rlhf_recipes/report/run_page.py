@@ -31,9 +31,9 @@ def write(folder: Path, *, again: bool = True) -> list[Finding]:
     Without `again`, a report that was made from the same stays: a run that finds all done is quick.
     """
     facts = Facts(folder)
-    found, source = verdict(facts), _made_from(facts)
+    found, source = verdict(facts), made_from(facts)
     if again or source not in _text(folder / REPORT):
-        write_text(folder / REPORT, page("report.html", _report(facts, found), source))
+        write_text(folder / REPORT, page("report.html", values(facts, found), source))
     card.write(facts, found, policies(facts))
     return found
 
@@ -44,7 +44,7 @@ def model_card(folder: Path, stage: str, **about: Any) -> str:
     return card.text(facts, verdict(facts), policies(facts), stage, **about)
 
 
-def _made_from(facts: Facts) -> str:
+def made_from(facts: Facts) -> str:
     """A digest of what a report shows; a complete stage's files follow from its record."""
     outcome = [facts.manifest.get(key) for key in ("outcome", "error")]
     stages = [[s.name, s.record.get("started"), len(s.curve)] for s in facts.stages]
@@ -55,7 +55,8 @@ def _made_from(facts: Facts) -> str:
 # ---- a run --------------------------------------------------------------------------------------
 
 
-def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
+def values(facts: Facts, found: list[Finding]) -> dict[str, Any]:
+    """What the template of a report is filled with."""
     name, starts = facts.folder.resolve().name, facts.starts()
     trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
     last = trained[-1] if trained else None

@@ -64,14 +64,19 @@ class Plot:
 
 
 def line(
-    axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, x: str, points: Curve
+    axes: Axes,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    colour: str,
+    x: str,
+    points: Curve,
+    **words: Any,
 ) -> None:
     """At most POINTS of a curve, each the mean of its neighbours; and single `points`."""
     size = -(-len(xs) // POINTS)
     parts = [slice(at, at + size) for at in range(0, len(xs), size)]
-    axes.plot(
-        [fmean(xs[part]) for part in parts], [fmean(ys[part]) for part in parts], color=colour
-    )
+    means = [[fmean(values[part]) for part in parts] for values in (xs, ys)]
+    axes.plot(*means, color=colour, **words)
     if points[0]:
         axes.plot(*points, "o", color=INK, markersize=5)
     house(axes, x)

@@ -60,7 +60,7 @@ def ended(facts: Facts) -> Found:
         yield Finding("note", stage, f"{', '.join(left)} did not run: it was told to stop before.")
     elif facts.running():
         at = next((one for one in facts.stages if not one.record), None)
-        told = at and history.progress(at.folder)
+        told = at and history.pace(at.folder)
         where = f"; {at.name} is at {told}" if at and told else ""
         yield Finding("doubt", at.name if at else stage, f"The run is running: {done}{where}.")
     elif outcome != "finished":

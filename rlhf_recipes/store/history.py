@@ -8,12 +8,12 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.recipe.kinds import JUDGE, makes
 from rlhf_recipes.store import layout, locks
-from rlhf_recipes.store.files import read_json
+from rlhf_recipes.store.files import read_json, to_json
 from rlhf_recipes.text import duration
 
 RECENT = 12  # steps, that a pace is taken from
@@ -57,6 +57,13 @@ def size(path: Path) -> int:
     return total
 
 
+def state(folder: Path, manifest: dict[str, Any]) -> str:
+    """The outcome of a run, or "running". Who was killed wrote none, and holds no lock any more."""
+    if locks.held(folder):
+        return "running"
+    return {"unfinished": "interrupted"}.get(manifest["outcome"], manifest["outcome"])
+
+
 def list_runs(runs: Path) -> dict[str, Any]:
     """Every run, the newest last; what is none; and the size of all stages, each once."""
     found: list[dict[str, Any]] = []
@@ -74,8 +81,8 @@ def list_runs(runs: Path) -> dict[str, Any]:
             "name": folder.name,
             "title": manifest.get("title"),
             "ended": str(manifest.get("ended") or ""),
-            "outcome": "running" if locks.held(folder) else manifest.get("outcome"),
-            "progress": "".join(map(progress, at)),
+            "outcome": state(folder, manifest),
+            "progress": "".join(str(pace(one) or "") for one in at),
             "stages_done": sum(layout.read_record(stage) is not None for stage in stages),
             "stages": len(manifest["stages"]),
             "numbers": _headline(manifest, read_json(folder / "results.json") or {}),
@@ -87,20 +94,49 @@ def list_runs(runs: Path) -> dict[str, Any]:
     return {"runs": found, "others": others, "stages_bytes": sum(known.values())}
 
 
-def progress(folder: Path) -> str:
-    """How far a running stage is: "step 70 of 282, 1 min 20 s left"; "" where it does not say."""
-    rows = []
+class Pace(NamedTuple):
+    """How far a stage is that is running, or was."""
+
+    step: float
+    of: float
+    left: float | None  # seconds, by its last steps
+    at: str  # when that was; "" where nothing says it
+
+    def __str__(self) -> str:
+        """step 70 of 282, 1 min 20 s left"""
+        left = "" if self.left is None else f", {duration(self.left)} left"
+        return f"step {self.step:.0f} of {self.of:.0f}{left}"
+
+
+def pace(folder: Path) -> Pace | None:
+    """By a stage's progress.json and the last of its metrics.jsonl; None where they say nothing."""
+    beat, points = read_json(folder / layout.PROGRESS) or {}, []
     with contextlib.suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").split("\n")[-RECENT:]:
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                row = json.loads(line)
-                rows.append([float(row[key]) for key in ("step", "of", "seconds")])
-    rows = [row for row in rows if all(map(math.isfinite, row))]
-    if not rows:
-        return ""
-    (first, _, began), (step, of, now) = rows[0], rows[-1]
-    left = duration((now - began) / (step - first) * (of - step)) if step > first else ""
-    return f"step {step:.0f} of {of:.0f}" + (f", {left} left" if left and now > began else "")
+        text = (folder / "metrics.jsonl").read_text(errors="replace")
+        points = [_point(line) for line in text.split("\n")[-RECENT:]]
+    if last := _point(to_json(beat)):
+        # What an earlier process wrote has another clock.
+        begun = beat.get("first")
+        first = _point(to_json(beat | begun)) if isinstance(begun, dict) else None
+        first = first or last
+        points = [first, *(one for one in points if one and first[0] < one[0] < last[0]), last]
+    whole = [one for one in points if one][-RECENT:]
+    if not whole:
+        return None
+    (first_step, _, began), (step, of, now) = whole[0], whole[-1]
+    left = None
+    if step > first_step and now > began:
+        left = (now - began) / (step - first_step) * (of - step)
+    return Pace(step, of, left, str(beat.get("at") or ""))
+
+
+def _point(line: str) -> tuple[float, float, float] | None:
+    """Step, of how many, seconds."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        row = json.loads(line)
+        step, of, seconds = (float(row[key]) for key in ("step", "of", "seconds"))
+        return (step, of, seconds) if math.isfinite(step + of + seconds) else None
+    return None
 
 
 def stage_folders(runs: Path, manifest: dict[str, Any] | None) -> dict[Path, None]:

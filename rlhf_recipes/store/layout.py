@@ -27,6 +27,7 @@ from rlhf_recipes.store.provenance import now
 RECORD = "stage.json"
 MANIFEST = "manifest.json"
 REPORT = "report.html"
+PROGRESS = "progress.json"  # in a stage's folder until it is complete: how far it is, and when
 FRESH = ".fresh"  # in a run's folder: when its pass of `--fresh` began that is not finished
 CHECKPOINTS = "checkpoint-*"  # in a stage's work/
 BEGUN = "begun"  # there, too: when the pass of `--fresh` began that the stage is computed in
@@ -95,7 +96,7 @@ def clear_stage(folder: Path, *, begun: str = "") -> None:
 
 def tidy(folder: Path) -> None:
     """Let go of what a complete folder has no use for: its checkpoints, and what it replaced."""
-    for path in (folder / "work", beside(folder, "old")):
+    for path in (folder / "work", folder / PROGRESS, beside(folder, "old")):
         with contextlib.suppress(OSError):
             remove(path)
 

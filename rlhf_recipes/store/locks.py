@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def _holder(file: Path) -> str:
     with contextlib.suppress(FileNotFoundError):  # it is done, and the file is gone
         return file.read_text(encoding="utf-8").strip()
     return ""
+
+
+def holder(folder: Path) -> tuple[int, str] | None:
+    """The process that holds `folder`, and its machine; None where none does."""
+    found = re.match(r"process (\d+) on (.+) since ", _holder(lock_file(folder)))
+    return (int(found[1]), found[2]) if found and held(folder) else None
 
 
 def held(folder: Path) -> bool:

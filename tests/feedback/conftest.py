@@ -20,6 +20,7 @@ from rlhf_recipes.feedback.items import Item, item
 from rlhf_recipes.feedback.page import Page
 from rlhf_recipes.feedback.serving import listening, served
 from rlhf_recipes.feedback.store import Store
+from tests.helpers.browser import chromium, tab  # noqa: F401
 
 ADDRESS = "http://127.0.0.1:8017"
 ADA, BOB = "a" * 32, "b" * 32

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import re
-import shutil
 import subprocess
 import sys
 import threading
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -19,49 +15,15 @@ from rlhf_recipes.feedback.serving import listening
 from rlhf_recipes.feedback.store import Store
 from tests.feedback.conftest import ADA, BOB, Labelling, pairs
 from tests.feedback.test_hostile import NASTY
+from tests.helpers.browser import faults, needs_axe, needs_chromium, press
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and find_spec("playwright")), reason="needs chromium and playwright"
-)
-LOOPBACK = re.compile(r"https?://(127\.0\.0\.1|localhost):\d+/")
-AXE = "axe_core_python"  # where its script is installed, the page is looked at with it
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture
-def tab(chromium):
-    """Opens a tab at an address; none may ask another machine for anything, or show a dialog."""
-    asked, dialogs, contexts = [], [], []
-
-    def open_tab(port, path=f"/{ADA}/", **words):
-        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}} | words)
-        contexts.append(context)
-        page = context.new_page()
-        context.on("request", lambda request: asked.append(request.url))
-        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
-        page.goto(f"http://127.0.0.1:{port}{path}")
-        return page
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-    assert [url for url in asked if not LOOPBACK.match(url)] == []
-    assert dialogs == []
-
-
-def press(page, key):
-    with page.expect_navigation():
-        page.keyboard.press(key)
+def tab(tab):
+    """Opens a tab at a port and a path."""
+    return lambda port, path=f"/{ADA}/", **words: tab(f"http://127.0.0.1:{port}{path}", **words)
 
 
 def verdicts(made: Labelling) -> list[str]:
@@ -282,20 +244,15 @@ def test_it_fits_a_narrow_screen_and_can_be_read_in_the_dark(tab, labelling, sch
         assert page.locator(".answer").first.is_visible()
 
 
-@pytest.mark.skipif(not find_spec(AXE), reason=f"needs {AXE}")
+@needs_axe
 def test_axe_finds_nothing(tab, labelling):
-    script = Path(find_spec(AXE).submodule_search_locations[0], "axe.min.js").read_text()
     made = labelling([*pairs(2), item([{"role": "user", "content": "Two?"}], ["## Two\n\n> 2"])],
                      guideline="# Rule\n\nShort.", wanted=2)  # fmt: skip
     with made.live() as port:
         page = tab(port, bypass_csp=True)
 
         def look():
-            page.evaluate(script)
-            for scheme in ("light", "dark"):
-                page.emulate_media(color_scheme=scheme)
-                found = page.evaluate("axe.run()")["violations"]
-                assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+            assert faults(page) == []
 
         look()
         press(page, "b")

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from rlhf_recipes.errors import UsageError
-from rlhf_recipes.feedback import page as page_module
+from rlhf_recipes.feedback import guard
 from rlhf_recipes.feedback.items import item
 from rlhf_recipes.feedback.serving import serve
 from rlhf_recipes.feedback.store import Store
@@ -134,7 +134,7 @@ def test_13_14_what_is_not_a_verdict_is_refused(made):
 
 
 def test_15_a_body_without_an_end_is_not_read(made, monkeypatch):
-    monkeypatch.setattr(page_module, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.3)
     head = (
         f"POST {made.address} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {FORM['content-type']}"
     )

@@ -5,8 +5,9 @@ import sqlite3
 
 import pytest
 
+from rlhf_recipes.feedback.guard import BODY
 from rlhf_recipes.feedback.items import item
-from rlhf_recipes.feedback.page import BODY, trouble
+from rlhf_recipes.feedback.page import trouble
 from rlhf_recipes.feedback.store import Store
 from tests.feedback.conftest import ADA, BOB, text_of
 

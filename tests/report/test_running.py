@@ -41,7 +41,7 @@ def test_a_running_run_says_how_far_it_is(tmp_path: Path) -> None:
 
 
 def test_a_curve_that_is_damaged_says_nothing(tmp_path: Path) -> None:
-    assert history.progress(tmp_path) == ""
+    assert history.pace(tmp_path) is None
     for text in (
         "{",
         "[1]",
@@ -50,9 +50,29 @@ def test_a_curve_that_is_damaged_says_nothing(tmp_path: Path) -> None:
         "[" * 9999,
     ):
         (tmp_path / "metrics.jsonl").write_text(text)
-        assert history.progress(tmp_path) == ""
+        assert history.pace(tmp_path) is None
     (tmp_path / "metrics.jsonl").write_text(json.dumps(STEPS[0]))
-    assert history.progress(tmp_path) == "step 1 of 30"
+    assert str(history.pace(tmp_path)) == "step 1 of 30"
+
+
+def test_the_heartbeat_says_how_far_it_is_where_steps_tell_of_no_numbers(tmp_path: Path) -> None:
+    beat = {"format": 1, "step": 50, "of": 90, "seconds": 20.0, "at": "2026-11-27T12:00:00+00:00"}
+    file = tmp_path / "progress.json"
+    file.write_text(json.dumps(beat | {"first": {"step": 30, "seconds": 10.0}}))
+    pace = history.pace(tmp_path)
+    assert pace == (50, 90, 20.0, "2026-11-27T12:00:00+00:00")
+    assert str(pace) == "step 50 of 90, 20 s left"
+    # Rows of this process make it that of the last steps; those of an earlier one do not count.
+    rows = [(n, 9000.0 + n) for n in range(10, 31)] + [(n, n - 30.0) for n in range(38, 50)]
+    told = [{"step": step, "of": 90, "seconds": seconds} for step, seconds in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    recent = (20.0 - 9.0) / (50 - 39) * 40
+    assert history.pace(tmp_path) == (50, 90, recent, beat["at"])
+    for damage in ({"first": [1]}, {"first": {"step": "x"}}, {"at": 3}):
+        file.write_text(json.dumps(beat | damage))
+        assert history.pace(tmp_path).step == 50
+    file.write_text('{"format": 1, "step": null}')
+    assert history.pace(tmp_path) == (49, 90, 41.0, "")
 
 
 def test_runs_has_the_win_rate_by_the_judge_where_there_is_one(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_run_that_is_going_on_or_was_killed_says_how_far_it_came(
     edit_json(runs / "toy" / "manifest.json", outcome="unfinished")
     (stages_of(runs / "toy")["ppo"] / "stage.json").unlink()
     told = {one["name"]: one for one in history.list_runs(runs)["runs"]}
-    assert (told["toy"]["outcome"], told["toy"]["stages_done"]) == ("unfinished", 3)
+    assert (told["toy"]["outcome"], told["toy"]["stages_done"]) == ("interrupted", 3)
     with locks.lock(runs / "toy", "run toy"):
         told = {one["name"]: one for one in history.list_runs(runs)["runs"]}
     assert (told["toy"]["outcome"], told["other"]["outcome"]) == ("running", "finished")

@@ -93,6 +93,13 @@ def test_the_record_is_synced_after_what_it_speaks_for(
     assert names[-1] == tmp_path.name
 
 
+def test_a_complete_stage_keeps_no_heartbeat(tmp_path: Path) -> None:
+    for name in ("progress.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    layout.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_a_cleared_stage_is_as_new(tmp_path: Path) -> None:
     (tmp_path / "output" / "deep").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("{}")

@@ -1,0 +1,1 @@
+"""A page of all runs in the browser: to watch, read, compare, label and chat."""
