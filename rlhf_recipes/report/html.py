@@ -49,11 +49,11 @@ def _words(text: str) -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
 
-def _cut(text: Any) -> str:
-    over = len(text := str(text)) - SHOWN
-    return text[:SHOWN] + (f" … ({over:,} characters more)" if over > 0 else "")
+def cut(text: Any, most: int = SHOWN) -> str:
+    over = len(text := str(text)) - most
+    return text[:most] + (f" … ({over:,} characters more)" if over > 0 else "")
 
 
-FILTERS: dict[str, Any] = {"words": _words, "cut": _cut, "placeless": placeless}
+FILTERS: dict[str, Any] = {"words": _words, "cut": cut, "placeless": placeless}
 ENVIRONMENT.filters |= FILTERS | {"size": size, "duration": duration}
 ENVIRONMENT.globals |= {"style": Markup(STYLE), "marks": MARKS}
