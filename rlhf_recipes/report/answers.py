@@ -107,7 +107,9 @@ def cases(facts: Facts, name: str, start: str) -> list[Json]:
     for label, chosen in {**picks, "drawn by lot": _drawn(rows)}.items():
         fresh = [one for one in chosen if not any(one[1] is other["row"] for other in shown)]
         for gain, row in fresh[:2]:
-            shown.append(_case(facts, row, name, start, SHOWN) | {"label": label, "gain": gain})
+            by = facts.scorer if row.get("scores") else "the judge"
+            told = {"label": label, "gain": gain, "by": by}
+            shown.append(_case(facts, row, name, start, SHOWN) | told)
     return shown
 
 

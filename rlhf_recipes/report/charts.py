@@ -132,7 +132,9 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
     guard = facts.of(stage.name, "guard") or {}
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
     logged = dict.fromkeys(key for row in stage.curve for key in row if key.startswith(LOGGED))
-    parts = {key: (f"the reward {key.removeprefix(LOGGED)}", "+.2f", "", "reward") for key in logged}
+    parts = {
+        key: (f"the reward {key.removeprefix(LOGGED)}", "+.2f", "", "reward") for key in logged
+    }
     for key, (what, form, watch, unit) in (CURVES | parts).items():
         xs, ys = stage.series(key)
         if len(xs) < LEAST:

@@ -45,7 +45,7 @@ def placeless(text: Any) -> str:
 
 
 def _words(text: str) -> Markup:
-    text = str(escape(placeless(UNSEEN.sub("", text))))
+    text = str(escape(placeless(UNSEEN.sub("", text)))).replace(" %", "\u00a0%")
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
 

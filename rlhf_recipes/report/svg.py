@@ -30,7 +30,7 @@ Point = tuple[float, float]
 Curve = tuple[Sequence[float], Sequence[float]]  # steps and values
 POINTS = 300  # of a curve: more cannot be told apart
 WIDTH = 290  # of a plot where it is narrowest on a page, in its pixels: text keeps its size
-MEANS = "The title compares the two dark strokes: the means of the first and the last tenth."
+MEANS = "The title compares the two dark marks: the means of the first and the last tenth."
 STYLE = Path(__file__).with_suffix(".mplstyle")
 NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # of metadata
 

@@ -69,7 +69,7 @@ def test_a_thousand_prompts_of_500_words_still_open_and_the_page_says_what_is_le
     html, found = page(run_of(tmp_path, rows))
     text = " ".join(" ".join(found.text).split())
     assert len(html.encode()) < 1_600_000
-    shown = html.count("<details class=\"one\"")
+    shown = html.count('<details class="one"')
     assert 300 < shown < 1000
     assert f"{shown} of the 1,000 test prompts, drawn by lot" in text
     assert "cut after 500 characters" in text and "answers.jsonl" in text
