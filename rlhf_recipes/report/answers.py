@@ -1,4 +1,4 @@
-"""The answers before and after: which won and by whom, in which words they differ, and which to show."""
+"""The answers before and after: which won, by whom, which words differ, and which to show."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rlhf_recipes.store.digests import digest
 WORD = re.compile(r"\S+")
 ALIKE = 0.3  # of the words: two answers that share fewer are read whole
 SHORT = 500  # characters of a text, where all prompts are shown
+PICKED = 8  # answers, where no scorer can order them
 ROOM = 900_000  # characters of all of them: a page stays under 2 MB
 
 
@@ -23,7 +24,8 @@ def differing(before: str, after: str) -> tuple[Markup, Markup]:
     """Both texts, with the words in <del> and <ins> that the other one has not."""
     texts = [UNSEEN.sub("", text) for text in (before, after)]
     words = [[*WORD.finditer(text)] for text in texts]
-    matcher = SequenceMatcher(None, *([one[0] for one in own] for own in words), autojunk=False)
+    one, other = ([word[0] for word in own] for own in words)
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
     if matcher.ratio() < ALIKE:
         return Markup(escape(texts[0])), Markup(escape(texts[1]))
     made = []
@@ -99,15 +101,19 @@ def _sorted(facts: Facts, name: str, start: str) -> list[tuple[float, Json]]:
 
 
 def cases(facts: Facts, name: str, start: str) -> list[Json]:
-    """Two each of the best, the worst and the middle by gain, and two drawn by their digest."""
+    """Two each of the best, the worst and the middle by gain, and two drawn by their digest.
+
+    Where nothing scored them, all are drawn.
+    """
     rows = _sorted(facts, name, start)
     half = len(rows) // 2
+    by = next((facts.scorer if row.get("scores") else "the judge" for _, row in rows
+               if row.get("scores") or row.get("judged")), "")  # fmt: skip
     picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
     shown: list[Json] = []
-    for label, chosen in {**picks, "drawn by lot": _drawn(rows)}.items():
+    for label, chosen in {**(picks if by else {}), "drawn by lot": _drawn(rows)}.items():
         fresh = [one for one in chosen if not any(one[1] is other["row"] for other in shown)]
-        for gain, row in fresh[:2]:
-            by = facts.scorer if row.get("scores") else "the judge"
+        for gain, row in fresh[: 2 if by else PICKED]:
             told = {"label": label, "gain": gain, "by": by}
             shown.append(_case(facts, row, name, start, SHOWN) | told)
     return shown

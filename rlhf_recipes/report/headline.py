@@ -51,9 +51,9 @@ def headline(facts: Facts, found: Sequence[Finding]) -> Headline:
         return Headline("The run is running." if facts.running() else ended)
     starts, count = facts.starts(), [name for name in facts.starts() if _judged(facts, name)]
     name = about if about in count else (count[-1] if count else "")
-    says = SAYS.get(level, "What came of it")
+    says = SAYS.get(level, "The run is done.")
     if not name:
-        return Headline(says)
+        return Headline(says, "" if level in SAYS else "No judge has compared its answers.")
     judged = _judged(facts, name)
     if level == "success":
         judged = [one for one in judged if one.apart and one.share.low > 0.5] or judged
@@ -94,7 +94,9 @@ def _result(facts: Facts, name: str, start: str, level: str, judged: Judged) -> 
         return f"{text} That does not count while something is wrong."
     if level == "doubt" and still(facts, name, start):
         return f"{text} It hardly differs from {facts.title(start)}."
-    return text + (" That may be chance." if share.low <= 0.5 <= share.high else "")
+    if share.low <= 0.5 <= share.high:
+        return f"{text} That may be chance."
+    return text + (" The list below begins with what speaks against it." * (level == "doubt"))
 
 
 def _by(facts: Facts, name: str, judged: Judged) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_recipes.findings import Finding, interval
 from rlhf_recipes.recipe.kinds import KINDS, makes
 from rlhf_recipes.report import answers, card, charts, people
-from rlhf_recipes.report.facts import Facts, Json, Stage, number
+from rlhf_recipes.report.facts import Facts, Stage, number
 from rlhf_recipes.report.headline import headline, meanings
 from rlhf_recipes.report.html import STYLE, TEMPLATES, page
 from rlhf_recipes.report.verdict import verdict

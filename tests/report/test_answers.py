@@ -60,6 +60,13 @@ def test_all_prompts_are_there_to_unfold(tmp_path: Path) -> None:
     assert inside.count("<ins>young</ins>") == inside.count("<del>old</del>") == 20
 
 
+def test_answers_that_nothing_scored_are_drawn_by_lot(tmp_path: Path) -> None:
+    rows = [{**row(number), "scores": {}} for number in range(20)]
+    facts = Facts(run_of(tmp_path, rows))
+    shown = answers.cases(facts, "ppo", "sft")
+    assert [one["label"] for one in shown] == ["drawn by lot"] * 8
+
+
 def test_a_thousand_prompts_of_500_words_still_open_and_the_page_says_what_is_left_out(
     tmp_path: Path,
 ) -> None:

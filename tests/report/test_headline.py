@@ -83,7 +83,8 @@ def test_what_did_not_work_says_so_first(
 def test_a_run_without_an_evaluation_has_no_result(tmp_path: Path) -> None:
     none = {key: None for key in ("ppo.win_rate", "ppo.judge_win_rate", "ppo.kl", "ppo.length")}
     found = top(told(tmp_path, none, kinds=["sft"]))
-    assert (found.says, found.result, found.judged) == ("What came of it", "", "")
+    said = ("The run is done.", "No judge has compared its answers.", "")
+    assert (found.says, found.result, found.judged) == said
 
 
 def test_each_word_of_the_trade_has_its_meaning_there_and_is_in_the_glossary() -> None:
