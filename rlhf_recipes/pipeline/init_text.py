@@ -284,7 +284,7 @@ def _sampled(plans: Plans, name: str) -> list[tuple[str, Any, str]]:
     return rows
 
 
-RULES = "a placeholder: write here what a good answer is (docs/recipe.md, Rewards by rule)"
+RULES = "a placeholder: write here what a good answer is (rlhf-recipes fork annotated all.toml writes every rule)"
 ROOM_WHY = "tokens; a quarter beyond the longest answer: room to learn to end"
 
 

@@ -44,8 +44,9 @@ def placeless(text: Any) -> str:
     return PLACES.sub("…/", str(text))
 
 
-def _words(text: str) -> Markup:
-    text = str(escape(placeless(UNSEEN.sub("", text)))).replace(" %", "\u00a0%")
+def _words(text: str, places: bool = False) -> Markup:
+    text = UNSEEN.sub("", text)
+    text = str(escape(text if places else placeless(text))).replace(" %", "\u00a0%")
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
 

@@ -306,6 +306,14 @@ def test_a_run_that_failed_shows_what_there_is(tmp_path: Path) -> None:
     assert "No policy was evaluated: there are no answers to show." in text
 
 
+def test_what_a_waiting_run_asks_to_type_can_be_typed(tmp_path: Path) -> None:
+    command = "rlhf-recipes label /home/me/my own.toml --runs /home/me/runs"
+    error = {"message": "people have to judge first in /home/me/runs", "hint": command}
+    run = told(tmp_path, not_run=("ppo",), manifest={"outcome": "waiting", "error": error})
+    html, _ = page(run)
+    assert f"<code>{command}</code>" in html and "judge first in …/runs" in html
+
+
 def test_files_that_are_missing_or_damaged_are_said_and_nothing_more(tmp_path: Path) -> None:
     run = whole(tmp_path)
     for file in run.parent.rglob("*.json*"):
