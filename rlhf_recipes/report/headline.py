@@ -19,11 +19,7 @@ SAYS = {
     "success": "It worked.",
     "doubt": "It cannot be told yet.",
 }
-ENDED = {
-    "waiting": "People have to judge first.",
-    "failed": "The run ended early.",
-    "unfinished": "The run is not finished.",
-}
+ENDED = {"waiting": "People have to judge first.", "failed": "The run ended early."}
 BLIND = "people who did not know whose answer is whose"
 
 
@@ -46,9 +42,9 @@ class Judged:
 def headline(facts: Facts, found: Sequence[Finding]) -> Headline:
     """In agreement with the verdict `found`, whose first finding decides what it says."""
     level, about = (found[0].level, found[0].about) if found else ("", "")
-    ended = ENDED.get(str(facts.manifest.get("outcome")))
-    if ended:
-        return Headline("The run is running." if facts.running() else ended)
+    if (outcome := facts.manifest.get("outcome")) != "finished":
+        left = "The run is running." if facts.running() else "The run is not finished."
+        return Headline(ENDED.get(str(outcome), left))
     starts, count = facts.starts(), [name for name in facts.starts() if _judged(facts, name)]
     name = about if about in count else (count[-1] if count else "")
     says = SAYS.get(level, "The run is done.")

@@ -70,6 +70,7 @@ def test_people_judge_before_a_model_does(tmp_path: Path) -> None:
         ({}, {"outcome": "waiting", "error": {"message": "m"}}, "People have to judge first.", ""),
         ({}, {"outcome": "failed", "error": {"message": "m"}}, "The run ended early.", ""),
         ({}, {"outcome": "unfinished"}, "The run is not finished.", ""),
+        ({}, {"outcome": "interrupted"}, "The run is not finished.", ""),
     ],
 )  # fmt: skip
 def test_what_did_not_work_says_so_first(

@@ -411,6 +411,7 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     comparison.write([one, other], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     text = " ".join(harmless(html).text)
+    assert "told: It looks better, but that is not proven." in " ".join(text.split())
     assert "ppo.kl_coef" in text and "0.15" in text and "0.3" in text
     assert "71 % (63 to 79)" in text and "55 % (46 to 64)" in text
     assert "ppo.win_rate_like_length 88 % 60 %" in " ".join(text.split())
