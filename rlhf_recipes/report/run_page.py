@@ -61,6 +61,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     name, starts = facts.folder.resolve().name, facts.starts()
     trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
     last = trained[-1] if trained else None
+    base, hub = card.named((facts.recipe.get("model") or {}).get("name"))
     prices = [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
     ways = [*charts.who_wins(facts, *last), *chain(*prices)] if last else []
     explored = facts.making("policy", explores=True)
@@ -78,7 +79,7 @@ def _report(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "found": found,
         "top": (top := headline(facts, found)),
         "meanings": meanings(" ".join([*vars(top).values(), *(one.text for one in found)])),
-        "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
+        "model": base if hub or base == "unknown" else f"{base} (a local folder)",
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
         "cases": answers.cases(facts, *last) if last else [],
