@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.report import compare, run_page
+from rlhf_recipes.report import compare, run_page, sweep
+from rlhf_recipes.report.sweep import Trial
 from tests.helpers.told import told
 from tests.report.test_pages import ROWS, whole
 
@@ -47,7 +48,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     one, other = whole(folder / "a", long + ROWS[:2]), told(folder / "b")
     run_page.write(one)
     compare.write([one, other], folder / "compare.html")
-    return [one / "report.html", folder / "compare.html"]
+    sweep.write([Trial("a", "1", one), Trial("b", "1", other)], "Two", folder / "sweep.html")
+    return [one / "report.html", folder / "compare.html", folder / "sweep.html"]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1280, "dark")])
