@@ -248,9 +248,24 @@ def _shown(numbers: dict[str, float]) -> str:
 
 def begin(what: str) -> None:
     """At a terminal, name a step before it keeps a person waiting for over two seconds."""
-    if sys.stderr.isatty():  # whatever FORCE_COLOR says: a script may read it
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(Text(writable(f"{what} …", console.encoding), "dim"))
+    with beginning() as tell:
+        tell(what)
+
+
+@contextlib.contextmanager
+def beginning() -> Iterator[Callable[[str], None]]:
+    """`begin` for steps inside of what is quiet."""
+    theirs = sys.stderr
+    if not theirs.isatty():  # whatever FORCE_COLOR says: a script may read it
+        yield lambda what: None
+        return
+    stream = _own_way_to(theirs)
+    console = Console(file=stream, highlight=False, soft_wrap=True)
+    try:
+        yield lambda what: console.print(Text(writable(f"{what} …", console.encoding), "dim"))
+    finally:
+        if stream is not theirs:
+            stream.close()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes.screen import Screen, StageProgress, begin
+from rlhf_recipes.screen import Screen, StageProgress, begin, beginning, quietly
 from rlhf_recipes.text import duration, plain
 
 
@@ -220,5 +220,6 @@ def test_a_step_is_named_before_it_keeps_a_person_waiting(
     begin("Encoding the rows")
     assert capsys.readouterr().err == "\x1b[2mEncoding the rows …\x1b[0m\n"
     monkeypatch.setenv("NO_COLOR", "1")
-    begin("Encoding the rows")
-    assert "Encoding the rows …" in capsys.readouterr().err
+    with beginning() as tell, quietly():
+        tell("  sft")
+    assert "  sft …" in capsys.readouterr().err

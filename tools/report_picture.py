@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 DOCS = Path(__file__).parents[1] / "docs"
-WIDTH, HEIGHT, SIDE = 1280, 1040, 100  # pixels; the page has an empty margin on each side
+WIDTH, HEIGHT, SIDE = 1280, 1005, 100  # pixels; the page has an empty margin on each side
 
 if __name__ == "__main__":
     page = Path(sys.argv[1]).resolve() / "report.html"

@@ -14,7 +14,7 @@ from rlhf_recipes.pipeline import runner
 from rlhf_recipes.pipeline.data_lint import away
 from rlhf_recipes.pipeline.memory import read_cards
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage
-from rlhf_recipes.screen import Screen
+from rlhf_recipes.screen import Screen, beginning
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import bring
 from rlhf_recipes.stages.session import Session
@@ -27,12 +27,12 @@ def reckoning(
 ) -> str:
     """Of these stages; `device` is the size of a card, "4x24GB" of four, or "" for this machine."""
     cards, given = read_cards(device) if device else (1, None)
-    with Screen(Path(os.devnull)) as screen:
+    with beginning() as tell, Screen(Path(os.devnull)) as screen:
         if measured:
             return _measured(plan, stages, screen)
         with screen.quiet():
             try:
-                return _by_rule(plan, stages, None if away(plan) else session, given, cards)
+                return _by_rule(plan, stages, None if away(plan) else session, given, cards, tell)
             except Exception as error:
                 said = str(error).partition("\n")[0]
                 return f"no memory by rule: {type(error).__name__}: {plain(said)}"
@@ -44,6 +44,7 @@ def _by_rule(
     session: Session | None,
     given: float | None,
     cards: int,
+    tell: Callable[[str], None],
 ) -> str:
     """Without a session, the recipe's limits stand for its rows."""
     from rlhf_recipes.pipeline import fit
@@ -51,7 +52,7 @@ def _by_rule(
 
     recipe, took = plan.recipe, {}
     config = fit.architecture(sources.config_folder(recipe, plan.model))
-    room = fit.Room(recipe, config, session, given, fit.judging(plan))
+    room = fit.Room(recipe, config, session, given, fit.judging(plan), tell)
     if cards > 1:
         from rlhf_recipes.pipeline.cards import needs as needs_of_each
 

@@ -110,7 +110,7 @@ class Room:
     """The memory that there is, of this machine's device or of one that is named; what needs it.
 
     Where there are no rows yet, or no session, the recipe's limits stand for them. `judge` is the
-    config of the judge's base where it has one of its own.
+    config of the judge's base where it has one of its own. Each stage that is looked at is told of.
     """
 
     def __init__(
@@ -120,8 +120,10 @@ class Room:
         session: Session | None,
         given: float | None = None,
         judge: Any = None,
+        tell: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.recipe, self.config, self.session, self.judge = recipe, config, session, judge
+        self.tell, self._known = tell, list[tuple[tuple[Any, ...], Counter[str]]]()
         self.card = given is not None or torch.cuda.is_available()
         self.here = given is None
         self.wide = models.compute_dtype(recipe.model.dtype) == torch.float32
@@ -142,7 +144,18 @@ class Room:
         role = "reward_model"
         table = recipe.tables.get(stage.name)
         foreign = bool(table and table.reward_model) and role not in stage.inputs
-        sim = Sim(recipe, stage.name, foreign, most, self.card, self.config)
+        # All that a stage's passes read of a recipe: they take seconds, so none runs twice.
+        asked = (recipe.model, recipe.lora, recipe.evaluation, table)
+        key = (stage.name, foreign, most, self.card, asked)
+        for known, need in self._known:
+            if known == key:
+                return need
+        self.tell(f"  {stage.name}")
+        need = self._needed(stage, Sim(recipe, stage.name, foreign, most, self.card, self.config))
+        self._known.append((key, need))
+        return need
+
+    def _needed(self, stage: PlannedStage, sim: Sim) -> Counter[str]:
         if self.judge is None or JUDGE not in (stage.name, stage.inputs.get(JUDGE)):
             return footprint(sim)
         judging = replace(sim, config=self.judge)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from rlhf_recipes.recipe.edit import edit, without_comments
 from rlhf_recipes.recipe.kinds import JUDGE, KINDS
 from rlhf_recipes.recipe.load import Recipe, loads
 from rlhf_recipes.recipe.tables import form_of, is_path
-from rlhf_recipes.screen import quietly
+from rlhf_recipes.screen import beginning, quietly
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.stages.session import Session
 from rlhf_recipes.store.fingerprint import Identities, tables_read
@@ -61,6 +61,7 @@ class Start:
     unset: Sequence[str] = ()
     runs: Path = Path("runs")
     notes: list[str] = field(default_factory=list)
+    tell: Callable[[str], None] = lambda what: None  # of a step that takes its time
 
     @property
     def methods(self) -> list[str]:
@@ -80,7 +81,7 @@ class Start:
             what = f"{self.file} holds {self.looked.holds}, from which {method} cannot learn"
             raise UsageError(what, f"--method is {' or '.join(self.methods)}")
         given = read_size(device) if device else None
-        with quietly():
+        with beginning() as self.tell, quietly():
             recipe = self._fitted(method, given)
         self.new.parent.mkdir(parents=True, exist_ok=True)
         told = edit(recipe.text, self.set, ()).words  # whose comments are of other values
@@ -143,7 +144,8 @@ class Start:
     def _room(self, recipe: Recipe, plan: Plan, given: float | None) -> Room:
         from rlhf_recipes.pipeline.fit import Room
 
-        return Room(recipe, self.config, self._session(recipe) if self.here else None, given)
+        session = self._session(recipe) if self.here else None
+        return Room(recipe, self.config, session, given, tell=self.tell)
 
 
 def start(

@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_recipes.pipeline.look import Looked
 from rlhf_recipes.recipe.fields import fields_for
 from rlhf_recipes.recipe.kinds import kind_of
+from rlhf_recipes.recipe.rewards import RULES
 from rlhf_recipes.stats import wilson
 from rlhf_recipes.text import plain
 
@@ -252,7 +253,7 @@ def _sampled(plans: Plans, name: str) -> list[tuple[str, Any, str]]:
     update, updates = (64, 100) if plans.card else (32, 40)
     rows: list[tuple[str, Any, str]] = []
     if not plans.scored:
-        rows.append(("rewards", _rules(plans), RULES))
+        rows.append(("rewards", _rules(plans), PLACEHOLDER))
     if "num_generations" in fields:
         rows += [
             ("num_generations", 4, "answers to a prompt, compared with one another"),
@@ -284,7 +285,7 @@ def _sampled(plans: Plans, name: str) -> list[tuple[str, Any, str]]:
     return rows
 
 
-RULES = "a placeholder: write here what a good answer is (docs/recipe.md, Rewards by rule)"
+PLACEHOLDER = f"a placeholder: write here what a good answer is, by {', '.join(RULES)}"
 ROOM_WHY = "tokens; a quarter beyond the longest answer: room to learn to end"
 
 

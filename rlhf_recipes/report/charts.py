@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from rlhf_recipes.findings import percent, points
+from rlhf_recipes.recipe.kinds import KINDS
 from rlhf_recipes.recipe.rewards import LOGGED
 from rlhf_recipes.report import svg
 from rlhf_recipes.report.facts import Facts, Stage, number
@@ -21,15 +22,17 @@ ROUGH = 0.2  # of the tokens clipped, in an update
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Where a curve begins and ends: the mean of a tenth."""
-    few = max(1, len(values) // 10)
+    few = svg.tenth(values)
     return fmean(values[:few]), fmean(values[-few:])
 
 
 def went(values: Sequence[float], form: str = ".2f") -> str:
     """rose from 1.00 to 2.00"""
     first, last = ends(values)
-    verb = "rose" if last > first else "fell"
-    return f"{verb} from {first:{form}} to {last:{form}}".replace("-", "−").replace("%", " %")
+    told = f"{'rose' if last > first else 'fell'} from {first:{form}} to {last:{form}}"
+    if f"{first:{form}}" == f"{last:{form}}":
+        told = f"stayed at {last:{form}}"
+    return told.replace("-", "−").replace("%", " %")
 
 
 def _alt(what: str, xs: Sequence[float], ys: Sequence[float], form: str = ".2f") -> str:
@@ -45,7 +48,7 @@ def who_wins(facts: Facts, name: str, start: str) -> Iterator[Plot]:
     """Every way of counting that there is: by whom, among which answers."""
     rows: list[tuple[str, Share, str]] = []
     among = {"": "all", "_ended": "both ended", "_like_length": "like length"}
-    judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward", SFT)}
+    judges = {"judge_": ("judge", PPO), "judge2_": ("2nd judge", PPO), "": ("reward", BASE)}
     for by, (whose, colour) in judges.items():
         for which, words in among.items():
             count = f"{name}.{which[1:]}_pairs" if which else "evaluation.prompts"
@@ -67,7 +70,7 @@ def _between(share: Share) -> str:
 
 
 def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
-    """Gain against KL, beside what taking the best of n answers gains."""
+    """Gain against KL, beside what taking the best of n answers gains, where that was measured."""
     gain, kl = facts.number(f"{name}.{by}_gain"), facts.number(f"{name}.kl")
     if gain is None or kl is None:
         return
@@ -77,11 +80,13 @@ def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
     if by == "score":
         whose, unit = facts.scorer, "gain, units of the reward"
     who, best = facts.plain_title(name), []
-    told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
     if facts.best_of.get("against") == name:
         columns = [facts.best_of.get(key) or [] for key in ("n", "kl", f"{by}_gain")]
         best = [row for row in zip(*columns, strict=False) if None not in row]
-    if best and min(best[-1][1:]) > 0:
+    if not best:
+        return
+    told = f"By {whose}, {who} gained {gain:+.2f} at {kl:.1f} nats"
+    if min(best[-1][1:]) > 0:
         most, dear, much = best[-1]
         told = f"By {whose}, {who} gained {percent(gain / much)} of what the best of {most} "
         told += f"answers does, at {kl / dear:.1f} times the KL"
@@ -92,12 +97,11 @@ def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
     plot = Plot(f"price-{by}-{name}", told, alt, note.strip())
     with plot.drawn(height=240) as axes:
         axes.axhline(0, color=MUTED, linewidth=1)
-        counts, nats, gains = zip(*best, strict=True) if best else ((), (), ())
-        if best:
-            axes.plot(nats, gains, "o-", color=SFT, markersize=4)
-            for n, at, gained in best[1:]:
-                svg.say(axes, str(n), (at, gained), (0, 6), ha="center", color=SFT, fontsize=10)
-            svg.say(axes, f"best of {counts[-1]}", best[-1][1:], (9, -3), va="center", color=SFT)
+        counts, nats, gains = zip(*best, strict=True)
+        axes.plot(nats, gains, "o-", color=SFT, markersize=4)
+        for n, at, gained in best[1:-1]:
+            svg.say(axes, str(n), (at, gained), (0, 6), ha="center", color=SFT)
+        svg.say(axes, f"best of {counts[-1]}", best[-1][1:], (9, -3), va="center", color=SFT)
         axes.plot([kl, kl], [low, high], color=PPO, linewidth=5, alpha=0.35)
         axes.plot([kl], [gain], "D", color=PPO, markersize=8)
         left = kl < max([kl, *nats]) / 3
@@ -111,15 +115,15 @@ def price(facts: Facts, name: str, by: str) -> Iterator[Plot]:
 # ---- curves -------------------------------------------------------------------------------------
 
 
-# Of PPO: how it is called, its form, and the guard that watches it.
+# Of PPO: how it is called, its form, the guard that watches it, its unit.
 CURVES = {
-    "score": ("the score", "+.2f", ""),
-    "KL": ("the KL", ".1f", "max_kl"),
-    "val/entropy_per_token": ("entropy", ".2f", "min_entropy"),
-    "length": ("length", ".0f", "min_length"),
-    "loss/value_avg": ("the value model's loss", ".2f", ""),
-    "val/explained_variance": ("the explained variance", ".2f", ""),
-    "policy/clipfrac_avg": ("the clipped share", ".1%", ""),
+    "score": ("the score", "+.2f", "", "units of the reward"),
+    "KL": ("the KL", ".1f", "max_kl", "nats an answer"),
+    "val/entropy_per_token": ("entropy", ".2f", "min_entropy", "nats a token"),
+    "length": ("length", ".0f", "min_length", "tokens"),
+    "loss/value_avg": ("the value model's loss", ".2f", "", "units squared"),
+    "val/explained_variance": ("the explained variance", ".2f", "", "1 is all, 0 the mean"),
+    "policy/clipfrac_avg": ("the clipped share", ".1%", "", "of the tokens"),
 }
 
 
@@ -128,8 +132,10 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
     guard = facts.of(stage.name, "guard") or {}
     kept, last = facts.number(f"{stage.name}.kept_update"), facts.number(f"{stage.name}.updates")
     logged = dict.fromkeys(key for row in stage.curve for key in row if key.startswith(LOGGED))
-    parts = {key: (f"the reward {key.removeprefix(LOGGED)}", "+.2f", "") for key in logged}
-    for key, (what, form, watch) in (CURVES | parts).items():
+    parts = {
+        key: (f"the reward {key.removeprefix(LOGGED)}", "+.2f", "", "reward") for key in logged
+    }
+    for key, (what, form, watch, unit) in (CURVES | parts).items():
         xs, ys = stage.series(key)
         if len(xs) < LEAST:
             continue
@@ -138,18 +144,18 @@ def ppo(facts: Facts, stage: Stage) -> Iterator[Plot]:
         plot = Plot(name, _meaning(key, ys, form), _alt(what, xs, ys, form), note)
         with plot.drawn() as axes:
             # The points are looks at validation prompts.
-            svg.line(axes, xs, ys, PPO, "update", stage.series(f"eval/{key}"))
+            svg.line(axes, xs, ys, PPO, "update", unit, stage.series(f"eval/{key}"))
             bound = number(guard, watch) or 0.0  # of all but the KL a share of what it was at first
             limit = bound if key == "KL" else bound * ends(ys)[0]
             if bound and limit < 4 * max(ys):
                 axes.axhline(limit, color=BAD, linestyle=(0, (5, 3)), linewidth=1.2)
                 at = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": BAD}
                 told = f"guard {bound:g}" if key == "KL" else "guard"
-                svg.say(axes, told, (1, limit), (0, 2), va="bottom", fontsize=10, **at)
+                svg.say(axes, told, (1, limit), (0, 2), va="bottom", **at)
             if kept and kept != last:
                 axes.axvline(kept, color=MUTED, linestyle=":", linewidth=1.4)
                 at = {"xycoords": ("data", "axes fraction"), "ha": "center"}
-                svg.say(axes, "kept", (kept, 1), (0, 2), va="bottom", fontsize=10, **at)
+                svg.say(axes, "kept", (kept, 1), (0, 2), va="bottom", **at)
             if key == "val/explained_variance":
                 axes.axhline(0, color=MUTED, linewidth=1)
             elif key != "score" and key not in parts:
@@ -166,7 +172,7 @@ def _meaning(key: str, values: Sequence[float], form: str) -> str:
     if key == "score" or key.startswith(LOGGED):
         return f"The {key if key == 'score' else f'reward {key.removeprefix(LOGGED)}'} {moved}"
     if key == "KL":
-        return f"It moved {last:.1f} nats an answer away from its start"
+        return f"It moved {last:.1f} nats an answer away from its start, at the end"
     if key == "val/entropy_per_token":
         start = "Its choices stay open" if change > 0.5 else "Its choices narrow"
         return f"{start}: entropy {moved} nats a token"
@@ -180,7 +186,7 @@ def _meaning(key: str, values: Sequence[float], form: str) -> str:
         start = "foresees the returns" if last > 0 else "foresees the returns worse than their mean"
         return f"The value model {start}: explained variance {moved}"
     start = "Updates are gentle" if last < ROUGH else "Updates are rough"
-    return f"{start}: {100 * last:.1f} % of the tokens are clipped"
+    return f"{start}: the clipped share of the tokens {moved}"
 
 
 def loss(facts: Facts, stage: Stage) -> Iterator[Plot]:
@@ -191,14 +197,20 @@ def loss(facts: Facts, stage: Stage) -> Iterator[Plot]:
     before = facts.number(f"{stage.name}.validation_loss_before")
     after = facts.number(f"{stage.name}.validation_loss")
     plot = Plot(f"{stage.name}-loss", f"The training loss {went(ys)}", _alt("the loss", xs, ys))
+    plot.note = svg.MEANS
     points: svg.Curve = ([], [])
+    kind = KINDS[stage.kind]
+    unit = "nats a token" if kind.learns_from == "answers" else "nats a pair"
+    colour = PPO if kind.makes == "policy" and kind.learns_from != "answers" else SFT
+    if kind.makes != "policy":
+        colour = MUTED
     if before is not None and after is not None:
         points = ([0.0, xs[-1]], [before, after])
         plot.title = f"On rows it did not see, the loss {went([before, after])}"
         plot.note = "Line: the rows it trains on. Dots: validation rows, before and after."
         plot.alt += f" Two points: validation {before:.2f} before, {after:.2f} after."
     with plot.drawn() as axes:
-        svg.line(axes, xs, ys, SFT, "step", points)
+        svg.line(axes, xs, ys, colour, "step", unit, points, means=not points[0])
     yield plot
 
 
@@ -211,9 +223,10 @@ def compared(stage: Stage) -> Iterator[Plot]:
         told = f"The margin of its training rows {went(ys, form)}"
         if key == "accuracy":
             told = f"Training pairs whose better answer it prefers: the share {went(ys, form)}"
-        plot = Plot(f"{stage.name}-{key}", told, _alt(f"the {key}", xs, ys))
+        plot = Plot(f"{stage.name}-{key}", told, _alt(f"the {key}", xs, ys), svg.MEANS)
+        unit = "nats times beta" if key == "margin" else "of the pairs"
         with plot.drawn() as axes:
-            svg.line(axes, xs, ys, PPO, "step", ([], []))
+            svg.line(axes, xs, ys, PPO, "step", unit, ([], []))
             if key == "accuracy":
                 svg.percents(axes.yaxis)
         yield plot
@@ -259,7 +272,7 @@ def margins(name: str, stage: Stage) -> Iterator[Plot]:
         negative, right = [v for v in values if v < 0], [v for v in values if v >= 0]
         axes.hist([negative, right], edges, color=[BAD, PPO], stacked=True, rwidth=0.92)
         axes.axvline(0, color=MUTED, linestyle=":", linewidth=1.4)
-        svg.house(axes, "score of the chosen answer over the rejected, units", "pairs")
+        svg.house(axes, "lead of the chosen answer, units", "pairs")
     yield plot
 
 

@@ -13,6 +13,7 @@ from rlhf_recipes.errors import UsageError
 from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE
 from rlhf_recipes.report import overlaid
 from rlhf_recipes.report.facts import Facts
+from rlhf_recipes.report.headline import headline
 from rlhf_recipes.report.html import page
 from rlhf_recipes.report.run_page import SHARES, policies
 from rlhf_recipes.report.verdict import verdict
@@ -35,7 +36,7 @@ def values(folders: Sequence[Path]) -> dict[str, Any]:
     parts, runs = compare(folders), [Facts(folder) for folder in folders]
     return {
         "names": [plain(facts.folder.resolve().name) for facts in runs],
-        "runs": [(facts, verdict(facts)) for facts in runs],
+        "runs": [(headline(facts, found := verdict(facts)), found) for facts in runs],
         "parts": {part: _rows(rows, runs) for part, rows in parts.items()},
         "rulers": rulers(folders),
         "curves": list(overlaid.curves(runs)),

@@ -44,16 +44,17 @@ def placeless(text: Any) -> str:
     return PLACES.sub("…/", str(text))
 
 
-def _words(text: str) -> Markup:
-    text = str(escape(placeless(UNSEEN.sub("", text))))
+def _words(text: str, places: bool = False) -> Markup:
+    text = UNSEEN.sub("", text)
+    text = str(escape(text if places else placeless(text))).replace(" %", "\u00a0%")
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
 
-def _cut(text: Any) -> str:
-    over = len(text := str(text)) - SHOWN
-    return text[:SHOWN] + (f" … ({over:,} characters more)" if over > 0 else "")
+def cut(text: Any, most: int = SHOWN) -> str:
+    over = len(text := str(text)) - most
+    return text[:most] + (f" … ({over:,} characters more)" if over > 0 else "")
 
 
-FILTERS: dict[str, Any] = {"words": _words, "cut": _cut, "placeless": placeless}
+FILTERS: dict[str, Any] = {"words": _words, "cut": cut, "placeless": placeless}
 ENVIRONMENT.filters |= FILTERS | {"size": size, "duration": duration}
 ENVIRONMENT.globals |= {"style": Markup(STYLE), "marks": MARKS}

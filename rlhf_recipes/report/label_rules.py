@@ -26,7 +26,8 @@ def no_person(facts: Facts) -> Found:
         text += "all that learns from it learns what that judge prefers."
         share = facts.share(f"{name}.agreement", f"{name}.agreement_pairs")
         if share:
-            text += f" It agrees with people in {said(share, 'pairs that both judged')}."
+            pairs = said(share, "pairs that both had judged")
+            text += f" As the stage ran, it agreed with people in {pairs}."
         change = f"`{name}.people = 60` asks people about 60 of them first."
         yield Finding("note", name, text, "" if share or by == "rule" else change)
 

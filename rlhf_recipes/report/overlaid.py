@@ -14,7 +14,7 @@ from rlhf_recipes.text import plain
 
 # As lines on one plot: a colour and a dash, so that nobody needs the colours.
 LOOKS = [(PPO, "-"), (SFT, "--"), (BASE, "-."), (BAD, ":")]
-OTHERS = {"loss": ("the loss", ".2f"), "margin": ("the margin", "+.2f")}
+OTHERS = {"loss": ("the loss", ".2f", "nats"), "margin": ("the margin", "+.2f", "")}
 SHOWN = ("score", "KL", "val/entropy_per_token", "length")  # of charts.CURVES
 FEW = 6  # prompts
 
@@ -38,8 +38,8 @@ def curves(runs: Sequence[Facts]) -> Iterator[Plot]:
 
 def _of(title: str, runs: Sequence[Facts], stages: Sequence[Stage | None]) -> Iterator[Plot]:
     explores = any(stage and stage.kind in KINDS and KINDS[stage.kind].explores for stage in stages)
-    keys = {key: charts.CURVES[key][:2] for key in SHOWN}
-    for key, (what, form) in (keys if explores else OTHERS).items():
+    keys = {key: (*charts.CURVES[key][:2], charts.CURVES[key][3]) for key in SHOWN}
+    for key, (what, form, unit) in (keys if explores else OTHERS).items():
         told = [
             (plain(facts.folder.resolve().name), *stage.series(key))
             for facts, stage in zip(runs, stages, strict=True)
@@ -57,7 +57,8 @@ def _of(title: str, runs: Sequence[Facts], stages: Sequence[Stage | None]) -> It
         with plot.drawn(height=240) as axes:
             for (name, xs, ys), (colour, dash) in zip(told, itertools.cycle(LOOKS), strict=False):
                 x = "update" if explores else "step"
-                svg.line(axes, xs, ys, colour, x, ([], []), linestyle=dash, label=name)
+                words = {"linestyle": dash, "label": name}
+                svg.line(axes, xs, ys, colour, x, unit, ([], []), means=False, **words)
             axes.legend(frameon=False, labelcolor="linecolor", fontsize=10)
         yield plot
 

@@ -176,7 +176,7 @@ def _wins(facts: Facts, name: str, by: str = "", over: str = "") -> Share | None
     return facts.share(f"{name}.{by}win_rate{over}", "evaluation.prompts")
 
 
-def _judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str, bool]]:
+def judges(facts: Facts, name: str, over: str = "") -> Iterator[tuple[Share, str, bool]]:
     """The win rates by judges that a policy was not trained against, and what each is called.
 
     But those of a judge that ranks test pairs no better than chance, or than length does. Last,
@@ -239,7 +239,7 @@ def winning(facts: Facts) -> Found:
         if still(facts, name, start):
             continue
         wins, kl = _wins(facts, name), facts.number(f"{name}.kl")
-        own, judged = facts.reward_model(name), list(_judges(facts, name))
+        own, judged = facts.reward_model(name), list(judges(facts, name))
         own = own or (name if facts.rewards(name) else None)
         price = f", at {kl:.1f} nats" if kl is not None else ""
         if gained := wins is not None and wins.low > 0.5:
@@ -339,7 +339,7 @@ def over_base(facts: Facts) -> Found:
     for name in [*starts][-1:]:
         over = "_over_base" if starts[name] != "base" else ""
         own = [(share, facts.scorer)] if (share := _wins(facts, name, "", over)) else []
-        for share, called in [both[:2] for both in _judges(facts, name, over)] or own:
+        for share, called in [both[:2] for both in judges(facts, name, over)] or own:
             text = f"{facts.title(name)} wins against the base model on {said(share, 'prompts')} "
             if share.low > 0.5:
                 yield Finding("good", name, f"{text}by {called}.")

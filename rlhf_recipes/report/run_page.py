@@ -13,8 +13,9 @@ from typing import Any
 
 from rlhf_recipes.findings import Finding, interval
 from rlhf_recipes.recipe.kinds import KINDS, makes
-from rlhf_recipes.report import card, charts, people
-from rlhf_recipes.report.facts import Facts, Json, Stage, number
+from rlhf_recipes.report import answers, card, charts, people
+from rlhf_recipes.report.facts import Facts, Stage, number
+from rlhf_recipes.report.headline import headline, meanings
 from rlhf_recipes.report.html import STYLE, TEMPLATES, page
 from rlhf_recipes.report.verdict import verdict
 from rlhf_recipes.store.digests import digest
@@ -22,6 +23,7 @@ from rlhf_recipes.store.files import to_json, write_text
 from rlhf_recipes.store.layout import REPORT
 from rlhf_recipes.store.provenance import versions
 
+NUMBERS = tomllib.loads((TEMPLATES / "policies.toml").read_text(encoding="utf-8"))
 SHARES = "accuracy win_rate ended repetition distinct_2 unchanged calibration_error".split()
 
 
@@ -60,6 +62,7 @@ def values(facts: Facts, found: list[Finding]) -> dict[str, Any]:
     name, starts = facts.folder.resolve().name, facts.starts()
     trained = [(name, start) for name, start in starts.items() if f"{name}.length" in facts.results]
     last = trained[-1] if trained else None
+    base, hub = card.named((facts.recipe.get("model") or {}).get("name"))
     prices = [charts.price(facts, last[0], by) for by in ("judge", "score")] if last else []
     ways = [*charts.who_wins(facts, *last), *chain(*prices)] if last else []
     explored = facts.making("policy", explores=True)
@@ -75,12 +78,16 @@ def values(facts: Facts, found: list[Finding]) -> dict[str, Any]:
         "name": name,
         "facts": facts,
         "found": found,
-        "model": card.named((facts.recipe.get("model") or {}).get("name"))[0],
+        "top": (top := headline(facts, found)),
+        "meanings": meanings(" ".join([*vars(top).values(), *(one.text for one in found)])),
+        "model": base if hub or base == "unknown" else f"{base} (a local folder)",
         "seconds": {s.name: number(s.record, "seconds") or 0.0 for s in facts.stages},
         "last": last,
-        "cases": _cases(facts, *last) if last else [],
+        "cases": answers.cases(facts, *last) if last else [],
+        "every": answers.every(facts, *last) if last else [],
         "ways": ways,
         "policies": policies(facts),
+        "asides": {_said(facts, words): aside for words, aside in NUMBERS.values()},
         "judges": people.table(facts),
         "ppo": [(s, [*charts.ppo(facts, s)]) for s in explored if s.curve],
         "rewards": [_reward(facts, s) for s in rewards],
@@ -98,25 +105,6 @@ def _text(file: Path) -> str:
         return ""
 
 
-def _cases(facts: Facts, name: str, start: str) -> list[Json]:
-    """Two each of the best, the worst and the middle by gain, and two drawn by their digest."""
-
-    def gain(row: Json) -> float:
-        scores = row.get("scores") or row.get("judged") or {}
-        return (number(scores, name) or 0.0) - (number(scores, start) or 0.0)
-
-    rows = [row for row in facts.answers if isinstance(row.get("answers"), dict)]
-    rows.sort(key=gain)
-    half = len(rows) // 2
-    picks = {"best": rows[-2:][::-1], "worst": rows[:2], "median": rows[half - 1 : half + 1]}
-    drawn = sorted(rows, key=lambda row: digest(str(row.get("prompt"))))
-    shown: list[Json] = []
-    for label, chosen in {**picks, "drawn by lot": drawn}.items():
-        fresh = [row for row in chosen if not any(row is other["row"] for other in shown)]
-        shown += [{"label": label, "row": row, "gain": gain(row)} for row in fresh[:2]]
-    return shown
-
-
 def policies(facts: Facts) -> list[list[str]]:
     """A row a number and a column a policy; the base has none of what is against a start."""
     starts = {"base": "", **facts.starts()}
@@ -125,14 +113,15 @@ def policies(facts: Facts) -> list[list[str]]:
         return []
     heads = [f"{name}, against {starts[name]}" if starts[name] else name for name in names]
     rows = [["", *heads]]
-    said = tomllib.loads((TEMPLATES / "policies.toml").read_text(encoding="utf-8"))
-    for key, words in said.items():
+    for key, (words, _) in NUMBERS.items():
         cells = [_cell(facts, f"{name}.{key}") for name in names]
         if any(cells):
-            rows.append(
-                [words.replace("the reward model", facts.scorer), *(cell or "—" for cell in cells)]
-            )
+            rows.append([_said(facts, words), *(cell or "—" for cell in cells)])
     return rows
+
+
+def _said(facts: Facts, words: str) -> str:
+    return words.replace("the reward model", facts.scorer)
 
 
 def _cell(facts: Facts, key: str) -> str:

@@ -29,6 +29,8 @@ NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PPO: "ppo", SFT: "sft", BASE:
 Point = tuple[float, float]
 Curve = tuple[Sequence[float], Sequence[float]]  # steps and values
 POINTS = 300  # of a curve: more cannot be told apart
+WIDTH = 290  # of a plot where it is narrowest on a page, in its pixels: text keeps its size
+MEANS = "The title compares the two dark marks: the means of the first and the last tenth."
 STYLE = Path(__file__).with_suffix(".mplstyle")
 NOTHING = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # of metadata
 
@@ -42,7 +44,7 @@ class Plot:
     svg: str = ""
 
     @contextmanager
-    def drawn(self, height: int = 210) -> Iterator[Axes]:
+    def drawn(self, height: int = 200) -> Iterator[Axes]:
         """Axes to draw on; after the block the plot is made. Points are the SVG's units."""
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of its font cache
         import matplotlib
@@ -50,7 +52,7 @@ class Plot:
 
         drawn = io.StringIO()
         with matplotlib.rc_context({"svg.hashsalt": self.name}, STYLE):
-            figure = Figure(figsize=(330 / 72, height / 72), dpi=72, layout="constrained")
+            figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
             yield figure.add_subplot()
             figure.savefig(drawn, format="svg", metadata=NOTHING)
         # Ids of groups repeat on a page of several plots; a style sheet applies to the whole page.
@@ -63,23 +65,32 @@ class Plot:
 # ---- shapes -------------------------------------------------------------------------------------
 
 
+def tenth(values: Sequence[float]) -> int:
+    return max(1, len(values) // 10)
+
+
 def line(
     axes: Axes,
     xs: Sequence[float],
     ys: Sequence[float],
     colour: str,
     x: str,
+    y: str,
     points: Curve,
+    means: bool = True,
     **words: Any,
 ) -> None:
-    """At most POINTS of a curve, each the mean of its neighbours; and single `points`."""
+    """At most POINTS of a curve, each the mean of its neighbours; single `points`; its `means`."""
     size = -(-len(xs) // POINTS)
     parts = [slice(at, at + size) for at in range(0, len(xs), size)]
-    means = [[fmean(values[part]) for part in parts] for values in (xs, ys)]
-    axes.plot(*means, color=colour, **words)
+    thinned = [[fmean(values[part]) for part in parts] for values in (xs, ys)]
+    axes.plot(*thinned, color=colour, **words)
     if points[0]:
         axes.plot(*points, "o", color=INK, markersize=5)
-    house(axes, x)
+    few = tenth(ys)
+    for part in (slice(few), slice(-few, None)) if means else ():
+        axes.plot([xs[part][0], xs[part][-1]], [fmean(ys[part])] * 2, color=INK, linewidth=3.5)
+    house(axes, x, y)
 
 
 def say(axes: Axes, text: str, at: Point, off: Point, **words: Any) -> None:
@@ -87,8 +98,8 @@ def say(axes: Axes, text: str, at: Point, off: Point, **words: Any) -> None:
 
 
 def house(axes: Axes, x: str, y: str = "") -> None:
-    axes.locator_params(axis="y", nbins=5)
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="y", nbins=4)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(x=0.02)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 from rlhf_recipes.findings import MARKS, Finding, interval, percent, points
 from rlhf_recipes.report.compare import rulers
 from rlhf_recipes.report.facts import Facts
-from rlhf_recipes.report.html import TEMPLATES, page
-from rlhf_recipes.report.run_page import SHARES
+from rlhf_recipes.report.html import page
+from rlhf_recipes.report.run_page import NUMBERS, SHARES
 from rlhf_recipes.report.svg import PPO, Plot, ranges
 from rlhf_recipes.report.verdict import verdict
 from rlhf_recipes.stats import Share, over_seeds
@@ -167,10 +166,9 @@ class Sweep:
 
     def numbers(self) -> list[list[str]]:
         """Every number of the policies and reward models, a row each, and a column a setting."""
-        said = tomllib.loads((TEMPLATES / "policies.toml").read_text(encoding="utf-8"))
         keys = {"reward.accuracy": "reward model's accuracy", "judge.accuracy": "judge's accuracy"}
         for name in self.policies:
-            keys |= {f"{name}.{key}": f"{name}: {words}" for key, words in said.items()}
+            keys |= {f"{name}.{key}": f"{name}: {words}" for key, (words, _) in NUMBERS.items()}
         rows = [["", *self.settings]]
         for key, words in keys.items():
             cells = [_said(key, self.mean(setting, key)) for setting in self.settings]

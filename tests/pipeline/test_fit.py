@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,6 +183,23 @@ def test_stages_without_a_trainer_are_reckoned_too(tiny_recipe: Path) -> None:
     assert room.need(sample)[CACHE] > 0 and room.need(label).total() == 0
     room.bytes = 0
     assert room.words([sample]) == "a smaller model: no setting makes this one fit"
+
+
+def test_a_stage_is_looked_at_once_and_told_of(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, session = planned(tiny_recipe)
+    told, counted = list[str](), list[str]()
+    monkeypatch.setattr(fit, "footprint", lambda sim: counted.append(sim.name) or Counter(a=1))
+    room = fit.Room(plan.recipe, fit.architecture(session.model_folder), None, tell=told.append)
+    for recipe in (plan.recipe, replace(plan.recipe, title="other")):
+        for stage in plan.stages:
+            room.need(stage, recipe)
+    assert counted == [stage.name for stage in plan.stages]
+    assert told == [f"  {name}" for name in counted]
+    shorter = replace(plan.recipe, evaluation=replace(plan.recipe.evaluation, prompts=1))
+    room.need(plan.stages[0], shorter)
+    assert len(counted) == len(plan.stages) + 1
 
 
 def test_what_the_recipe_leaves_open_is_settled_by_the_memory_there_is(tiny_recipe: Path) -> None:

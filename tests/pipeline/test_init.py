@@ -105,6 +105,7 @@ def test_a_files_shape_is_recognised_and_its_recipe_is_valid(shape: str, tmp_pat
     assert recipe.stages == STAGES[holds]
     assert recipe.notes == ()
     check_rows(recipe)
+    assert "docs/" not in recipe.text  # nothing that only a clone has
 
 
 @pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "dpo", "kto", "sft"])

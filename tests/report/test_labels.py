@@ -100,7 +100,10 @@ def test_it_says_that_no_person_judged_and_how_far_the_judge_agrees_with_people(
     assert alone.text.startswith("Every pair of `label` was judged by `small`, and by no person")
     assert "`label.people = 60`" in alone.change
     beside = line("both", by="model", judge_model="small", agreement=0.7, agreement_pairs=60)
-    assert "It agrees with people in 70 % of 60 pairs" in beside.text and not beside.change
+    assert (
+        "As the stage ran, it agreed with people in 70 % of 60 pairs" in beside.text
+        and not beside.change
+    )
     assert "judged by a rule" in line("rule", by="rule").text
     assert [
         *no_person(Facts(run(tmp_path / "people", (0.0, 0.0, 0.0), {"label.by": "people"})))

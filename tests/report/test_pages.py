@@ -78,7 +78,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        self.text.append(data.replace("\u00a0", " "))
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -124,14 +124,15 @@ def test_the_page_of_a_whole_run(shown: tuple[Path, str, Page]) -> None:
     _, html, found = shown
     harmless(html)
     order = [a["id"] for a in found.all("section")]
-    assert order == "verdict answers price ppo reward sft cost data recipe".split()
+    assert order == "verdict answers price ppo reward sft cost data recipe next".split()
     text = " ".join(found.text)
     for words in (
-        "What came of it", "PPO beat SFT on 71 % of 128 prompts (63–79)",
+        "It looks better, but that is not proven.", "PPO beat SFT on 71 % of 128 prompts (63–79)",
         "PPO gained 85 % of what the best of 16 answers does, at 3.4 times the KL",
-        "gain +1.90", "cut off after 48 tokens",
+        "gain +1.90 by the reward model", "cut off after 48 tokens",
         "PPO's answers are preferred to SFT's on 71 % of the prompts",
-        "The score rose from −1.80 to +1.50", "It moved 7.0 nats an answer away from its start",
+        "The score rose from −1.80 to +1.50",
+        "It moved 7.0 nats an answer away from its start, at the end",
         "It is surer than it should be: off by 3 % on average",
         "40", "In the middle pair the better answer leads by",
         "On rows it did not see, the loss fell from 4.72 to 3.67",
@@ -167,7 +168,7 @@ def test_dpo_has_words_plots_and_a_judge_of_its_own(tmp_path: Path) -> None:
     )
     _, found = page(run)
     sections = [a["id"] for a in found.all("section")]
-    assert sections == "verdict answers price compared reward sft cost data recipe".split()
+    assert sections == "verdict answers price compared reward sft cost data recipe next".split()
     text = " ".join(" ".join(found.text).split())
     for words in (
         "How DPO went", "The margin of its training rows rose from +0.10 to +0.80",
@@ -196,6 +197,11 @@ def test_every_plot_says_what_it_means_and_what_is_to_be_seen(
     assert all(len(svg["aria-label"] or "") > 20 for svg in plots)
     assert all(svg.get("aria-hidden") for svg in found.all("svg") if svg.get("role") != "img")
     assert not re.search(r"[:\"]#[0-9a-f]{6}", " ".join(re.findall("<svg.*?</svg>", html, re.S)))
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px; font-family", html)]
+    assert len(sizes) > 100 and min(sizes) >= 12  # in units of the SVG, which a page never shrinks
+    assert {(svg["viewbox"] or "").split()[2] for svg in plots} == {"290"}
+    units = "units of the reward|nats an answer|nats a token|tokens|units squared|of the tokens"
+    assert all(f">{unit}</text>" in html for unit in units.split("|"))
     ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 
@@ -269,14 +275,16 @@ def test_a_page_stays_small_whatever_a_run_holds(tmp_path: Path) -> None:
 def test_cases_are_the_best_the_worst_the_middle_and_some_by_lot(
     tmp_path: Path, shown: tuple[Path, str, Page]
 ) -> None:
-    asked = [text for text in shown[2].text if text.startswith("question")]
+    top = shown[1].partition('<div class="every">')[0]
+    asked = [text for text in Page(top).text if text.startswith("question")]
     assert asked[:6] == [f"question {i}" for i in (19, 18, 0, 1, 9, 10)]
     assert len(asked) == len(set(asked)) == 8
     for few in (1, 3):
         answers = "".join(json.dumps(row) + "\n" for row in ROWS[:few])
         outputs = {"evaluation": {"answers.jsonl": answers}}
-        _, found = page(told(tmp_path / str(few), outputs=outputs))
-        assert sorted(text for text in found.text if text.startswith("question")) == [
+        html, _ = page(told(tmp_path / str(few), outputs=outputs))
+        top = Page(html.partition('<div class="every">')[0])
+        assert sorted(text for text in top.text if text.startswith("question")) == [
             f"question {i}" for i in range(few)
         ]
 
@@ -295,10 +303,18 @@ def test_a_run_that_failed_shows_what_there_is(tmp_path: Path) -> None:
     html, found = page(run)
     harmless(html)
     text = " ".join(found.text)
-    assert "Something is wrong" in text and "smaller batches" in text
+    assert "The run ended early. " in text and "smaller batches" in text
     assert "The run ended early, 2 of 4 stages are done: stage ppo: out of memory." in text
     assert "The score rose from −1.90 to −1.10" in text  # as far as it came
     assert "No policy was evaluated: there are no answers to show." in text
+
+
+def test_what_a_waiting_run_asks_to_type_can_be_typed(tmp_path: Path) -> None:
+    command = "rlhf-recipes label /home/me/my own.toml --runs /home/me/runs"
+    error = {"message": "people have to judge first in /home/me/runs", "hint": command}
+    run = told(tmp_path, not_run=("ppo",), manifest={"outcome": "waiting", "error": error})
+    html, _ = page(run)
+    assert f"<code>{command}</code>" in html and "judge first in …/runs" in html
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -408,6 +424,7 @@ def test_the_page_of_several_runs(tmp_path: Path) -> None:
     comparison.write([one, other], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     text = " ".join(harmless(html).text)
+    assert "told: It looks better, but that is not proven." in " ".join(text.split())
     assert "ppo.kl_coef" in text and "0.15" in text and "0.3" in text
     assert "71 % (63 to 79)" in text and "55 % (46 to 64)" in text
     assert "ppo.win_rate_like_length 88 % 60 %" in " ".join(text.split())
