@@ -10,12 +10,12 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Exit, Option
 
-from rlhf_recipes import cli_feedback, cli_tables, cli_ui, errors, findings, text
+from rlhf_recipes import cli_feedback, cli_runs, cli_sweep, cli_tables, cli_ui, errors
 from rlhf_recipes.cli_options import (
     NONE,
     RUNS,
@@ -23,20 +23,15 @@ from rlhf_recipes.cli_options import (
     Name,
     NoRehearsal,
     Recipe,
-    Run,
     Runs,
     Set,
-    Stage,
     Unset,
+    say_json,
     show,
 )
-from rlhf_recipes.cli_options import find as _find
 from rlhf_recipes.cli_options import load as _load
 from rlhf_recipes.cli_options import say as _print
 from rlhf_recipes.errors import UsageError, machine_error
-
-if TYPE_CHECKING:
-    from rlhf_recipes.store.clean import Spare
 
 app = typer.Typer(
     name="rlhf-recipes",
@@ -52,28 +47,21 @@ STRICT = 5  # the exit code of a run that worked, whose verdict has a fault
 Device = Annotated[
     str, Option(metavar="SIZE", help="Memory of the card to plan for: 24GB. [this one]")
 ]
+Devices = Annotated[
+    str,
+    Option(
+        "--devices",
+        "--device",
+        metavar="[Nx]SIZE",
+        help="Memory of the card, or of each of N cards, to plan for: 24GB, 4x24GB. [this one]",
+    ),
+]
 Measure = Annotated[bool, Option("--measure", help="Measure memory and time: a rehearsal.")]
 Recipes = Annotated[list[str], Argument(metavar="RECIPE...", help="Files or names.")]
 Resolved = Annotated[bool, Option("--resolved", help="Print it with all defaults filled in.")]
 New = Annotated[Path, Argument(metavar="NEW", help="The file to write.")]
 Rows = Annotated[Path, Argument(metavar="FILE", help="Rows: .csv, .tsv, .jsonl, .json, .parquet.")]
 NewRecipe = Annotated[Path | None, Argument(metavar="NEW", help="The recipe. [FILE's name.toml]")]
-SomeRuns = Annotated[list[str], Argument(metavar="RUN...", help="Folders or names.")]
-Page = Annotated[Path | None, Option(metavar="FILE", help="Write it as an HTML page, too.")]
-HeadToHead = Annotated[
-    bool, Option("--head-to-head", help="Ask both last policies the same, before one judge.")
-]
-Open = Annotated[bool, Option("--open", help="Show it in a browser.")]
-Yes = Annotated[bool, Option("--yes", help="Remove without asking.")]
-All = Annotated[bool, Option("--all", help="The base and every policy, one after another.")]
-Folder = Annotated[Path, Argument(metavar="DIR", help="The folder to write.")]
-Form = Annotated[str, Option(metavar="merged|adapter|gguf", help="What to write.")]
-Type = Annotated[
-    str | None, Option("--type", metavar="f16|q8_0", help="How a GGUF stores weights. [f16]")
-]
-Push = Annotated[
-    str | None, Option(metavar="USER/NAME", help="Upload it to the hub, too, as a private model.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -134,18 +122,12 @@ def run(
         raise Exit(STRICT)
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    from rlhf_recipes.store.files import FORMAT, to_json
-
-    print(text.masked(to_json({"format": FORMAT, **value}, indent=2)))
-
-
 @app.command()
 def plan(
     recipe: Recipe,
     set_: Set = NONE,
     unset: Unset = NONE,
-    device: Device = "",
+    device: Devices = "",
     measure: Measure = False,
     name: Name = None,
     runs: Runs = RUNS,
@@ -160,7 +142,7 @@ def plan(
     made = plan_run(_load(recipe, set_, unset), runs, name=name)
     if json:
         stages = [{**asdict(stage), "folder": str(stage.folder)} for stage in made.stages]
-        return _print_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
+        return say_json({"run": str(made.run_folder), "model": made.model, "stages": stages})
     _print(cli_tables.plan(made))
     if made.mirrored:
         _print(f"\nthe model: {made.mirrored}")
@@ -189,9 +171,8 @@ def check(
     json: Json = False,
 ) -> None:
     """Check recipes: every problem at once, with file and line."""
-    from rlhf_recipes.data.dataset import check_rows
-    from rlhf_recipes.screen import begin, quietly
-    from rlhf_recipes.stages.session import check_models
+    from rlhf_recipes.pipeline.data_lint import found_wrong
+    from rlhf_recipes.screen import begin
 
     found = []
     for word in recipes:
@@ -212,20 +193,14 @@ def check(
 
                 verdict = tomlkit.dumps(loaded.resolved()).removesuffix("\n")
             said = [*(f"{file}: note: {note}" for note in loaded.notes), verdict]
-            wrong = []
             begin(f"Looking at the rows and the model of {file}")
-            for about, look in (("rows", check_rows), ("model", check_models)):
-                try:
-                    with quietly():
-                        look(loaded)
-                except errors.RlhfRecipesError as error:
-                    entry[about] = str(error)
-                    wrong.append(f"{file}: {about}: {error}")
-            said[-1:] = wrong or [verdict]
+            wrong = {about: str(error) for about, error in found_wrong(loaded).items()}
+            entry |= wrong
+            said[-1:] = [f"{file}: {about}: {one}" for about, one in wrong.items()] or [verdict]
         if not json:
             _print("\n".join(said))
     if json:
-        _print_json({"recipes": found})
+        say_json({"recipes": found})
     if any(entry["problems"] for entry in found):
         raise Exit(2)
     if any({"rows", "model"} & entry.keys() for entry in found):
@@ -258,7 +233,7 @@ def recipes(json: Json = False) -> None:
     found = {file: load_recipe(file).title for file in shipped_recipes()}
     if json:
         listed = [{"name": f.stem, "title": title, "file": str(f)} for f, title in found.items()]
-        return _print_json({"recipes": listed})
+        return say_json({"recipes": listed})
     for file, title in found.items():
         _print(f"{file.stem:<15} {title}")
 
@@ -275,173 +250,8 @@ def schema() -> None:
     print(schema, end="")
 
 
-@app.command("runs")
-def runs_(runs: Runs = RUNS, json: Json = False) -> None:
-    """List what was run, the newest last."""
-    from rlhf_recipes.store.history import list_runs
-
-    found = list_runs(runs)
-    _print_json(found) if json else _print(cli_tables.runs(found, runs))
-
-
-@app.command()
-def compare(
-    run: SomeRuns,
-    page: Page = None,
-    head_to_head: HeadToHead = False,
-    runs: Runs = RUNS,
-    json: Json = False,
-) -> None:
-    """Say what differs between runs, in their recipes and in their results."""
-    from rlhf_recipes.report import compare as comparison
-
-    if len(run) < 2:
-        raise UsageError("one run differs from nothing", "name another")
-    folders = [_find(word, runs) for word in run]
-    if head_to_head:
-        if page or len(run) > 2:
-            raise UsageError("--head-to-head takes two runs and no --page", "leave out the rest")
-        return _head_to_head(folders[0], folders[1], json)
-    parts, rulers = comparison.compare(folders), comparison.rulers(folders)
-    if page:
-        comparison.write(folders, page)
-    if json:
-        said = {"runs": [str(folder) for folder in folders], "not_comparable": rulers}
-        return _print_json(said | parts)
-    if rulers:
-        _print(f"not comparable: {', '.join(rulers)}")
-        _print(f"  → rlhf-recipes compare {run[0]} {run[1]} --head-to-head\n")
-    _print(cli_tables.comparison([folder.name for folder in folders], parts))
-    if page:
-        _print(f"\npage  {page}")
-
-
-def _head_to_head(first: Path, second: Path, json: bool) -> None:
-    """Ask two runs' last policies the same, and print whom the first run's judge prefers."""
-    from rlhf_recipes.screen import Screen, begin
-
-    begin("Loading two policies and a judge")
-    with Screen(first / "log.txt") as screen, screen.quiet():
-        from rlhf_recipes.pipeline.head_to_head import head_to_head as ask
-
-        found = ask(first, second, screen)
-    if not json:
-        return _print(str(found))
-    shares = {who: share._asdict() for who, share in found.shares.items()}
-    _print_json({"policies": found.policies, "win_rates": shares})
-
-
-@app.command()
-def report(run: Run, open_: Open = False, runs: Runs = RUNS) -> None:
-    """Write a run's report again: the evidence, in one HTML file."""
-    from rlhf_recipes.feedback import winrate
-    from rlhf_recipes.report import run_page
-    from rlhf_recipes.store.layout import REPORT
-
-    folder = _find(run, runs)
-    try:
-        winrate.write(folder)
-    except UsageError as error:
-        _print(str(error), file=sys.stderr)
-    _print(findings.shown(run_page.write(folder)))
-    _print(f"\nreport   {folder / REPORT}")
-    if open_:
-        import webbrowser
-
-        webbrowser.open((folder / REPORT).resolve().as_uri())
-
-
-@app.command()
-def doctor(runs: Runs = RUNS, json: Json = False) -> None:
-    """Say what this machine has and lacks, and what to do about it."""
-    from rlhf_recipes.pipeline.doctor import doctor as ask
-    from rlhf_recipes.screen import begin, quietly
-
-    begin("Looking at the device, the libraries and the hub")
-    with quietly():
-        found = ask(runs)
-    said = {"lines": [asdict(line) for line in found]}
-    _print_json(said) if json else _print("\n".join(map(str, found)))
-    if any(line.level == "fault" for line in found):
-        raise Exit(1)
-
-
-@app.command()
-def clean(yes: Yes = False, runs: Runs = RUNS) -> None:
-    """Remove stages that no run refers to, and what killed processes left."""
-    from rlhf_recipes.store.clean import unused
-
-    found, doubts = unused(runs)
-    for doubt in doubts:
-        _print(f"no stage is removed: {doubt}", file=sys.stderr)
-    _remove(found, runs, yes)
-    if doubts:
-        raise Exit(1)
-
-
-def _remove(found: list[Spare], runs: Path, yes: bool) -> None:
-    """Shows what can go and, once that is agreed to, removes it."""
-    from rlhf_recipes.store.clean import remove
-    from rlhf_recipes.store.history import size
-
-    if not found:
-        return _print(f"nothing to remove in {runs}")
-    sizes = [size(path) for path, _, _ in found]
-    rows = [[text.size(n), str(path), why] for n, (path, why, _) in zip(sizes, found, strict=True)]
-    rows = [["size", "what", "why"], *rows, [text.size(sum(sizes)), "in all", ""]]
-    _print(text.table(rows, right=(0,)))
-    if not yes and not sys.stdin.isatty():
-        return _print("nothing was removed: there is no terminal to ask at; --yes removes")
-    if not yes and not typer.confirm("Remove all of it?"):
-        return _print("nothing was removed")
-    for spare in found:
-        _print(f"{'removed' if remove(spare, runs) else 'in use by now, kept:'} {spare[0]}")
-
-
-@app.command()
-def chat(run: Run, stage: Stage = None, all_: All = False, runs: Runs = RUNS) -> None:
-    """Talk to the model that a run made."""
-    from rlhf_recipes.screen import Screen, begin
-
-    if all_ and stage:
-        raise UsageError("--all and --stage exclude each other", "--all takes every policy")
-    folder = _find(run, runs)
-    begin("Loading the model")
-    with Screen(folder / "log.txt") as screen:
-        with screen.quiet():
-            from rlhf_recipes.chat import chat as chat_with
-        chat_with(run_folder=folder, stage=stage, everyone=all_, screen=screen)
-
-
-@app.command()
-def export(
-    run: Run,
-    folder: Folder,
-    stage: Stage = None,
-    form: Form = "merged",
-    type_: Type = None,
-    push: Push = None,
-    runs: Runs = RUNS,
-) -> None:
-    """Write a stage's model and its card, for transformers and vLLM, llama.cpp and Ollama."""
-    from rlhf_recipes.pipeline.to_gguf import KINDS
-    from rlhf_recipes.screen import Screen, begin
-
-    if form not in ("merged", "adapter", "gguf"):
-        raise UsageError(f"no form {form!r}", "--form is merged, adapter or gguf")
-    if type_ not in (None, *KINDS):
-        raise UsageError(f"no type {type_!r}", f"--type is {' or '.join(KINDS)}")
-    run_folder = _find(run, runs)
-    begin("Loading the model")
-    with Screen(run_folder / "log.txt") as screen, screen.quiet():
-        from rlhf_recipes.pipeline.export import export as export_model
-
-        said = export_model(
-            run_folder=run_folder, folder=folder, stage=stage, form=form, kind=type_, push=push
-        )
-    _print(said)
-
-
+app.add_typer(cli_sweep.app)
+app.add_typer(cli_runs.app)
 app.add_typer(cli_feedback.app)
 app.add_typer(cli_ui.app)
 

@@ -76,6 +76,12 @@ def say(said: str, **words: Any) -> None:
     print(text.writable(said, stream.encoding or "utf-8"), **words)
 
 
+def say_json(value: dict[str, Any]) -> None:
+    from rlhf_recipes.store.files import FORMAT, to_json
+
+    print(text.masked(to_json({"format": FORMAT, **value}, indent=2)))
+
+
 def printable(said: str) -> str:
     """`said` without what would command a terminal: it may quote a stranger's file."""
     return "".join(sign for sign in said if sign == "\n" or sign.isprintable())

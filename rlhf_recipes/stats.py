@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from functools import cache
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from rlhf_recipes.errors import GateError
 
 FILE = "evidence.json"  # in the output of a stage that measured a reward model
 DRAWS = 2000  # of a bootstrap; its ends are right to some 3 % of the interval
+STEPS = 100_000  # of an angle: Student's t is right to six digits
 BINS = 10
 MARGINS, WORST = 2048, 8  # kept of all, for people to look at
 UNSURE = 0.25  # an interval wider than this, of some 58 pairs or fewer, tells little
@@ -30,6 +32,25 @@ def bootstrap(values: Sequence[float], seed: int) -> tuple[float, float]:
     drawn = np.random.default_rng(seed).integers(len(numbers), size=(DRAWS, len(numbers)))
     low, high = np.quantile(numbers[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's interval of the mean of one value a seed; None of one seed."""
+    if len(values) < 2:
+        return None
+    half = _student(len(values)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+@cache
+def _student(count: int) -> float:
+    """Standard errors around the mean of `count` normal values.
+
+    At t = √ν tan θ, the density of t is that of cos(θ)^(ν-1).
+    """
+    angle = np.linspace(0, math.pi / 2, STEPS + 1)
+    mass = np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (count - 2))
+    return math.sqrt(count - 1) * math.tan(np.interp(0.95 * mass[-1], mass, angle[1:]))
 
 
 def measured(key: str, values: Sequence[float], seed: int) -> dict[str, float]:

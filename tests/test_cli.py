@@ -21,8 +21,8 @@ from tests.helpers.counting import RECIPE, Counting, toy
 pytestmark = pytest.mark.train
 
 COMMANDS = (
-    "init run plan check fork fetch recipes schema runs compare report doctor clean chat export"
-    " label sample feedback judge ui"
+    "init run sweep plan check fork fetch recipes schema runs compare report doctor clean chat"
+    " export label sample feedback judge ui"
 ).split()
 
 

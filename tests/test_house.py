@@ -18,11 +18,11 @@ LIGHT += ("pipeline.plan", "pipeline.runner", "pipeline.doctor", "pipeline.memor
 LIGHT += ("pipeline.export", "pipeline.to_gguf", "pipeline.modelfile", "stages.rewards.rule")
 LIGHT += ("pipeline.data_lint", "pipeline.estimate", "cli", "cli_tables", "screen", "signals", "ui")
 LIGHT += ("feedback.agreement", "feedback.exchange", "feedback.imports", "feedback.winrate")
-LIGHT += ("feedback.judge_file",)
+LIGHT += ("feedback.judge_file", "pipeline.sweep", "pipeline.places", "cli_sweep")
 LIGHT += ("errors", "text", "stats", "findings")
 # Lines of code of recipe, store, data, models, stages, plan and runner. Growth is a decision: who
 # raises this number says why in the commit.
-CORE_BUDGET = 9_500
+CORE_BUDGET = 9_888
 
 
 def modules() -> dict[str, Path]:

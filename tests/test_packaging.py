@@ -30,6 +30,8 @@ def test_the_wheel_holds_every_file_of_the_package_recipes_and_pages() -> None:
         "feedback/templates/page.js",
         "report/templates/report.html",
         "shipped/feedback/prompts.jsonl",
+        "shipped/launch/array.sbatch",
+        "shipped/launch/sky.yaml",
         "shipped/smoke/model/model.safetensors",
         "shipped/tasks/sorting.jsonl",
     ):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import rlhf_recipes
-from rlhf_recipes.data.dataset import check_rows
+from rlhf_recipes.data.first_rows import check_rows
 from rlhf_recipes.recipe.load import load_recipe, shipped_recipes
 from rlhf_recipes.stats import wilson
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 HELP = ROOT / "docs" / "commands.md"
 PAGES = {str(file.relative_to(ROOT)): file for file in sorted(ROOT.glob("docs/*.md"))}
 PAGES["README.md"] = ROOT / "README.md"
-COMMANDS = "init run plan check fork fetch recipes schema runs compare report doctor clean chat"
-COMMANDS = [*COMMANDS.split(), *"export label sample feedback judge ui".split()]
+COMMANDS = "init run sweep plan check fork fetch recipes schema runs compare report doctor clean"
+COMMANDS = [*COMMANDS.split(), *"chat export label sample feedback judge ui".split()]
 MOST_LINES = 150
 LINK = re.compile(r"(?:\]\(|\bsrc=\"|\bsrcset=\")([^)\s\"]+)")
 each_page = pytest.mark.parametrize("page", PAGES)
@@ -104,7 +104,7 @@ def test_every_option_beside_a_command_is_its_own(page: str) -> None:
         name, _, rest = line.partition(" ")
         own = helped.partition(f"Usage: rlhf-recipes {name} ")[2].partition("Usage:")[0]
         for option in re.findall(r"(?<!\S)--[a-z-]+", rest.partition("#")[0]):
-            assert re.search(rf"^  {option}\b", own, re.MULTILINE), f"{page}: {line}"
+            assert re.search(rf"^  (?:--[a-z]+, )?{option}\b", own, re.MULTILINE), f"{page}: {line}"
 
 
 @each_page

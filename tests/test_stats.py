@@ -11,7 +11,15 @@ import pytest
 
 from rlhf_recipes.errors import GateError
 from rlhf_recipes.report.policy_rules import MORE_PROMPTS
-from rlhf_recipes.stats import bootstrap, calibration, calibration_error, gate, of_pairs, wilson
+from rlhf_recipes.stats import (
+    bootstrap,
+    calibration,
+    calibration_error,
+    gate,
+    of_pairs,
+    over_seeds,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +44,21 @@ def test_wilson_holds_the_truth_95_times_in_100(share: float) -> None:
         chance = math.comb(count, hits) * share**hits * (1 - share) ** (count - hits)
         held += chance * (low <= share <= high)
     assert 0.925 < held < 0.985
+
+
+def test_the_interval_over_seeds_is_student_s() -> None:
+    for count, t in {2: 12.706205, 3: 4.302653, 4: 3.182446, 6: 2.570582, 31: 2.042272}.items():
+        values = [0.0] * (count - 1) + [1.0]
+        low, high = over_seeds(values) or (0.0, 0.0)
+        half = t * float(np.std(values, ddof=1)) / math.sqrt(count)
+        assert (high - low) / 2 == pytest.approx(half, rel=1e-6)
+        assert (high + low) / 2 == pytest.approx(1 / count)
+    assert over_seeds([0.7]) is None
+    drawn, held = np.random.default_rng(0).normal(0.7, 0.03, (400, 3)), 0
+    for seeds in drawn:
+        low, high = over_seeds([*seeds]) or (0.0, 0.0)
+        held += low <= 0.7 <= high
+    assert 0.92 < held / 400 < 0.98
 
 
 def test_of_no_pairs_anything_may_be_true() -> None:

@@ -8,18 +8,13 @@ stage, in every dataset, for ever. What is dropped is counted by reason.
 from __future__ import annotations
 
 import contextlib
-import glob
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data.exports import plain_rows
-from rlhf_recipes.data.files import rows_of
 from rlhf_recipes.data.names import guess
 from rlhf_recipes.data.rows import (
     Example,
@@ -32,15 +27,12 @@ from rlhf_recipes.data.rows import (
     unique_prompts,
     written,
 )
-from rlhf_recipes.data.shapes import ALONE, SHAPES, Row, understand
+from rlhf_recipes.data.shapes import ALONE, SHAPES, Row
+from rlhf_recipes.data.splits import load_split
 from rlhf_recipes.data.tokens import Tokens, ids
 from rlhf_recipes.data.turns import BAD, Unusable
-from rlhf_recipes.errors import DataError, ModelError, machine_error
+from rlhf_recipes.errors import DataError
 from rlhf_recipes.recipe.fields import suggest
-from rlhf_recipes.recipe.tables import form_of
-from rlhf_recipes.recipe.wiring import columns_of, judged_before
-from rlhf_recipes.sources import trust
-from rlhf_recipes.sources.resolve import dataset_place
 from rlhf_recipes.store.digests import digest
 
 BATCH = 1000  # rows that are tokenized together
@@ -48,7 +40,6 @@ NEEDS = (
     "sft needs answers; dpo pairs; reward and judge pairs or labels; kto labels; the rest prompts: "
     "see `columns` and `test_fraction`"
 )
-LOOKED = 200  # rows, where only their shape is asked for
 COPY = "copy of an earlier row"  # dropped where `dedup` asks for it
 ASKED_FOR = (BAD, COPY)  # reasons for dropping that are nothing wrong with the rows
 
@@ -237,7 +228,7 @@ def _read(table: Any, tokens: Tokens, keep: Sequence[str]) -> _Read:
     if lacking := sorted(named - found.keys()):
         what = f"has no column {', '.join(lacking)}; its columns are {', '.join(found)}"
         raise DataError(f"{table.path} {what}")
-    _check_share(data, table)
+    check_share(data, table)
     data.named = {*found}
     data.dropped["beyond the dataset's weight"] = left_out
     return data
@@ -300,44 +291,6 @@ def lacking(names: Iterable[str], columns: Iterable[str]) -> str:
     return f"{gone[0]}, which a rule names; there are {', '.join(sorted(names))}" if gone else ""
 
 
-def check_rows(recipe: Any) -> None:
-    """Raise DataError where a run would, as far as the first rows of its files can tell."""
-    tables = {repr(table): table for table in map(recipe.dataset_of, recipe.stages)}
-    for key, table in tables.items():
-        found: list[Any] = []
-        whole, hint, names, labels = True, "", set[str](), False
-        for one in (table, *table.more):
-            data = Data()
-            rows = load_split(one, one.split or "train", data.read_as) if one.is_local else ()
-            for number, columns in enumerate(itertools.islice(rows, LOOKED), 1):
-                hint = hint or guess(columns)
-                names |= columns.keys()
-                with data.counted(one, number, columns):
-                    found.append(understand(row := Row(columns, one.columns)))
-                    labels |= "label" in row.used
-            whole = whole and 0 < data.rows < LOOKED
-            if data.rows or one.is_local:
-                _check_share(data, one)
-        held = {
-            "answers": any(chosen is not None for _, chosen, _ in found),
-            "pairs": any(None not in answers for _, *answers in found),
-        }
-        held["feedback"] = held["pairs"] or labels
-        readers = [s for s in recipe.all_stages if repr(recipe.dataset_of(s)) == key]
-        wanted = {column for name in readers for column in columns_of(recipe, name)}
-        if whole and names and (what := lacking(names, sorted(wanted))):
-            raise DataError(f"{table.path}: {what}")
-        stages = [name for name in recipe.stages if repr(recipe.dataset_of(name)) == key]
-        readers = [name for name in stages if not judged_before(recipe, name)]
-        none = [name for name in readers if not held.get(recipe.kind(name).learns_from, True)]
-        told = not any(held.values()) and re.search("chosen|completion", hint)
-        if none and (whole or told):  # further rows will not have answers under other names
-            raise DataError(
-                f"{table.path} has no rows for {', '.join(none)}",
-                NEEDS if held["answers"] else hint,
-            )
-
-
 def _side(prompt: str, test: float, table: Any) -> str:
     """train, validation or test, by a digest of the prompt."""
     place = _fraction("split", prompt)
@@ -351,82 +304,7 @@ def _fraction(purpose: str, prompt: str) -> float:
     return int(digest([purpose, prompt])[:13], 16) / 16**13
 
 
-def load_split(table: Any, split: str, read_as: dict[str, None]) -> Iterator[dict[str, Any]]:
-    """The rows of a split. Raises DataError where a file holds none, or asks for more."""
-    try:
-        for row in _read_split(table, split, read_as):
-            yield from plain_rows(row)
-    except Exception as error:
-        if isinstance(error, (DataError, ModelError)) or machine_error(error):
-            raise
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).partition("\n")[0]
-        raise DataError(
-            f"{table.path} cannot be read: {reason[:200]}", "look at its files"
-        ) from error
-
-
-def _read_split(table: Any, split: str, read_as: dict[str, None]) -> Iterable[dict[str, Any]]:
-    """JSON and tables are read as they are written; `datasets` says of a folder which they are."""
-    from datasets import load_dataset_builder
-
-    place = dataset_place(table)
-    form = form_of(place) if place.is_file() else ""
-    if form in ("json", "csv"):
-        trust.check_files(place, [str(place)])
-        return _part({"train": [place]}, form, split, read_as)
-    if form:
-        made = load_dataset_builder(form, data_files=glob.escape(str(place)))
-        mode = None
-    else:
-        words = {"name": table.name, "data_dir": table.data_dir, "data_files": table.data_files}
-        if isinstance(table.data_files, dict) and split in table.data_files:
-            words["data_files"] = {split: table.data_files[split]}  # others may have other columns
-        trust.check_description(place)
-        made = load_dataset_builder(str(place), **words)
-        # What `datasets` keeps of a folder is found by its name and patterns alone, not by its
-        # bytes: a folder of ours is read anew. A snapshot's name is its commit.
-        mode = "reuse_cache_if_exists" if table.is_local else None
-    form = type(made).__module__.rpartition(".")[2]
-    trust.check_reader(place, form)
-    trust.check_files(place, *(made.config.data_files or {}).values())
-    if form in ("json", "csv"):
-        files = {name: list(map(Path, held)) for name, held in made.config.data_files.items()}
-        return _part(files, form, split, read_as)
-    made.download_and_prepare(download_mode=mode)
-    rows = made.as_dataset(split=split)
-    plain = trust.plain_columns(rows.features.to_dict())
-    if left := [name for name in rows.column_names if name not in plain]:
-        read_as[f"without {', '.join(left)}: pictures and sounds are not read"] = None
-    return rows.select_columns(plain)
-
-
-def _part(
-    files: dict[str, list[Path]], form: str, split: str, read_as: dict[str, None]
-) -> Iterator[dict[str, Any]]:
-    """The rows of a split, or of parts of some: "train", "train[:100]+test[10%:]"."""
-
-    def rows(name: str) -> Iterator[dict[str, Any]]:
-        if name not in files:
-            raise DataError(f"there is no split {name!r}: there is {', '.join(files)}")
-        for file in files[name]:
-            found, how = rows_of(file, form)
-            if how:
-                read_as[f"{file.name} has {how}"] = None
-            yield from found
-
-    if not re.search(r"[\[+]", split):
-        yield from rows(split)
-        return
-    from datasets import ReadInstruction
-
-    names = {re.split(r"[\[(]", part)[0].strip() for part in split.split("+")}
-    held = {name: list(rows(name)) for name in names}
-    counts = {name: len(every) for name, every in held.items()}
-    for part in ReadInstruction.from_spec(split).to_absolute(counts):
-        yield from held[part.splitname][part.from_ : part.to]
-
-
-def _check_share(data: Data, table: Any) -> None:
+def check_share(data: Data, table: Any) -> None:
     causes = Counter({why: n for why, n in data.dropped.items() if why not in ASKED_FOR})
     if data.rows == 0:
         raise DataError(f"{table.path} holds no rows")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.dataset import Data, load_data
-from rlhf_recipes.data.rows import Example
+from rlhf_recipes.data.rows import IDS, Example
 from rlhf_recipes.data.tokens import Tokens
 from rlhf_recipes.sources.resolve import identify_dataset
 from rlhf_recipes.store.digests import digest, file_digest
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FEWEST = 5_000  # rows; fewer are read from their files in a second or two
 FORM = 1  # of the files here
 SIDES = ("train", "validation", "test")  # and those of `Data.bad`, in the same order
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 MORE = ("labelled", "margin", "weight", "turns", "row")  # what JSON holds of an example
 BATCH = 10_000  # rows that are written together
 
@@ -122,7 +121,7 @@ def _keep(folder: Path, about: dict[str, Any], data: Data) -> None:
 def _schema() -> pa.Schema:
     import pyarrow as pa
 
-    ids = [(name, pa.list_(pa.int32())) for name in COLUMNS]
+    ids = [(name, pa.list_(pa.int32())) for name in IDS]
     plain = [("side", pa.int8()), ("judge", pa.bool_()), ("prompt", pa.string())]
     return pa.schema([*plain, ("more", pa.string()), *ids])
 
@@ -136,7 +135,7 @@ def _batch(rows: list[tuple[int, Example]], judge: set[int]) -> pa.RecordBatch:
         pa.array([example.prompt for _, example in rows]),
         pa.array([json.dumps(_more(example)) for _, example in rows]),
     ]
-    for name in COLUMNS:
+    for name in IDS:
         held = [vars(example)[name] for _, example in rows]  # compact, as `data.rows.Ids` has it
         ends = array("i", [0])
         for ids in held:
@@ -153,7 +152,7 @@ def _batch(rows: list[tuple[int, Example]], judge: set[int]) -> pa.RecordBatch:
 
 def _more(example: Example) -> dict[str, Any]:
     said = {name: getattr(example, name) for name in MORE}
-    others = [_more(one) | {name: getattr(one, name) for name in COLUMNS} for one in example.others]
+    others = [_more(one) | {name: getattr(one, name) for name in IDS} for one in example.others]
     return said | ({"others": others} if others else {})
 
 

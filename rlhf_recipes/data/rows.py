@@ -15,6 +15,8 @@ from rlhf_recipes.data.shapes import Row, further, margin, understand
 from rlhf_recipes.data.tokens import Tokens, texts
 from rlhf_recipes.data.turns import Messages, Unusable
 
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # the fields of ids
+
 
 class Ids:
     """A field of token ids: a list to who reads it, and held in 4 bytes an id.
@@ -57,6 +59,15 @@ class Example:
     turns: Messages = field(default_factory=list, compare=False, repr=False)  # the prompt's
     row: Mapping[str, Any] = field(default_factory=dict)  # the columns that rules name
 
+    def packed(self, name: str) -> bytes:
+        """A field of ids in 4 bytes an id, to tell rows apart by; empty where it has none."""
+        held = vars(self)[name]
+        return b"" if held is None else held.tobytes()
+
+    def count(self, name: str) -> int:
+        """How many ids a field has, without a list of them."""
+        return len(vars(self)[name] or ())
+
 
 def answered(examples: Iterable[Example]) -> list[Example]:
     return [example for example in examples if example.chosen_ids is not None]
@@ -80,10 +91,10 @@ def judged(examples: Iterable[Example]) -> tuple[list[Example], list[Example]]:
     """
     rows = list(examples)
     found, alone = pairs(rows), []
-    by_prompt: dict[tuple[int, ...], list[Example]] = defaultdict(list)
+    by_prompt: dict[bytes, list[Example]] = defaultdict(list)
     for example in rows:
         if example.labelled:
-            by_prompt[tuple(example.prompt_ids)].append(example)
+            by_prompt[example.packed("prompt_ids")].append(example)
     for group in by_prompt.values():
         good = [example.chosen_ids is not None for example in group]
         texts = [example.chosen_ids or example.rejected_ids for example in group]
@@ -110,21 +121,23 @@ def feedback(examples: Iterable[Example]) -> list[Example]:
 
 def sequences(example: Example, learns_from: str) -> list[int]:
     """The lengths of what a row gives to read: a prompt, with an answer, or with either of two."""
-    prompt, chosen, rejected = example.prompt_ids, example.chosen_ids, example.rejected_ids
+    prompt, *answers = (
+        example.count(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
     if example.labelled and learns_from.endswith("feedback"):
         learns_from = "labels"
     if learns_from.endswith(("prompt", "prompts")):
-        return [len(prompt)]
+        return [prompt]
     if learns_from == "labels":
-        return [len(prompt) + len(ids) for ids in (chosen, rejected) if ids is not None]
-    answers = [chosen] if learns_from == "answers" else [chosen, rejected]
-    return [] if None in answers else [len(prompt) + len(ids) for ids in answers]
+        return [prompt + answer for answer in answers if answer]
+    answers = answers[:1] if learns_from == "answers" else answers
+    return [prompt + answer for answer in answers] if all(answers) else []
 
 
 def unique_prompts(examples: Iterable[Example], columns: Sequence[str] = ()) -> list[Example]:
     """The first example of each prompt and what these columns hold beside it, in order."""
     last = {
-        (tuple(e.prompt_ids), *(repr(e.row.get(name)) for name in columns)): e
+        (e.packed("prompt_ids"), *(repr(e.row.get(name)) for name in columns)): e
         for e in reversed(list(examples))
     }
     return list(last.values())[::-1]

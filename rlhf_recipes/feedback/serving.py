@@ -22,7 +22,7 @@ from rlhf_recipes.feedback.asks import Asks
 from rlhf_recipes.feedback.page import Page
 from rlhf_recipes.feedback.store import QUESTION, Store
 from rlhf_recipes.store.digests import digest
-from rlhf_recipes.store.files import no_link
+from rlhf_recipes.store.files import aside, no_link
 from rlhf_recipes.text import plain
 
 KEY = "feedback.key"  # in the runs folder: what addresses are made of, so that they stay the same
@@ -180,7 +180,7 @@ def token(runs: Path, word: str) -> str:
 def _key(file: Path) -> bytes:
     """Of two processes one's is kept; the file is there whole or not at all."""
     if not file.exists():
-        new = file.with_name(f".{file.name}.{os.getpid()}")
+        new = aside(file)
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(secrets.token_bytes(KEY_BYTES))
         with contextlib.suppress(FileExistsError):

@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_recipes.errors import UsageError
 from rlhf_recipes.feedback.items import Item
 from rlhf_recipes.store.digests import digest
-from rlhf_recipes.store.files import to_json
+from rlhf_recipes.store.files import aside, to_json
 
 NAME = "feedback.db"
 APPLICATION, VERSION = 1380730950, 1  # in the file's header
@@ -93,7 +93,7 @@ class Store:
 
     def _make(self) -> None:
         """The file has its name only once it is whole; of two processes one's is kept."""
-        new = self.file.with_name(f".{NAME}.{os.getpid()}")
+        new = aside(self.file)
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         try:
             with contextlib.closing(sqlite3.connect(new)) as db:

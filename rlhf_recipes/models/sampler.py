@@ -1,17 +1,19 @@
-"""How answers are sampled: from a policy as it is, or from a copy with its adapters merged.
+"""How answers are sampled: from a policy as it is, from a copy with merged adapters, or by vLLM.
 
 A copy costs the memory of the layers that have adapters. A step of it is shorter: on a CPU, with
 smoke's model and 64 rows, answers took 0.53 to 0.76 of the CPU time (LOG, 2026-11-27). On a card
 its steps are compiled, with a cache of one size: there a step waits for launches.
 
 The trainer reads each answer anew, so what a policy learns from never comes from here. How far the
-two readings are apart is measured, and a copy that is too far from its policy is let go of.
+two readings are apart is measured. A copy that is too far from its policy is let go of. A vLLM
+server that is too far ends the stage.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -19,12 +21,16 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf_recipes.models.role import Role
-from rlhf_recipes.models.sampling import Ids, sample
+from rlhf_recipes.errors import StageError
+from rlhf_recipes.models.role import Role, logprobs
+from rlhf_recipes.models.sampling import Ids, join, sample
+from rlhf_recipes.models.vllm import Vllm
 
 # Mean distance of a token's two log-probabilities. TF32 keeps ten bits.
 APART = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.1}
 STEPS = 4_000  # of sampling, in a stage, from where on it is worth a minute of compiling
+READ = 16  # of vLLM's answers, where no trainer reads them all
+SHARE = 0.1  # of the distance at which vLLM is refused: beyond it the tokens are weighted
 
 
 class Merged:
@@ -67,7 +73,7 @@ class Sampler:
 
     Where a copy is asked for and fails, in whatever way, the policy itself is sampled; `tell` hears
     why. A card's steps are compiled where there are enough of `steps`, for prompts of at most
-    `width` tokens.
+    `width` tokens. With an `engine`, all answers come from there.
     """
 
     def __init__(
@@ -77,8 +83,9 @@ class Sampler:
         tell: Callable[[str], object] = lambda text: None,
         width: int = 0,
         steps: int = 0,
+        engine: Vllm | None = None,
     ):
-        self.policy, self.tell = policy, tell
+        self.policy, self.tell, self.engine = policy, tell, engine
         self.width, self.steps = width, steps
         self.copy: Merged | None = None
         self.static = False
@@ -90,7 +97,7 @@ class Sampler:
             self.copy = Merged(self.policy)
         elif not wanted:
             self.copy = None
-        self.static = self.steps >= STEPS and compiles(self.role)
+        self.static = self.steps >= STEPS and self.engine is None and compiles(self.role)
 
     @property
     def role(self) -> Role:
@@ -99,6 +106,8 @@ class Sampler:
     @property
     def told(self) -> str:
         """The choice, in a phrase."""
+        if self.engine is not None:
+            return self.engine.told
         how = "from a merged copy" if self.copy else "by the adapters"
         how = how if self.policy.adapter else "from the model itself"
         return how + ", its steps compiled" * self.static
@@ -106,19 +115,26 @@ class Sampler:
     def limit(self) -> float:
         """Of the mean distance to the trainer's reading."""
         tf32 = self.policy.lm.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        return APART[torch.bfloat16 if tf32 else self.policy.dtype]
+        dtypes = (torch.bfloat16,) if tf32 else (self.policy.dtype, self.policy.lm.dtype)
+        return max(APART.get(dtype, 0.0) for dtype in dtypes)
 
     def far(self, apart: float) -> bool:
-        """Whether the copy is let go of for this distance."""
-        if self.copy is None or apart <= self.limit():
+        """Whether the copy is let go of for this distance. Raises StageError where vLLM is."""
+        if apart <= self.limit() or (self.copy is None and self.engine is None):
             return False
+        if self.engine is not None:
+            what = f"a token's log-probability is {apart:.2g} from the trainer's on average"
+            what += f", over {self.limit():g}: it serves another model, or other numbers"
+            raise StageError(f"vLLM at {self.engine.url}: {what}", f"as in: {self.engine.start}")
         self._without(f"its log-probabilities are {apart:.2g} from the trainer's")
         return True
 
     def sample(
-        self, prompts: Sequence[Ids], *, picked: list[list[float]] | None = None, **words: object
+        self, prompts: Sequence[Ids], *, picked: list[list[float]] | None = None, **words: Any
     ) -> list[list[int]]:
         """As `sampling.sample`. What is drawn does not depend on a copy, but for rounding."""
+        if self.engine is not None:
+            return self._elsewhere(prompts, picked, words)
         try:
             if self.copy is not None:
                 self.copy.refresh()
@@ -139,9 +155,31 @@ class Sampler:
             picked.clear()
         return self.sample(prompts, picked=picked, **words)
 
+    @torch.no_grad()
+    def _elsewhere(
+        self, prompts: Sequence[Ids], picked: list[list[float]] | None, words: dict[str, Any]
+    ) -> list[list[int]]:
+        """By vLLM. Who does not ask for log-probabilities compares none: some are read here."""
+        found = [] if picked is None else picked
+        answers = self.engine.sample(prompts, picked=found, **words)
+        if picked is None:
+            heat, first = words["temperature"], slice(READ)
+            rows = join(prompts[first], answers[first], words["pad"], self.policy.lm.device)
+            with self.policy.active():
+                read, _ = logprobs(self.policy, rows.ids, rows.mask, rows.answer, heat)
+            self.far(apart(found, read))
+        return answers
+
     def _without(self, why: str) -> None:
         self.merge(False)
         self.tell(f"sampling without a merged copy: {why}")
+
+
+def apart(picked: list[list[float]], read: torch.Tensor) -> float:
+    """Mean distance of a sampler's log-probabilities from the trainer's `read` [batch, R]."""
+    rows = zip(picked, read.tolist(), strict=False)
+    gaps = [abs(a - b) for mine, its in rows for a, b in zip(mine, its, strict=False)]
+    return sum(gaps) / max(1, len(gaps))
 
 
 def compiles(role: Role) -> bool:

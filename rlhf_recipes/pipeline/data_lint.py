@@ -5,7 +5,6 @@ Rows are looked at as the stages get them: the same ids, sides and reasons for d
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,23 +12,28 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data.dataset import COPY, NEEDS, lacking
-from rlhf_recipes.data.rows import answered
+from rlhf_recipes.data.first_rows import check_rows
+from rlhf_recipes.data.rows import IDS, answered
 from rlhf_recipes.data.shapes import ALONE
 from rlhf_recipes.data.tokens import THINK, TODAY, render
 from rlhf_recipes.errors import ModelError, RlhfRecipesError
 from rlhf_recipes.findings import Finding, Found
 from rlhf_recipes.recipe.kinds import EVALUATION
 from rlhf_recipes.recipe.wiring import columns_of, judged_before
+from rlhf_recipes.screen import quietly
 from rlhf_recipes.sources import mirror
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources.fetch import datasets
-from rlhf_recipes.stages.session import Session
+from rlhf_recipes.stages.session import Session, check_models
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from rlhf_recipes.data.dataset import Data
     from rlhf_recipes.data.rows import Example
     from rlhf_recipes.data.tokens import Tokens
     from rlhf_recipes.pipeline.plan import Plan
+    from rlhf_recipes.recipe.load import Recipe
 
 LOOKED = 20_000  # prompts of a side, and pairs; more say nothing new
 NEAR = 0.7  # of two prompts' words, and of their neighbours, are the same
@@ -71,6 +75,18 @@ def data_lint(plan: Plan, session: Session) -> list[Finding]:
     except RlhfRecipesError as error:
         about = "model" if isinstance(error, ModelError) else "rows"
         return [Finding("fault", about, error.message, error.hint.partition("; or the shapes")[0])]
+
+
+def found_wrong(recipe: Recipe) -> dict[str, RlhfRecipesError]:
+    """What a run would stop for, by "rows" and "model", as far as a first look can tell."""
+    found = {}
+    for about, look in (("rows", check_rows), ("model", check_models)):
+        try:
+            with quietly():
+                look(recipe)
+        except RlhfRecipesError as error:
+            found[about] = error
+    return found
 
 
 def provable(plan: Plan, session: Session) -> Found:
@@ -144,9 +160,10 @@ def _lacks(plan: Plan, session: Session) -> Found:
 
 def _lengths(place: str, data: Data, recipe: Any) -> Found:
     rows = _all(data)
-    groups = {"prompt": [len(e.prompt_ids) for e in rows]}
-    groups["chosen"] = [len(e.chosen_ids) for e in rows if e.chosen_ids]
-    groups["rejected"] = [len(e.rejected_ids) for e in rows if e.rejected_ids]
+    groups = {
+        name: [count for e in rows if (count := e.count(f"{name}_ids"))]
+        for name in ("prompt", "chosen", "rejected")
+    }
     said = [f"{name} {_spread(lengths)}" for name, lengths in groups.items() if lengths]
     yield Finding("note", f"{place}tokens", f"{'; '.join(said)} (half · 95 % · most)")
     for stage in recipe.stages if not place else ():
@@ -176,10 +193,10 @@ def _spread(lengths: Sequence[int]) -> str:
 
 def _pairs(place: str, data: Data) -> Found:
     """Pairs that stand twice, that contradict one another, and what length alone would say."""
-    pairs = [e for e in _all(data) if e.rejected_ids][:LOOKED]
+    pairs = [e for e in _all(data) if e.count("rejected_ids")][:LOOKED]
     if not pairs:
         return
-    seen = Counter((*map(tuple, (e.prompt_ids, e.chosen_ids, e.rejected_ids)),) for e in pairs)
+    seen = Counter((*map(e.packed, IDS),) for e in pairs)
     twice = sum(count - 1 for count in seen.values())
     turned = sum(min(n, seen[(p, r, c)]) for (p, c, r), n in seen.items() if (p, r, c) in seen) // 2
     for count, what, cure in (
@@ -189,8 +206,8 @@ def _pairs(place: str, data: Data) -> Found:
         if count:
             text = f"{count:,} of {len(pairs):,} pairs {what}"
             yield _noted(count > MANY * len(pairs), f"{place}pairs", text, cure)
-    longer = sum(len(e.chosen_ids) > len(e.rejected_ids) for e in pairs)
-    shorter = sum(len(e.chosen_ids) < len(e.rejected_ids) for e in pairs)
+    more = [e.count("chosen_ids") - e.count("rejected_ids") for e in pairs]
+    longer, shorter = sum(n > 0 for n in more), sum(n < 0 for n in more)
     share = 0.5 + (longer - shorter) / 2 / len(pairs)
     text = f"the chosen answer is the longer one in {share:.0%} of pairs (ties ½)"
     change = "the reward model may learn length: look at gain by length in the report"
@@ -231,22 +248,27 @@ def _template(data: Data, tokens: Tokens) -> Found:
 
 def _leaks(data: Data, tokens: Tokens) -> Found:
     """Prompts of test and validation that are nearly one of the training prompts."""
-    train = {tuple(e.prompt_ids) for e in data.train}
-    words = [_words(tokens.decode(list(ids))) for ids in sorted(train)[:LOOKED]]
-    rare = Counter(word for one in words for word in one)
-    template = {word for word, count in rare.items() if count == len(words) > 1}
-    held: dict[str, list[frozenset[str]]] = defaultdict(list)
+    import numpy as np
+
+    numbers: dict[str, int] = {}
+    train = {e.packed("prompt_ids"): e for e in data.train}
+    words = [_words(train[one], tokens, numbers) for one in sorted(train)[:LOOKED]]
+    every, counts = np.unique(np.concatenate([np.empty(0, np.int64), *words]), return_counts=True)
+    template = every[counts == len(words)] if len(words) > 1 else every[:0]
+    words = [np.setdiff1d(one, template, assume_unique=True) for one in words]
+    held: dict[int, list[NDArray[Any]]] = defaultdict(list)
     for one in words:
-        for word in _rarest(one - template, rare):
-            held[word].append(one - template)
+        for word in _rarest(one, every, counts):
+            held[word].append(one)
     for side in ("test", "validation"):
-        prompts = {tuple(e.prompt_ids): e.prompt for e in getattr(data, side)}
+        prompts = {e.packed("prompt_ids"): e for e in getattr(data, side)}
         near = []
         for ids in sorted(prompts)[:LOOKED]:
-            one = _words(tokens.decode(list(ids))) - template
-            kin = (other for word in _rarest(one, rare) for other in held[word][:200])
-            if one and any(len(one & other) >= NEAR * len(one | other) for other in kin):
-                near.append(prompts[ids])
+            own = _words(prompts[ids], tokens, numbers)
+            own = np.setdiff1d(own, template, assume_unique=True)
+            kin = (other for word in _rarest(own, every, counts) for other in held[word][:200])
+            if len(own) and any(_is_near(own, other) for other in kin):
+                near.append(prompts[ids].prompt)
         if near:
             share = f"{len(near):,} of {len(prompts):,} {side} prompts are nearly a training prompt"
             change = f"as {_cut(near[0], 80)!r}: the {side} is easier than it looks"
@@ -254,14 +276,31 @@ def _leaks(data: Data, tokens: Tokens) -> Found:
             yield Finding(level, "splits", share, change)
 
 
-def _words(text: str) -> frozenset[str]:
-    words = re.findall(r"\w+", text.casefold())
-    return frozenset([*words, *map(" ".join, itertools.pairwise(words))])
+def _words(example: Example, tokens: Tokens, numbers: dict[str, int]) -> NDArray[Any]:
+    """A prompt's words and pairs of neighbours, each as a number; `numbers` gets the new words."""
+    import numpy as np
+
+    text = tokens.decode(example.prompt_ids).casefold()
+    found = [numbers.setdefault(word, len(numbers) + 1) for word in re.findall(r"\w+", text)]
+    one = np.array(found, np.int64)
+    return np.unique(np.concatenate([one, one[:-1] << 32 | one[1:]]))
 
 
-def _rarest(words: frozenset[str], count: Counter[str]) -> list[str]:
+def _rarest(words: NDArray[Any], every: NDArray[Any], counts: NDArray[Any]) -> list[int]:
     """Those that a near prompt would share at least one of, most likely."""
-    return sorted((w for w in words if w in count), key=lambda w: (count[w], w))[:4]
+    import numpy as np
+
+    places = np.searchsorted(every, words)
+    known = places < len(every)
+    known[known] = every[places[known]] == words[known]
+    return words[known][np.lexsort((words[known], counts[places[known]]))[:4]].tolist()
+
+
+def _is_near(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    import numpy as np
+
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared >= NEAR * (len(one) + len(other) - shared)
 
 
 def _shown(data: Data, tokens: Tokens) -> Found:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rlhf_recipes.errors import briefly
 from rlhf_recipes.findings import Finding, Found
+from rlhf_recipes.pipeline import places
 from rlhf_recipes.sources.hub import TIMEOUT, bound, says_no
 from rlhf_recipes.text import size
 
@@ -41,6 +42,7 @@ def doctor(runs: Path) -> list[Finding]:
         "versions": versions,
         "hub": hub,
         "disk": partial(disk, runs),
+        "runs": partial(where, runs),
     }
     return [line for about, question in questions.items() for line in answered(about, question)]
 
@@ -126,13 +128,16 @@ def bfloat16() -> Answers:
 
 
 def memory() -> Answers:
-    """What is free now, of the card and of the machine."""
+    """What is free now, of each card and of the machine."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
-        free, whole = torch.cuda.mem_get_info()
-        text = f"{size(free)} of the card's {size(whole)} free"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for card in range(count):
+        free, whole = torch.cuda.mem_get_info(card)
+        whose = f"card {card}'s" if count > 1 else "the card's"
+        text = f"{size(free)} of {whose} {size(whole)} free"
+        text += f": {torch.cuda.get_device_name(card)}" if count > 1 else ""
         change = "end what else uses the card: `nvidia-smi` lists it"
         yield _good_unless(free < 0.8 * whole, text, change)
     held = psutil.virtual_memory()
@@ -216,8 +221,8 @@ def hub() -> Answers:
 
 def disk(runs: Path) -> Answers:
     """Room and right to write where runs are kept; and whether others may write there."""
-    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
-    free, elsewhere = shutil.disk_usage(there).free, "--runs DIR keeps runs elsewhere"
+    there, elsewhere = places.existing(runs), places.ELSEWHERE
+    free = shutil.disk_usage(there).free
     room = f"{size(free)} free for {runs}"
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -228,3 +233,10 @@ def disk(runs: Path) -> Answers:
     yield _good_unless(free < LEAST_DISK, room, change)
     if runs.is_dir() and runs.stat().st_mode & 0o002:
         yield "doubt", f"anyone on this machine may change what is in {runs}", f"chmod o-w {runs}"
+
+
+def where(runs: Path) -> Answers:
+    """Whether locks and renames work there, of which a run makes use."""
+    there = places.existing(runs)
+    if there.is_dir() and os.access(there, os.W_OK):  # else "disk" says so
+        yield places.fit(runs)

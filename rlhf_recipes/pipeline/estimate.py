@@ -12,7 +12,7 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import RlhfRecipesError
 from rlhf_recipes.pipeline import runner
 from rlhf_recipes.pipeline.data_lint import away
-from rlhf_recipes.pipeline.memory import read_size
+from rlhf_recipes.pipeline.memory import read_cards
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage
 from rlhf_recipes.screen import Screen
 from rlhf_recipes.sources import resolve as sources
@@ -25,21 +25,25 @@ from rlhf_recipes.text import duration, plain, size, table
 def reckoning(
     plan: Plan, stages: Sequence[PlannedStage], session: Session, device: str, measured: bool
 ) -> str:
-    """Of these stages; `device` is the size of a card, or "" for this machine."""
-    given = read_size(device) if device else None
+    """Of these stages; `device` is the size of a card, "4x24GB" of four, or "" for this machine."""
+    cards, given = read_cards(device) if device else (1, None)
     with Screen(Path(os.devnull)) as screen:
         if measured:
             return _measured(plan, stages, screen)
         with screen.quiet():
             try:
-                return _by_rule(plan, stages, None if away(plan) else session, given)
+                return _by_rule(plan, stages, None if away(plan) else session, given, cards)
             except Exception as error:
                 said = str(error).partition("\n")[0]
                 return f"no memory by rule: {type(error).__name__}: {plain(said)}"
 
 
 def _by_rule(
-    plan: Plan, stages: Sequence[PlannedStage], session: Session | None, given: float | None
+    plan: Plan,
+    stages: Sequence[PlannedStage],
+    session: Session | None,
+    given: float | None,
+    cards: int,
 ) -> str:
     """Without a session, the recipe's limits stand for its rows."""
     from rlhf_recipes.pipeline import fit
@@ -48,6 +52,10 @@ def _by_rule(
     recipe, took = plan.recipe, {}
     config = fit.architecture(sources.config_folder(recipe, plan.model))
     room = fit.Room(recipe, config, session, given, fit.judging(plan))
+    if cards > 1:
+        from rlhf_recipes.pipeline.cards import needs as needs_of_each
+
+        return needs_of_each(room, stages, cards)
     recipe, said = room.settled(stages)
     held = {stage.name: room.need(stage, recipe) for stage in stages}
     if session and room.speed():

@@ -64,8 +64,8 @@ def lengths_of(recipe: Recipe, stage: PlannedStage, data: Data | None) -> Length
     prompt, answer = recipe.dataset.max_prompt_tokens, recipe.dataset.max_answer_tokens
     kind, row, looked_at = recipe.kind(stage.name), prompt + answer, VALIDATION_PROMPTS
     if data and (found := data.learned(kind.learns_from)):
-        prompt = max(len(example.prompt_ids) for example in found)
-        answer = max(len(example.chosen_ids or ()) for example in found)
+        prompt = max(example.count("prompt_ids") for example in found)
+        answer = max(example.count("chosen_ids") for example in found)
         row = max(max(sequences(example, kind.learns_from)) for example in found)
         looked_at = min(VALIDATION_PROMPTS, len(data.validation))
     if kind.samples:

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.dataset import load_split
 from rlhf_recipes.data.labels import BAD, GOOD, says
 from rlhf_recipes.data.names import guessed, plain_name, wordy
 from rlhf_recipes.data.rows import written
 from rlhf_recipes.data.shapes import Row, understand
+from rlhf_recipes.data.splits import load_split
 from rlhf_recipes.data.tokens import ids
 from rlhf_recipes.data.turns import Unusable
 from rlhf_recipes.errors import DataError

@@ -61,6 +61,12 @@ def read_size(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def read_cards(text: str) -> tuple[int, float]:
+    """How many cards, and the bytes of each, of "4x24GB" or "24GB". Raises UsageError."""
+    found = re.fullmatch(r"\s*([1-9]\d{0,3})\s*[x×]\s*(.+)", text, re.IGNORECASE)
+    return (int(found[1]), read_size(found[2])) if found else (1, read_size(text))
+
+
 def free() -> float:
     """Bytes that this machine, or the container that this process is in, has left."""
     most = float(psutil.virtual_memory().available)

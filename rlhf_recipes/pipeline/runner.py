@@ -230,6 +230,8 @@ class _Run:
             with self.screen.quiet():
                 for line in doctor.short(self.plan.runs):
                     self.screen.line(f"  {line}", "dim")
+                if any(self.plan.recipe.kind(name).samples for name in self.wanted):
+                    self.session.engine(None, self.screen.line)  # now, not after hours of training
         elif not makes(done[-1].stage.kind, "judgements"):
             return
         if pending := self._pending(stage):

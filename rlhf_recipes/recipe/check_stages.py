@@ -265,6 +265,8 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
     top = checker.top()
     model, datasets, evaluation = checker.model(), checker.datasets(), checker.evaluation()
     lora = checker.lora(model.get("quantization", ModelTable.quantization))
+    if model.get("sampler") == tables.VLLM and (what := _not_served(model, lora)):
+        checker.problem(("model", "sampler"), f'"{tables.VLLM}" {what}')
     written = top.get("stages", [])
     names = checker.stages(written)
     stages = [checker.stage(name, names, lora is not None, datasets) for name in names]
@@ -296,6 +298,16 @@ def check(data: dict[str, Any], path: Path) -> tuple[dict[str, Any], StageChecke
         "tables": {stage.name: stage for stage in stages},
         "notes": tuple(checker.notes),
     }, checker
+
+
+def _not_served(model: Values, lora: dict[str, Any] | None) -> str:
+    """Why vLLM cannot sample the recipe's policies, if it cannot: it would serve other ones."""
+    if lora is None:
+        return "needs adapters: with lora = false every update would send all weights"
+    if (bits := model.get("quantization", "none")) != "none":
+        return f"serves the base in 16 or 32 bit, and it is trained in {bits}"
+    wrong = [key for key in ("use_dora", "rank_pattern", "alpha_pattern") if lora.get(key)]
+    return f"loads plain LoRA alone: leave out lora.{wrong[0]}" if wrong else ""
 
 
 def _clashes(options: Values, extras: Values) -> Iterator[tuple[str, str]]:

@@ -131,7 +131,7 @@ _LABEL: Keys = {
 }
 _REWARD = Kind(
     REWARD,
-    version=6,
+    version=7,
     module="rlhf_recipes.stages.reward",
     config="trl:RewardConfig",
     makes="reward_model",
@@ -179,7 +179,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "sft",
-            version=4,
+            version=5,
             module="rlhf_recipes.stages.sft",
             config="trl:SFTConfig",
             makes="policy",
@@ -199,7 +199,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "dpo",
-            version=4,
+            version=5,
             module="rlhf_recipes.stages.dpo",
             config="trl:DPOConfig",
             makes="policy",
@@ -209,7 +209,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "kto",
-            version=3,
+            version=4,
             module="rlhf_recipes.stages.kto",
             config="trl:KTOConfig",
             makes="policy",
@@ -248,7 +248,7 @@ KINDS: dict[str, Kind] = {
             extras=_LABEL,
         ),
         replace(
-            _REWARD, name=JUDGE, version=7, learns_from="judge_feedback", roles=(), listed=False
+            _REWARD, name=JUDGE, version=8, learns_from="judge_feedback", roles=(), listed=False
         ),
         _EVALUATION,
         replace(

@@ -16,6 +16,7 @@ from rlhf_recipes.recipe.kinds import BITSANDBYTES, JUDGE, LORA, ROLES, Kind, ki
 from rlhf_recipes.recipe.rewards import Term, python_judge, term, terms
 
 INDEPENDENT = "independent"  # the judge that the stage `judge` trains
+VLLM = "vllm"  # a server samples every policy; $RLHF_RECIPES_VLLM names it, no recipe does
 BASE = "base"  # what the evaluation calls the model that nothing was trained on
 DATA_FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2))?$", re.IGNORECASE)
 FORMS = {"jsonl": "json", "ndjson": "json", "tsv": "csv"}
@@ -96,7 +97,8 @@ class ModelTable:
     # A base model may bring a template whose end of turn it was never trained to write.
     chat_template: Literal["own", "plain"] = _key("own")
     # Of a policy that learns; auto: merged on a card where the memory rule has room for the copy.
-    sampler: Literal["auto", "adapters", "merged"] = _key("auto", effect="layout")
+    # VLLM, of every policy, is in the fingerprints of the stages that sample.
+    sampler: Literal["auto", "adapters", "merged", "vllm"] = _key("auto", effect="layout")
     # Runs code that comes with the model; with a revision of 40 hex digits alone.
     trust_remote_code: bool = _key(False)
     mirror: MirrorTable | None = field(default=None, metadata={"key": False})

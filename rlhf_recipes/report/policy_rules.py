@@ -124,6 +124,16 @@ def never_ends(facts: Facts) -> Found:
             yield Finding("doubt", name, f"{text}: more are cut off.", cure)
 
 
+def drawn_elsewhere(facts: Facts) -> Found:
+    """Answers that vLLM drew: a run that is resumed or repeated has others."""
+    for name, _, who, _ in _trained(facts):
+        apart = facts.number(f"{name}.sampler_apart")
+        if apart is not None:
+            text = f"{who} learned from answers by vLLM, whose log-probabilities were {apart:.1g} "
+            text += "a token from the trainer's. If it is resumed or repeated, its weights differ."
+            yield Finding("note", name, text)
+
+
 def blind_critic(facts: Facts) -> Found:
     """A value model that never foresaw the returns better than their mean does."""
     for stage in facts.making("policy", explores=True):
@@ -375,6 +385,7 @@ RULES = (
     never_ends,
     blind_critic,
     hardly_moved,
+    drawn_elsewhere,
     winning,
     judges_agree,
     over_base,

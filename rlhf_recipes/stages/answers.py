@@ -36,7 +36,7 @@ from rlhf_recipes.models.sampling import (
 from rlhf_recipes.recipe.kinds import EVALUATION, JUDGE, kind_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import PART, Term
-from rlhf_recipes.recipe.tables import INDEPENDENT
+from rlhf_recipes.recipe.tables import INDEPENDENT, VLLM
 from rlhf_recipes.recipe.wiring import wiring, written_rules
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
 from rlhf_recipes.stages.rewards.mixed import Answered, Rewards, said_of
@@ -94,9 +94,11 @@ def ask(
     rows = rows_at_once(policy, longest, setting.length, len(prompts))
     batches = len(seeds) * -(-len(prompts) // rows)
     steps = 0 if session.recipe.model.sampler == "adapters" else batches * setting.length
-    sampler = Sampler(policy, False, tell, longest, steps)
-    if sampler.static:
-        tell(f"answers: {rows} sampled together, {sampler.told}")
+    engine = session.engine(output, tell)
+    sampler = Sampler(policy, False, tell, longest, steps, engine)
+    if sampler.static or engine:
+        sizes = f"{rows} sampled together, " * sampler.static
+        tell(f"answers: {sizes}{sampler.told}")
     for seed in seeds:
         yield sampler.sample(
             prompts,
@@ -107,6 +109,8 @@ def ask(
             batch=rows,
             seed=seed,
         )
+    if engine is not None:
+        engine.close()
     empty(policy.lm)
 
 
@@ -124,6 +128,8 @@ def answers_of(
     """
     tokens, asked = context.session.tokens, [example.prompt_ids for example in examples]
     how = {**asdict(setting), "prompts": asked, "eos": tokens.eos_id, "pad": tokens.pad_id}
+    if context.recipe.model.sampler == VLLM:
+        how["sampler"] = VLLM
     abouts = [
         _about(context, output or home, **how | {"base": output is None, "seed": seed})
         for seed in seeds

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler
 from trl import KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.utils import entropy_from_logits
@@ -103,13 +102,12 @@ class Collator(DataCollatorForUnpairedPreference):
 
 
 class Trainer(Compared, KTOTrainer):
+    strategy = "random"
+
     def row(self, example: Example) -> dict[str, Any]:
         good = example.chosen_ids is not None
         answer = example.chosen_ids if good else example.rejected_ids
         return {"prompt_ids": example.prompt_ids, "completion_ids": answer, "label": good}
-
-    def _get_train_sampler(self, *_: Any) -> RandomSampler:
-        return RandomSampler(self.train_dataset)
 
 
 # ---- what its memory is counted from

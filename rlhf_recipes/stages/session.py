@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.recipe.kinds import JUDGE
-from rlhf_recipes.recipe.tables import is_path
+from rlhf_recipes.recipe.tables import VLLM, is_path
 from rlhf_recipes.recipe.wiring import columns_of, reads_dataset
 from rlhf_recipes.sources import resolve as sources
 from rlhf_recipes.sources import trust
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.data.turns import Messages
     from rlhf_recipes.models.base import Base
     from rlhf_recipes.models.role import Role
+    from rlhf_recipes.models.vllm import Vllm
     from rlhf_recipes.recipe.load import Recipe
     from rlhf_recipes.recipe.tables import DatasetTable
 
@@ -165,6 +166,22 @@ class Session:
         if output is not None:
             trust.check_model(output, trusted=self.recipe.model.trust_remote_code)
         return output or self.model_folder
+
+    def engine(
+        self,
+        folder: Path | None,
+        tell: Callable[[str], object],
+        save: Callable[[Path], object] | None = None,
+    ) -> Vllm | None:
+        """The server that samples under the adapter in `folder`, where the recipe has it so."""
+        if self.recipe.model.sampler != VLLM:
+            return None
+        from rlhf_recipes.models.load import compute_dtype
+        from rlhf_recipes.models.vllm import Vllm, command
+
+        dtype, lora = compute_dtype(self.recipe.model.dtype), self.recipe.lora or {}
+        start = command(self.model_folder, str(dtype).removeprefix("torch."), lora["r"])
+        return Vllm(folder, tell, save, start)
 
     def load_base(self, quantization: str) -> Base:
         """The base model with room for adapters, beside the one that is kept, if it is."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
@@ -30,6 +31,7 @@ from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.stages.checkpoints import Resumable
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
+from rlhf_recipes.stages.order import Order
 from rlhf_recipes.store.files import write_json
 
 Config = TypeVar("Config")
@@ -197,7 +199,6 @@ class Stock(Resumable):
     ):
         self.key, self.progress, self.role = context.key, context.progress, role
         self.first: Any = None  # what was measured before the first step
-        self.rng = torch.zeros_like(torch.get_rng_state())  # as the epoch began: it orders the rows
         super().__init__(
             callbacks=[Report(self, shown)],
             train_dataset=self._rows(train),
@@ -219,6 +220,17 @@ class Stock(Resumable):
         with signals.deferred():
             return super().train(resume_from_checkpoint=folder and str(folder))
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[Any]:
+        rows, strategy = self.train_dataset if dataset is None else dataset, self.strategy
+        if strategy == "batch_rebalance":  # stock's, a function of the epoch too
+            return super()._get_train_sampler(rows)
+        lengths = [*map(len, rows["input_ids"])] if strategy == "group_by_length" else ()
+        return Order(len(rows), batch(vars(self.args)), self.args.seed, strategy, lengths)
+
+    @property
+    def strategy(self) -> str:
+        return self.args.train_sampling_strategy
+
     def training_step(self, *inputs: Any) -> torch.Tensor:
         loss = super().training_step(*inputs)
         if not loss.isfinite():  # transformers would leave it out of what it logs
@@ -226,7 +238,7 @@ class Stock(Resumable):
         return loss
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {**{str(i): p for i, p in enumerate(self.role.trainable())}, "rng": self.rng}
+        return {str(i): parameter for i, parameter in enumerate(self.role.trainable())}
 
     def carried(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in self.COUNTS}
@@ -239,12 +251,6 @@ class Stock(Resumable):
         self._tr_loss += kept["loss"]
         self._metrics["train"].update(kept["metrics"])
         self.state.compute_steps(self.args, self.state.max_steps)
-        torch.set_rng_state(self.rng)
-
-    def _save_checkpoint(self, *_: Any) -> None:
-        if self.state.epoch % 1 == 0:
-            self.rng = torch.get_rng_state()
-        super()._save_checkpoint()
 
     def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
         epochs, steps = super()._init_training_state(max_steps, *rest)
@@ -264,7 +270,6 @@ class Report(TrainerCallback):
             self.trainer.carry(state.stateful_callbacks["carried"])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.rng = torch.get_rng_state()
         self.ends = self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -15,7 +15,7 @@ from rlhf_recipes.store.kept import ROWS, value_of
 
 STAGE = re.compile(r"[a-z_]+-[0-9a-f]{12}")
 ASIDE = re.compile(r"\.(.+)\.(fresh|old|gone)")  # beside a stage: its next, its last, one removed
-HALF_A_FILE = r"\.[0-9a-z]+\.(json|jsonl|toml|html|md|arrow)\.\d+"
+HALF_A_FILE = r"\.[0-9a-z]+\.(json|jsonl|toml|html|md|arrow)\.[0-9a-f]+"
 Spare = tuple[Path, str, Path]  # what can go, why, and the run or stage whose lock it takes
 
 

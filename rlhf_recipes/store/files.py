@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,11 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode("utf-8", "backslashreplace"))
 
 
+def aside(path: Path) -> Path:
+    """A name to write `path` under until it is whole: no other process's, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write that is there whole or not at all, also when the power fails.
@@ -44,7 +50,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     It has a temporary name until it is synced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = aside(path)
     try:
         with temporary.open("wb") as stream:
             yield stream

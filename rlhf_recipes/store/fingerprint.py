@@ -22,7 +22,7 @@ from rlhf_recipes.recipe.fields import Field, Keys, fields_for, resolve
 from rlhf_recipes.recipe.kinds import KINDS, LORA, Kind, extras_of
 from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.rewards import RULES, Term
-from rlhf_recipes.recipe.tables import DatasetTable, dataset_keys, keys_of, top_keys
+from rlhf_recipes.recipe.tables import VLLM, DatasetTable, dataset_keys, keys_of, top_keys
 from rlhf_recipes.recipe.wiring import (
     columns_of,
     reads_dataset,
@@ -145,6 +145,8 @@ def settings(recipe: Recipe, stage: str, known: Identities) -> Values:
         found |= {role: _term(judge, known) for role, judge in written_rules(recipe).items()}
     if lent := recipe.explorer:
         found |= {key: lent.said(key) for key in kind.borrows if asked.get(key) is None}
+    if kind.samples and recipe.model.sampler == VLLM:
+        found["sampler"] = VLLM
     if not reads_dataset(recipe, stage):
         found["pairs"] = "judgements alone"
     if kind.makes == "answers" and (columns := columns_of(recipe, stage)):

@@ -71,6 +71,11 @@ def test_a_card_that_torch_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"Card {i}")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: ((23 - 12 * i) * 10**9, 24 * 10**9))
+    assert [f"{line.level} {line.text}" for line in ask(doctor.memory)][:2] == [
+        "good 23 GB of card 0's 24 GB free: Card 0",
+        "doubt 11 GB of card 1's 24 GB free: Card 1",
+    ]
     for able, levels in {(6, 1): ["good", "fault"], (8, 6): ["good"]}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda able=able: able)
         found = ask(doctor.device)
@@ -172,7 +177,11 @@ def test_a_question_that_fails_is_a_line_and_the_command_tells_by_its_code(
         "ImportError: libbitsandbytes.so is broken",
     )
     abouts = [line["about"] for line in found]
-    assert abouts[:3] == ["device", "precision", "memory"] and abouts[-2:] == ["hub", "disk"]
+    assert abouts[:3] == ["device", "precision", "memory"] and abouts[-3:] == [
+        "hub",
+        "disk",
+        "runs",
+    ]
 
 
 def test_the_three_lines_before_a_run(tmp_path: Path) -> None:

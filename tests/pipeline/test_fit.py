@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from rlhf_recipes.errors import Interrupted, MachineError, UsageError
 from rlhf_recipes.models.fake_model import (
@@ -22,7 +24,7 @@ from rlhf_recipes.models.fake_model import (
     Lengths,
     Sim,
 )
-from rlhf_recipes.pipeline import fit, memory, rehearsal, runner
+from rlhf_recipes.pipeline import cards, fit, memory, rehearsal, runner
 from rlhf_recipes.pipeline.estimate import reckoning
 from rlhf_recipes.pipeline.plan import Plan, plan_run
 from rlhf_recipes.recipe.load import load_recipe
@@ -204,3 +206,47 @@ def test_what_the_recipe_leaves_open_is_settled_by_the_memory_there_is(tiny_reci
     assert kept(recipe)[0] is False and said == []
     room.bytes = 1.2 * room.beside(room.need(stages[2], recipe))
     assert room.settled(stages[2:])[0].model.sampler == "auto"
+
+
+def test_what_each_of_several_cards_needs(tiny_recipe: Path) -> None:
+    """Copies: the base whole. Sharded: a quarter of it, a layer and the head; adapters whole."""
+    plan, session = planned(tiny_recipe, "model.dtype=bfloat16")
+    few = plan.stages[:1]
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256}
+    shape |= {"num_hidden_layers": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    large = LlamaConfig(architectures=["LlamaForCausalLM"], **shape)  # as Llama 3.1 8B
+    room = fit.Room(plan.recipe, large, session, 24e9)
+    weights, whole = cards.base(room)
+    assert (weights / 1e9, whole / 1e9) == pytest.approx((16.06, 0.436 + 1.051), rel=1e-3)
+    rows = [re.split("  +", line) for line in cards.needs(room, few, 4).splitlines()]
+    assert rows[0][:3] == ["stage", "data parallel", "sharded"]
+    copies, sharded = (float(cell.removesuffix(" GB")) for cell in rows[1][1:3])
+    assert copies - sharded == pytest.approx(fit.LOOSE * (weights * 3 / 4 - whole) / 1e9, abs=0.2)
+    assert rows[1][3].startswith("weights 16.1 GB, ")
+    there = "a card's memory by rule, not measured; 4 cards, 23.3 GB on each"
+    assert rows[-3:] == [["data parallel: fits"], ["sharded: fits"], [there]]
+    small = reckoning(plan, few, session, "2 x 0.7001 GB", False).splitlines()
+    assert small[-3] == "data parallel: does not fit: sft"
+
+    # The batch is the recipe's: first fewer steps of accumulation, then fewer rows.
+    def shared(cards_: int, *changes: str, stage: str = "ppo") -> tuple[int, int] | None:
+        own = cards.share(load_recipe(tiny_recipe, set=changes), stage, cards_)
+        options = own and own.tables[stage].options
+        return options and (options[cards.ROWS], options[cards.MICROS])
+
+    assert [shared(n) for n in (1, 2, 4, 16, 3)] == [(8, 2), (8, 1), (2, 2), (1, 1), None]
+    assert shared(4, stage="sft") == (2, 1)
+    three = reckoning(plan, few, session, "3x24GB", False)
+    assert "sft: a batch of 8 × 1 rows does not go round 3 cards" in three
+    packed = load_recipe(tiny_recipe, set=["model.quantization=4bit"])
+    assert cards.unsharded(packed) == "a base in 4bit is whole on each card"
+    full = load_recipe(tiny_recipe, set=["lora=false"])
+    assert "lora = false" in cards.unsharded(full) and not cards.unsharded(plan.recipe)
+
+
+def test_cards_and_their_size() -> None:
+    assert memory.read_cards("24GB") == (1, 24e9)
+    assert memory.read_cards("4x24GB") == memory.read_cards("4 × 24 gb") == (4, 24e9)
+    for text in ("0x24GB", "x24GB", "4x", "4x24"):
+        with pytest.raises(UsageError):
+            memory.read_cards(text)

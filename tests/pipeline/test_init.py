@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_recipes.data.dataset import check_rows
+from rlhf_recipes.data.first_rows import check_rows
 from rlhf_recipes.errors import DataError, RecipeError, UsageError
 from rlhf_recipes.pipeline.init import Start, start, weights_by_name
 from rlhf_recipes.recipe.load import load_recipe

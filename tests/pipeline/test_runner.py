@@ -66,6 +66,19 @@ def test_a_run_computes_each_stage_once(
     ]
 
 
+def test_a_vllm_server_that_is_not_there_is_missed_before_the_first_stage(
+    tmp_path: Path, count: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_RECIPES_VLLM", "http://127.0.0.1:9")
+    with pytest.raises(StageError) as error:
+        go(toy(tmp_path), "model.sampler=vllm")
+    assert "no vLLM at http://127.0.0.1:9: ConnectionRefusedError" in str(error.value)
+    assert f"vllm serve {tmp_path}/model --host 127.0.0.1 --dtype" in str(error.value)
+    assert count.ran == []
+    go(toy(tmp_path), "model.sampler=vllm", until="reward")
+    assert count.ran == ["sft", "reward"]
+
+
 def test_the_run_s_folder(tmp_path: Path, count: Counting) -> None:
     recipe = toy(tmp_path)
     outcome = go(recipe)

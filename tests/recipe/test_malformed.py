@@ -190,3 +190,22 @@ def test_every_message_has_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     test_all_weights_do_not_train_in_4_bit(tmp_path)
     test_problems_of_several_datasets(tmp_path)
     assert calls and calls - made == set()
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "said"),
+    [
+        ("", "lora = false\n", "needs adapters: with lora = false every update would send all weights"),
+        ('quantization = "4bit"\n', "", "serves the base in 16 or 32 bit, and it is trained in 4bit"),
+        ("", "lora = { use_dora = true }\n", "loads plain LoRA alone: leave out lora.use_dora"),
+        ("", "lora = { alpha_pattern = { q_proj = 2 } }\n", "loads plain LoRA alone: leave out lora.alpha_pattern"),
+    ],
+)  # fmt: skip
+def test_what_vllm_would_not_serve_is_refused(
+    tmp_path: Path, model: str, lora: str, said: str
+) -> None:
+    text = lora + MINIMAL.replace(MODEL, f'{MODEL}\nsampler = "vllm"\n{model}')
+    assert problems(tmp_path, text)[0].endswith(f'model.sampler: "vllm" {said}')
+    assert (
+        load(tmp_path, MINIMAL.replace(MODEL, f'{MODEL}\nsampler = "vllm"')).model.sampler == "vllm"
+    )

@@ -64,6 +64,15 @@ def test_success_takes_a_judge_of_another_make(tmp_path: Path, judge: str) -> No
     assert not any("not yet a success" in one.text for one in both)
 
 
+def test_a_policy_that_vllm_sampled_is_said_to_come_out_otherwise_again(tmp_path: Path) -> None:
+    [one] = [one for one in found(tmp_path, {"ppo.sampler_apart": 0.00412}) if "vLLM" in one.text]
+    assert (one.level, one.about) == ("note", "ppo")
+    assert one.text == (
+        "PPO learned from answers by vLLM, whose log-probabilities were 0.004 a token from the "
+        "trainer's. If it is resumed or repeated, its weights differ."
+    )
+
+
 def test_how_far_a_judge_follows_the_reward_model_is_said(tmp_path: Path) -> None:
     """Within a prompt: what one prompt's answers score above another's counts for nothing."""
     rows = [

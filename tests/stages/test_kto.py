@@ -23,7 +23,7 @@ KTO = """
 [kto]
 max_steps = 10
 per_device_train_batch_size = 8
-learning_rate = 1e-2
+learning_rate = 2e-2
 logging_steps = 1
 """
 

@@ -461,8 +461,12 @@ CHECKPOINTING = [f"{stage}.gradient_checkpointing" for stage in ("sft", "reward"
 def test_the_chain_runs_quantized_and_every_adapter_trains(
     tiny_recipe: Path, tmp_path: Path, bits: str
 ) -> None:
-    """bitsandbytes' repacking on AVX512-BF16 drops gradients after an evaluation (fact 36)."""
-    recipe = load_recipe(tiny_recipe, set=[f"model.quantization={bits}"], unset=CHECKPOINTING)
+    """bitsandbytes' repacking on AVX512-BF16 drops gradients after an evaluation (fact 36).
+
+    In 8 bit, rounding can put one of an update's few tokens beyond a clip of 0.2.
+    """
+    words = [f"model.quantization={bits}", "ppo.cliprange=0.5"]
+    recipe = load_recipe(tiny_recipe, set=words, unset=CHECKPOINTING)
     chain = Chain(recipe, tmp_path / "stages")
     chain.all()
     sft, policy = adapter(chain.outputs["sft"]), adapter(chain.outputs["ppo"])

@@ -98,7 +98,7 @@ def test_what_killed_processes_left_goes_and_what_they_go_on_from_stays(
     left = [
         beside / "rows/0a.arrow", beside / "rows/0a.json", beside / "rows/.0b.arrow.77",
         runs / "toy/.model/x", runs / "toy/.results.json.123", ppo / "work/partial/x",
-        ppo / "work/damaged-000004/x", ppo / "work/damaged-000004-1/x", ppo / ".stage.json.77",
+        ppo / "work/damaged-000004/x", ppo / "work/damaged-000004-1/x", ppo / ".stage.json.0a1b",
         sft / "work/checkpoint-000002/x", beside / f".{sft.name}.old/stage.json",
         beside / f".{sft.name}.gone/x", beside / f".{sft.name}.fresh/x",
     ]  # fmt: skip

@@ -92,3 +92,19 @@ def test_a_record_of_another_version_stops_no_comparison(tmp_path: Path) -> None
     assert differences(now | {"kind": "gone", "settings": {"x": 1}}, now) == [
         'kind "gone" → "sft"', "settings.x 1 → unset", "settings.learning_rate unset → 0.001"
     ]  # fmt: skip
+
+
+def test_vllm_counts_where_answers_are_sampled_and_the_other_samplers_nowhere(
+    tmp_path: Path,
+) -> None:
+    file = toy(tmp_path)
+    known = {table: {"content": "0" * 64} for table in tables_read(load_recipe(file))}
+
+    def prints(sampler: str) -> dict[str, dict]:
+        recipe = load_recipe(file, set=[f"model.sampler={sampler}"])
+        return dict(fingerprints(recipe, Identities({}, {}, known, {})))
+
+    usual, vllm = prints("auto"), prints("vllm")
+    assert prints("merged") == prints("adapters") == usual
+    assert [name for name in usual if usual[name] != vllm[name]] == ["ppo", "evaluation"]
+    assert differences(usual["ppo"], vllm["ppo"]) == ['settings.sampler unset → "vllm"']

@@ -37,8 +37,9 @@ from rlhf_recipes import signals
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import Role, logprobs, score
-from rlhf_recipes.models.sampler import Sampler
+from rlhf_recipes.models.sampler import SHARE, Sampler, apart
 from rlhf_recipes.models.sampling import Sequences, join, rows_at_once
+from rlhf_recipes.models.vllm import Vllm
 from rlhf_recipes.recipe.kinds import Limits
 from rlhf_recipes.recipe.rewards import LOGGED
 from rlhf_recipes.screen import StageProgress
@@ -46,7 +47,14 @@ from rlhf_recipes.stages.checkpoints import STATE, Resumable
 from rlhf_recipes.stages.ppo import checks
 from rlhf_recipes.stages.ppo.config import PPOConfig, episodes
 from rlhf_recipes.stages.ppo.guards import Guard
-from rlhf_recipes.stages.ppo.losses import Learned, Loss, Rollout, Rows, masked_mean
+from rlhf_recipes.stages.ppo.losses import (
+    Learned,
+    Loss,
+    Rollout,
+    Rows,
+    corrected,
+    masked_mean,
+)
 from rlhf_recipes.stages.rewards.mixed import Rewards
 from rlhf_recipes.stages.training import batch, two_rates
 from rlhf_recipes.store.digests import derive_seed
@@ -76,7 +84,8 @@ class OnPolicyTrainer(Resumable, Trainer):
     policy ends as it was where score - kl_coef × KL was highest on `validation_prompts`, within
     `limits.max_kl`, its start included. With `rewards` a score is their sum, the prompts are
     `mixed.Prompt`s, and there need be no reward model. `merged` says whether answers come from a
-    merged copy; None: as the checkpoint has it that the loop goes on from, else they do not.
+    merged copy; None: as the checkpoint has it that the loop goes on from, else they do not. With
+    an `engine` they come from there.
     """
 
     whole_answers = False  # whether the ratio that is clipped is a whole answer's
@@ -101,6 +110,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         copies: int = 1,
         rewards: Rewards | None = None,
         merged: bool | None = None,
+        engine: Vllm | None = None,
     ):
         self.key, self.progress = key, progress
         self.policy_model, self.ref_model, self.reward_model = model, ref_model, reward_model
@@ -136,7 +146,7 @@ class OnPolicyTrainer(Resumable, Trainer):
         self.longest = max(map(len, prompts))
         steps = self.updates * args.response_length
         self.merged = merged
-        self.sampler = Sampler(model, bool(merged), progress.note, self.longest, steps)
+        self.sampler = Sampler(model, bool(merged), progress.note, self.longest, steps, engine)
         self.scaled = model.dtype == torch.float16
         self.loss_scale = LOSS_SCALE if self.scaled else 1.0
 
@@ -312,9 +322,12 @@ class OnPolicyTrainer(Resumable, Trainer):
                 shape = (len(sequences), sequences.answer)[: part.dim()]
                 whole = seen.setdefault(name, part.new_zeros(shape))
                 whole[(rows, slice(part.shape[-1]))[: part.dim()]] = part
-        apart = _apart(picked, seen["logprobs"])
-        if self.sampler.far(apart):
+        gap = apart(picked, seen["logprobs"])
+        if self.sampler.far(gap):
             return self.explore(prompts, seed)
+        if self.sampler.engine is not None:
+            rows = [numbers + [0.0] * (sequences.answer - len(numbers)) for numbers in picked]
+            seen["sampled"] = torch.tensor(rows, device=self._device)
         ended = ended.to(self._device)
         given, means = (args.missing_eos_penalty, self.floor), dict[str, float]()
         if self.rewards is None:
@@ -328,7 +341,7 @@ class OnPolicyTrainer(Resumable, Trainer):
             mask=columns < sequences.lengths[:, None],
             value_mask=columns < sequences.lengths[:, None] + 1,
             ended=ended,
-            apart=apart,
+            apart=gap,
             rewards=means,
             **seen,
         )
@@ -355,6 +368,9 @@ class OnPolicyTrainer(Resumable, Trainer):
     def optimize(self, rollout: Rollout, update: int) -> dict[str, float]:
         """`num_ppo_epochs × num_mini_batches` optimizer steps on one rollout; TRL's metrics."""
         learned = self.learned(rollout)
+        if rollout.sampled is not None:
+            beyond = SHARE * self.sampler.limit()
+            learned = corrected(learned, rollout, rollout.sampled, beyond, self.whole_answers)
         stats: dict[str, list[float]] = defaultdict(list)
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         lengths = rollout.sequences.mask.sum(1).cpu()
@@ -452,13 +468,6 @@ class OnPolicyTrainer(Resumable, Trainer):
 def numbered(**parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights by the name of their part and their place in it."""
     return {f"{part}.{i}": t for part, tensors in parts.items() for i, t in enumerate(tensors)}
-
-
-def _apart(picked: list[list[float]], read: torch.Tensor) -> float:
-    """Mean distance of the sampler's log-probabilities from the trainer's `read` [batch, R]."""
-    rows = zip(picked, read.tolist(), strict=False)
-    gaps = [abs(a - b) for mine, its in rows for a, b in zip(mine, its, strict=False)]
-    return sum(gaps) / max(1, len(gaps))
 
 
 def _copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

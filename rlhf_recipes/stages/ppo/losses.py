@@ -7,13 +7,15 @@ of the whole mini-batch, so that how it is cut into micro-batches changes nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from rlhf_recipes.models.sampling import Sequences
 from rlhf_recipes.stages.ppo.config import PPOConfig
+
+MOST = 2.0  # of the weight of a token that another sampler drew
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Rollout:
     ended: torch.Tensor  # [batch], whether the answer ends in EOS
     entropy: torch.Tensor
     apart: float = 0.0  # mean distance of the sampler's log-probabilities from `logprobs`
+    sampled: torch.Tensor | None = None  # the sampler's own, where that is vLLM
     values: torch.Tensor | None = None  # where there is a critic
     # By reward, where there are several: its mean over the answers that it speaks of.
     rewards: Mapping[str, float] = field(default_factory=dict)
@@ -42,6 +45,30 @@ class Learned:
     kl: torch.Tensor  # to the reference, a token
     returns: torch.Tensor | None = None  # where there is a critic
     told: dict[str, float] = field(default_factory=dict)  # metrics
+
+
+def corrected(
+    learned: Learned,
+    rollout: Rollout,
+    sampled: torch.Tensor,
+    beyond: float,
+    whole_answers: bool,
+) -> Learned:
+    """What is learned from answers whose log-probabilities were `sampled` [batch, R] where they
+    were drawn, if these are farther apart than `beyond`.
+
+    The advantage of a token is weighted by min(p of the policy / p of the sampler, MOST), that of
+    an answer where the ratio is a whole answer's: truncated importance sampling.
+    """
+    gap = (rollout.logprobs - sampled) * rollout.mask * (rollout.apart > beyond)
+    if whole_answers:
+        gap = gap.sum(1, keepdim=True).expand_as(gap)
+    weight = gap.exp()
+    told = learned.told | {
+        "val/importance": float(masked_mean(weight.clamp(max=MOST), rollout.mask)),
+        "val/importance_cut": float(masked_mean((weight > MOST).float(), rollout.mask)),
+    }
+    return replace(learned, advantage=learned.advantage * weight.clamp(max=MOST), told=told)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from rlhf_recipes.models.role import logprobs, logprobs_and_values, values
 from rlhf_recipes.models.sampling import MOST, SAMPLED, held_at_once
 from rlhf_recipes.recipe.kinds import MINIMUM_ACCURACY, Limits
 from rlhf_recipes.recipe.load import Recipe
-from rlhf_recipes.recipe.tables import StageTable
+from rlhf_recipes.recipe.tables import VLLM, StageTable
 from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.stages import training
 from rlhf_recipes.stages.contract import StageContext, StageResult, Trial, Work
@@ -117,6 +117,8 @@ def run(context: StageContext, method: Method) -> StageResult:
         context.progress.note(f"{why}: a cut-off answer keeps its score, less the penalty")
     if table.extras["keep"] == "best" and not validation:
         context.progress.note("no validation prompts to find the best on: the last policy is kept")
+    place, save = context.folder / "work" / "vllm", partial(base.save, policy)
+    engine = session.engine(place, context.progress.note, save)
     trainer = method.trainer(
         args=training.trainer_config(PPOConfig, context, options),
         processing_class=session.tokens.tokenizer,
@@ -132,15 +134,20 @@ def run(context: StageContext, method: Method) -> StageResult:
         validation_prompts=[Prompt(example) for example in validation[:VALIDATION_PROMPTS]],
         on_update=report,
         merged={"merged": True, "adapters": False}.get(recipe.model.sampler),
+        engine=engine,
         key=context.key,
         progress=context.progress,
         **words,
     )
     scored = options[ROLLOUT]
-    sizes = f"{trainer.sampled} sampled together, {scored} scored together"
+    sizes = f"{trainer.sampled} sampled together, " * (engine is None)
+    sizes += f"{scored} scored together"
     context.progress.note(f"answers: {sizes}; sampled {trainer.sampler.told}")
     with signals.deferred():
         trainer.train()
+    if engine is not None:
+        engine.close()
+        told["sampler_apart"] = trainer.metrics["val/sampler_apart"]
     if trainer.stopped:
         context.progress.note(f"stopped: {trainer.stopped}")
 
@@ -299,7 +306,8 @@ def memory(sim: Sim, method: Method) -> Iterator[Held]:
         copies = [torch.empty(m.out_features * m.in_features, dtype=sim.dtype) for m in layers]
         for tensor in copies:
             tracker.move(tensor, WEIGHTS)
-        yield from sampling(tracker, policy, sampled, lengths)
+        if sim.recipe.model.sampler != VLLM:
+            yield from sampling(tracker, policy, sampled, lengths)
         tracker.begin()
         given = (*ids_of(scored, lengths.row), lengths.answer)
         with policy.active(), torch.no_grad():
