@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from rlhf_recipes.pipeline.runner import RunOutcome, run
 from rlhf_recipes.recipe.load import load_recipe
 from tests.helpers.people import say
 from tests.helpers.tiny import WORDS
+from tests.ui.conftest import Site
 
 pytestmark = pytest.mark.train
 
@@ -88,6 +90,12 @@ def commands_know_that_it_waits(runs: Path, typed: str, capsys: Any) -> None:
     assert shown.startswith("? The run waits, 2 of 6 stages are done: stage label: people have")
     assert typed.partition(" --set")[0] in shown
     assert " waiting " in call("runs")
+    site = Site(runs)
+    said = site.get("/label").text
+    assert "The run waits for people" in said
+    [place] = re.findall(r'action="(/[^"]+)"', said)
+    opened = site.client.post(place, data={"open": "1"}).headers["location"]
+    assert site.client.get(site.client.get(opened).headers["location"]).status_code == 200
     shutil.copytree(runs / "mine", runs / "copy")
     assert "recipe: the same" in call("compare", "mine", "copy")
     shutil.rmtree(runs / "copy")
