@@ -19,6 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_recipes import group
 from rlhf_recipes.models.role import Role
 from rlhf_recipes.models.sampling import Ids, sample
 
@@ -127,7 +128,8 @@ class Sampler:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not self.static and self.copy is None:
+            # A group would have to agree on it, and the other processes wait for answers.
+            if (not self.static and self.copy is None) or group.size() > 1:
                 raise
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             if self.static:
