@@ -446,8 +446,8 @@ def _alone() -> None:
     """Raise UsageError in one of a launcher's processes: accelerate would wait for the others."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") not in ("", "0", "1"):
-            message = f"{name} is {os.environ[name]}: a run is one process, on one card"
-            hint = "start it without accelerate, torchrun or mpirun, or unset that variable"
+            message = f"{name} is {os.environ[name]}: a run is one process"
+            hint = "name the launcher as --launch, such as torchrun, or unset that variable"
             raise errors.UsageError(message, hint)
 
 
