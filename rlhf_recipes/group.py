@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlhf_recipes.errors import StageError, UsageError
+from rlhf_recipes.errors import StageError
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +27,25 @@ ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_FSDP": "FSDP
 def join() -> None:
     """Join the group that a launcher made of this process, if it made one.
 
-    Raises UsageError where the launcher wants the model sharded.
+    Raises StageError where the launcher wants the model sharded.
     """
     for variable, engine in ENGINES.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             what = f"the launcher asks for {engine}: stages run with a whole model in each process"
-            raise UsageError(what, "use a configuration of accelerate without it, or torchrun")
+            raise StageError(what, "use a configuration of accelerate without it, or torchrun")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and size() == 1:
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def leave() -> None:
+    """The last call of a process whose stage is done."""
+    if size() > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
 
 
 def size() -> int:

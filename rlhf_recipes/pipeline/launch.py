@@ -66,7 +66,7 @@ def launched(
 def start(words: list[str], lock: int, shown: int | None) -> subprocess.Popen[bytes]:
     """Start a launcher. What its first process shows goes to `shown`, and its own words to the log.
 
-    Raises UsageError where there is no such command.
+    Raises StageError where there is no such command.
     """
     held = os.dup(lock)  # filelock closes its own in a child
     try:
@@ -80,7 +80,7 @@ def start(words: list[str], lock: int, shown: int | None) -> subprocess.Popen[by
         )
     except OSError as error:
         what = f"the launcher {words[0]!r} does not start: {error.strerror}"
-        raise errors.UsageError(what, "name a command as --launch, such as torchrun") from None
+        raise errors.StageError(what, "name a command as --launch, such as torchrun") from None
     finally:
         os.close(held)
 

@@ -56,9 +56,7 @@ class Report:
 def main(file: Path) -> int:
     end_with_parent()
     spec = json.loads(file.read_text())
-    rank, of = (
-        int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     report = Report(file.parent, rank, of)
     try:
         with signals.at_once(), _place(spec, rank) as (folder, progress):
@@ -80,18 +78,12 @@ def main(file: Path) -> int:
 
 def _told(error: BaseException, spec: dict[str, Any], rank: int) -> tuple[str, str, str, bool]:
     """Kind, message and hint of an error, and whether it says no more than that another is gone."""
-    name, run = spec["stage"]["name"], spec["run"]
-    where = f"process {rank}"
     if isinstance(error, errors.RlhfRecipesError):
         return type(error).__name__, error.message, error.hint, False
+    name, broken = spec["stage"]["name"], any(word in str(error) for word in BROKEN)
     recipe = loads(spec["recipe"]["text"], Path(spec["recipe"]["path"]))
-    broken = any(word in str(error) for word in BROKEN)
-    lacks = None
-    if isinstance(error, Exception) and not broken:
-        lacks = errors.machine_error(
-            error, f"stage {name}, {where}", smaller_layout(recipe, name, run)
-        )
-    if lacks:
+    where, smaller = f"stage {name}, process {rank}", smaller_layout(recipe, name, spec["run"])
+    if not broken and (lacks := errors.machine_error(error, where, smaller)):
         return type(lacks).__name__, lacks.message, lacks.hint, False
     return type(error).__name__, str(error).strip().partition("\n")[0], "", broken
 
@@ -129,12 +121,12 @@ def compute(spec: dict[str, Any], folder: Path, progress: Progress) -> dict[str,
     memory.begin()
     result: StageResult = stage.run(session, folder, outputs, progress)
     peaks = group.everyone(memory.peak())
-    most = {what: max(peak[what] for peak in peaks) for what in peaks[0]}
+    group.leave()
     return {
         "metrics": result.metrics,
         "summary": result.summary,
-        "memory": most,
-        "processes": group.size(),
+        "memory": {what: max(peak[what] for peak in peaks) for what in peaks[0]},
+        "processes": len(peaks),
     }
 
 
