@@ -62,7 +62,7 @@ def share_out(recipe: Recipe, stage: str) -> dict[str, int]:
         if (mini := rows * micros // options.get("num_mini_batches", 1)) >= count:
             return {}
         what = f"a mini-batch of {mini} answers"
-    elif options["train_sampling_strategy"] == "batch_rebalance":
+    elif options.get("train_sampling_strategy") == "batch_rebalance":
         what, hint = "batch_rebalance", 'take train_sampling_strategy = "group_by_length"'
     elif kind.learns_from == "labels":
         if rows % count == 0 and rows > count:
