@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -58,21 +59,23 @@ def main(file: Path) -> int:
     spec = json.loads(file.read_text())
     rank, of = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     report = Report(file.parent, rank, of)
-    try:
-        with signals.at_once(), _place(spec, rank) as (folder, progress):
-            signals.tell = progress.note
-            found = compute(spec, folder, progress)
-        if rank == 0:
-            files.write_json(file.with_name(RESULT), found)
-        report.file.unlink()
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-        report.say(*_told(error, spec, rank))
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        # Not `sys.exit`: what leaves a broken group in order waits for those that are gone.
-        os._exit(143 if isinstance(error, KeyboardInterrupt) else 1)
+    with signals.at_once():
+        try:
+            with _place(spec, rank) as (folder, progress):
+                signals.tell = progress.note
+                found = compute(spec, folder, progress)
+            if rank == 0:
+                files.write_json(file.with_name(RESULT), found)
+            report.file.unlink()
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this is told
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+            report.say(*_told(error, spec, rank))
+            with contextlib.suppress(OSError):
+                sys.stderr.flush()
+            # Not `sys.exit`: what leaves a broken group in order waits for those that are gone.
+            os._exit(143 if isinstance(error, KeyboardInterrupt) else 1)
     return 0
 
 

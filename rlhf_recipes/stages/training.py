@@ -240,13 +240,21 @@ class Stock(Resumable):
         """In a group, a loader that accelerate has no hand in.
 
         Accelerate would fill up a side's last batch, whose loss then is another. So every process
-        reads the whole validation side.
+        reads the whole validation side. transformers counts a batch's loss once a row.
         """
         if group.size() == 1:
             return super()._get_dataloader(dataset, description, batch_size, *rest, **words)
         rows = self._remove_unused_columns(dataset, description)
         if not words.get("is_training"):
-            return DataLoader(rows, batch_size, collate_fn=self.data_collator)
+            held = 0
+
+            def collate(examples: list[Any]) -> Any:
+                nonlocal held
+                held = len(examples)
+                return self.data_collator(examples)
+
+            self.gather_function = lambda losses: losses[:held]
+            return DataLoader(rows, batch_size, collate_fn=collate)
         order = self._get_train_sampler(rows)
         return shared(order, batch_size, rows, self.data_collator, self.together)
 

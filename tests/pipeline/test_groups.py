@@ -121,11 +121,12 @@ def apart(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def equal(found: dict[str, dict[str, float]]) -> None:
+    """GRPO divides by a group's deviation: where a group's scores are alike, rounding is large."""
     for name, far in found.items():
         assert far.get("first", 0.0) <= 1e-5, (name, far)
-        assert far.get("steps", 0.0) <= 1e-4, (name, far)
-        assert far.get("weights", 0.0) <= 1e-3, (name, far)
-        assert far["results"] <= 1e-3, (name, far)
+        assert far.get("steps", 0.0) <= (1e-2 if name == "grpo" else 1e-5), (name, far)
+        assert far.get("weights", 0.0) <= 1e-4, (name, far)
+        assert far["results"] <= 1e-4, (name, far)
         assert not far.get("answers apart"), (name, far)
 
 
