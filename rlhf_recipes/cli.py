@@ -106,17 +106,30 @@ def run(
     wait: Annotated[bool, Option("--wait", help="Wait for another process's run.")] = False,
     strict: Annotated[bool, Option("--strict", help="End with 5 if the verdict has a ✗.")] = False,
     no_rehearsal: NoRehearsal = False,
+    launch: Annotated[
+        str,
+        Option(
+            metavar="COMMAND",
+            envvar="RLHF_RECIPES_LAUNCH",
+            help="Start each stage as several processes, by torchrun or another launcher.",
+            show_default=False,
+            show_envvar=False,
+        ),
+    ] = "",
     runs: Runs = RUNS,
 ) -> None:
     """Run what is not yet done of a recipe."""
+    from rlhf_recipes.pipeline.launch import around
     from rlhf_recipes.pipeline.runner import run as run_recipe
 
+    if (outer := around(os.environ)) == "":
+        return
     loaded = _load(recipe, set_, unset)
     for note in loaded.notes:
         _print(f"{loaded.path}: {note}", file=sys.stderr)
-    outcome = run_recipe(
-        loaded, runs=runs, until=until, fresh=fresh, name=name, wait=wait, rehearse=not no_rehearsal
-    )
+    how: dict[str, Any] = {"until": until, "fresh": fresh, "name": name, "wait": wait}
+    how |= {"rehearse": not no_rehearsal, "launch": launch or outer or ""}
+    outcome = run_recipe(loaded, runs=runs, **how)
     show(outcome, recipe)
     if strict and any(line.level == "fault" for line in outcome.verdict):
         raise Exit(STRICT)

@@ -70,6 +70,14 @@ class Screen:
                 stream.write(clean.encode())
                 stream.truncate()
 
+    @property
+    def descriptor(self) -> int | None:
+        """Of the way to the person; None where there is none, as in a notebook."""
+        try:
+            return self._stream.fileno()
+        except (OSError, io.UnsupportedOperation):
+            return None
+
     def line(self, text: str, style: str = "") -> None:
         text = masked(text)
         self.console.print(Text(text, style))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from rlhf_recipes import group
+
 # An exception that is raised inside a destructor is lost: the raising is repeated so often.
 AGAIN_SECONDS = 5.0
 
@@ -58,7 +60,12 @@ def deferred(patience: float = 20.0) -> Iterator[None]:
 
 
 def requested() -> bool:
-    """Whether the `deferred` block that the program is in was asked to end."""
+    """Whether the `deferred` block that the program is in was asked to end.
+
+    One process of a group that was asked is enough: all of them end after the same step.
+    """
+    if group.any_of(bool(_heard)) and not _heard:
+        _heard.append(signal.SIGTERM)
     return bool(_heard)
 
 

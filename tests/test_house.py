@@ -22,7 +22,7 @@ LIGHT += ("feedback.judge_file", "pipeline.sweep", "pipeline.places", "cli_sweep
 LIGHT += ("errors", "text", "stats", "findings")
 # Lines of code of recipe, store, data, models, stages, plan and runner. Growth is a decision: who
 # raises this number says why in the commit.
-CORE_BUDGET = 9_900
+CORE_BUDGET = 10_050
 
 
 def modules() -> dict[str, Path]:

@@ -30,6 +30,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from rlhf_recipes import group
 from rlhf_recipes.errors import ModelError, lost
 from rlhf_recipes.models import load as models
 from rlhf_recipes.models.lean_lora import LeanLora
@@ -128,7 +129,12 @@ class Base:
                 layer.cast_input_dtype_enabled = False
 
     def save(self, role: Role, folder: Path) -> None:
-        """Write the role's weights and head as safetensors, with what loads them again."""
+        """Write the role's weights and head as safetensors, with what loads them again.
+
+        Of a group the first process does.
+        """
+        if group.rank():
+            return
         if self.lora is None:
             role.lm.save_pretrained(folder)
         else:

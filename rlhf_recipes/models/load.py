@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_recipes import group
 from rlhf_recipes.errors import ModelError, briefly, machine_error
 from rlhf_recipes.models import attention
 from rlhf_recipes.sources.trust import TOKENIZER_HINT
@@ -33,7 +34,10 @@ WEIGHTS = {"use_safetensors": True, "weights_only": True}
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A card of this process's own, in a group."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if group.size() > 1 else None)
 
 
 def machine() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf_recipes import group
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.role import Role, logprobs
 from rlhf_recipes.models.sampling import Ids, join, sample
@@ -143,7 +144,8 @@ class Sampler:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not self.static and self.copy is None:
+            # A group would have to agree on it, and the other processes wait for answers.
+            if (not self.static and self.copy is None) or group.size() > 1:
                 raise
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
             if self.static:
@@ -160,15 +162,23 @@ class Sampler:
         self, prompts: Sequence[Ids], picked: list[list[float]] | None, words: dict[str, Any]
     ) -> list[list[int]]:
         """By vLLM. Who does not ask for log-probabilities compares none: some are read here."""
-        found = [] if picked is None else picked
-        answers = self.engine.sample(prompts, picked=found, **words)
-        if picked is None:
+        answers, found = group.first(lambda: self._drawn(prompts, words))
+        if picked is not None:
+            picked += found
+        else:
             heat, first = words["temperature"], slice(READ)
             rows = join(prompts[first], answers[first], words["pad"], self.policy.lm.device)
             with self.policy.active():
                 read, _ = logprobs(self.policy, rows.ids, rows.mask, rows.answer, heat)
             self.far(apart(found, read))
         return answers
+
+    def _drawn(
+        self, prompts: Sequence[Ids], words: dict[str, Any]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """vLLM's answers, and its log-probabilities of their tokens."""
+        found: list[list[float]] = []
+        return self.engine.sample(prompts, picked=found, **words), found
 
     def _without(self, why: str) -> None:
         self.merge(False)

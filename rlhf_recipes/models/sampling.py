@@ -14,6 +14,7 @@ from torch.nn.functional import pad as pad_left
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from rlhf_recipes import group
 from rlhf_recipes.models.role import Role, score
 from rlhf_recipes.store.digests import derive_seed
 
@@ -193,14 +194,13 @@ def sample(
     Sampled from the whole distribution at `temperature`. Prompts of like length share a batch. What
     is drawn does not depend on the batch, nor on what ran before. With a `width`, every batch has
     that many columns of prompts and `batch` rows, and a cache of one size. `picked` gets the
-    log-probabilities of each answer's tokens.
+    log-probabilities of each answer's tokens. In a group each process samples a part, and has all.
     """
     settings = sampling(length, None, eos=eos, pad=pad, static=width > 0)
-    if picked is not None:
-        picked.extend([] for _ in prompts)
-    answers: list[list[int]] = [[]] * len(prompts)
+    mine: dict[int, tuple[list[int], list[float]]] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), batch):
+    batch = group.at_once(batch, len(prompts))
+    for start in group.share(range(0, len(prompts), batch)):
         part, device = order[start : start + batch], policy.lm.device
         asked = [prompts[i] for i in part]
         asked += asked[:1] * (batch - len(part) if width else 0)
@@ -220,13 +220,14 @@ def sample(
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([draws]),
             )
-        for i, ids in zip(part, out[:, rows.ids.shape[1] :].tolist(), strict=False):
-            answers[i] = _until(ids, eos)
-        if picked is not None:
-            found = torch.stack(steps, 1).tolist()
-            for i, numbers in zip(part, found, strict=False):
-                picked[i] = numbers[: len(answers[i])]
-    return answers
+        numbers = torch.stack(steps, 1).tolist() if steps else [[]] * len(asked)
+        for i, ids, own in zip(part, out[:, rows.ids.shape[1] :].tolist(), numbers, strict=False):
+            answer = _until(ids, eos)
+            mine[i] = (answer, own[: len(answer)])
+    found = {i: answer for some in group.everyone(mine) for i, answer in some.items()}
+    if picked is not None:
+        picked.extend(found[i][1] for i in range(len(prompts)))
+    return [found[i][0] for i in range(len(prompts))]
 
 
 def _until(ids: list[int], eos: int) -> list[int]:
@@ -245,32 +246,42 @@ def score_ids(
 
     `tell` hears of so many rows more after each batch.
     """
-    scores = torch.empty(len(rows))
+    mine = []
     for part, found in _batches(reward, rows, pad, batch):
-        scores[part] = score(reward, found.ids, found.mask, found.last).cpu()
+        mine.append((part, score(reward, found.ids, found.mask, found.last).cpu()))
         tell(len(part))
-    return scores
+    if others := len(rows) - sum(len(part) for part, _ in mine):
+        tell(others)
+    return _whole(mine, torch.empty(len(rows)))
 
 
 @torch.no_grad()
 def states_of(reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: int) -> torch.Tensor:
     """The states [rows, size] that the head reads, at the end of (prompt ids, answer ids)."""
-    states = torch.empty(len(rows), reward.config.get_text_config().hidden_size)
+    mine = []
     for part, found in _batches(reward, rows, pad, batch):
         hidden = reward.hidden(found.ids, found.mask)
-        states[part] = (
-            hidden[torch.arange(len(part), device=hidden.device), found.last].float().cpu()
-        )
-    return states
+        last = hidden[torch.arange(len(part), device=hidden.device), found.last]
+        mine.append((part, last.float().cpu()))
+    return _whole(mine, torch.empty(len(rows), reward.config.get_text_config().hidden_size))
+
+
+def _whole(mine: list[tuple[list[int], torch.Tensor]], whole: torch.Tensor) -> torch.Tensor:
+    """`whole`, with what each process of the group found for its places."""
+    for part, found in (one for some in group.everyone(mine) for one in some):
+        whole[part] = found
+    return whole
 
 
 def _batches(
     reward: Role, rows: Sequence[tuple[Ids, Ids]], pad: int, batch: int
 ) -> Iterator[tuple[list[int], Sequences]]:
-    """Places of `rows` and what stands there, the longest first for the sake of padding."""
+    """Places of this process's share of `rows` and what stands there, the longest first for the
+    sake of padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+    batch = group.at_once(batch, len(rows))
     with reward.active():
-        for start in range(0, len(order), batch):
+        for start in group.share(range(0, len(order), batch)):
             part = order[start : start + batch]
             prompts, answers = zip(*(rows[i] for i in part), strict=True)
             yield part, join(prompts, answers, pad, reward.lm.device)

@@ -32,6 +32,7 @@ import tomlkit
 from rlhf_recipes import errors, signals, text
 from rlhf_recipes.findings import MARKS, Finding
 from rlhf_recipes.pipeline import doctor, memory
+from rlhf_recipes.pipeline.launch import Launched, launched
 from rlhf_recipes.pipeline.plan import Plan, PlannedStage, plan_run, run_name
 from rlhf_recipes.recipe.kinds import makes
 from rlhf_recipes.recipe.load import Recipe, layout_settings, smaller_layout
@@ -98,11 +99,13 @@ def run(
     wait: bool = False,
     rehearse: bool = True,
     model: bool = True,
+    launch: str = "",
 ) -> RunOutcome:
     """Run what is not done yet of a recipe, and write the run's folder, with its `model`.
 
     It is rehearsed first (see `rehearsal`), unless that would take as long as the run, or the stage
-    at hand goes on from a checkpoint.
+    at hand goes on from a checkpoint. With `launch`, a launcher's command, each stage runs as a
+    group of processes, and nothing is rehearsed.
 
     Raises UsageError where a launcher started several processes; BusyError where another process
     holds the run or a stage of it, unless it is to `wait`;
@@ -124,7 +127,8 @@ def run(
                 files.write_text(folder / "resolved.toml", tomlkit.dumps(recipe.resolved()))
                 if plan.mirrored:
                     screen.line(f"  the model: {plan.mirrored}")
-                return _Run(plan, screen, fresh, wait).go(wanted, rehearse, model)
+                made = _Run(plan, screen, fresh, wait, launch)
+                return made.go(wanted, rehearse and not launch, model)
     except KeyboardInterrupt as signalled:
         raise errors.Interrupted(
             f"run {name} was interrupted",
@@ -140,10 +144,13 @@ def run(
 class _Run:
     """One pass over the planned stages."""
 
-    def __init__(self, plan: Plan, screen: Screen, fresh: bool, wait: bool) -> None:
+    def __init__(
+        self, plan: Plan, screen: Screen, fresh: bool, wait: bool, launch: str = ""
+    ) -> None:
         self.plan = plan
         self.screen = screen
         self.waiting = screen.line if wait else None
+        self.launch = launch
         self.since = layout.begun(plan.run_folder) if fresh else ""
         self.session = Session(plan.recipe, plan.model, plan.runs)
         self.done: dict[str, StageOutcome] = {}
@@ -190,13 +197,13 @@ class _Run:
     def _stage(self, stage: PlannedStage) -> StageOutcome:
         record = self._record(stage) if stage.done else None
         if record is None:
-            with locks.lock(stage.folder, f"stage {stage.name}", self.waiting):
+            with locks.lock(stage.folder, f"stage {stage.name}", self.waiting) as lock:
                 layout.settle(stage.folder)
                 record = self._record(stage)  # another process may have finished it meanwhile
                 if record is None:
                     self._prepare(stage)
                     self._heading(stage, stage.reason)
-                    return StageOutcome(stage, "ran", self._compute(stage))
+                    return StageOutcome(stage, "ran", self._compute(stage, lock))
         layout.tidy(stage.folder)  # a kill may have come before it
         self._heading(stage, f"cached ({duration(record['seconds'])} when it ran)")
         changed = difference(record["versions"], provenance.versions())
@@ -260,18 +267,15 @@ class _Run:
         smaller = smaller_layout(self.session.recipe, stage.name, self.plan.run_folder.name)
         return self._failing_as(f"{during}stage {stage.name}", smaller)
 
-    def _compute(self, stage: PlannedStage) -> dict[str, Any]:
+    def _compute(self, stage: PlannedStage, lock: int) -> dict[str, Any]:
         """Run the stage in its folder; beside it, where a complete one must stay until then."""
         folder = stage.folder
         if (folder / layout.RECORD).exists():
             folder = layout.beside(folder, "fresh")
         layout.clear_stage(folder, begun=self.since)
         started, clock = provenance.now(), time.monotonic()
-        memory.begin()
         with self._failing(stage), self.screen.quiet():
-            with StageProgress(self.screen, folder) as progress:
-                signals.tell = progress.note
-                result = stage.run(self.session, folder, self.plan.outputs, progress)
+            result, took, processes = self._computed(stage, folder, lock)
         record = {
             "kind": stage.kind,
             "name": stage.name,
@@ -280,11 +284,12 @@ class _Run:
             "begun": self.since,  # the pass of `--fresh`, if it was made in one
             "started": started,
             "seconds": round(time.monotonic() - clock, 3),
-            "memory": memory.peak(),
+            "memory": took,
             "summary": result.summary,
             "metrics": result.metrics,
             "payload": stage.payload,
-            "layout": layout_settings(self.session.recipe, stage.name),
+            "layout": layout_settings(self.session.recipe, stage.name)
+            | ({"processes": processes} if processes > 1 else {}),
             "versions": provenance.versions(),
         }
         layout.write_record(folder, record)
@@ -292,6 +297,16 @@ class _Run:
             layout.swap(folder, stage.folder)
         layout.tidy(stage.folder)
         return record
+
+    def _computed(self, stage: PlannedStage, folder: Path, lock: int) -> Launched:
+        """In this process, or in a group. People and judges are asked by this one."""
+        if self.launch and not makes(stage.kind, "judgements"):
+            return launched(self.launch, self.plan, stage, folder, self.screen, lock)
+        memory.begin()
+        with StageProgress(self.screen, folder) as progress:
+            signals.tell = progress.note
+            result = stage.run(self.session, folder, self.plan.outputs, progress)
+        return Launched(result, memory.peak(), 1)
 
     @contextlib.contextmanager
     def _failing_as(self, what: str, smaller: str = "") -> Iterator[None]:
@@ -433,8 +448,8 @@ def _alone() -> None:
     """Raise UsageError in one of a launcher's processes: accelerate would wait for the others."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") not in ("", "0", "1"):
-            message = f"{name} is {os.environ[name]}: a run is one process, on one card"
-            hint = "start it without accelerate, torchrun or mpirun, or unset that variable"
+            message = f"{name} is {os.environ[name]}: a run is one process"
+            hint = "name the launcher as --launch, such as torchrun, or unset that variable"
             raise errors.UsageError(message, hint)
 
 

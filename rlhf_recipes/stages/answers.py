@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from rlhf_recipes import group
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of, sampling
@@ -134,7 +136,7 @@ def answers_of(
         _about(context, output or home, **how | {"base": output is None, "seed": seed})
         for seed in seeds
     ]
-    kept = [_recall(output or home, about) for about in abouts]
+    kept = group.first(lambda: [_recall(output or home, about) for about in abouts])
     missing = [seed for seed, answers in zip(seeds, kept, strict=True) if answers is None]
     told = (context.session, output, examples, setting, missing, context.progress.note)
     new = ask(*told) if missing else iter(())
@@ -170,7 +172,7 @@ def _recall(output: Path | None, about: dict[str, Any] | None) -> Any:
 
 
 def _keep(output: Path | None, about: dict[str, Any] | None, value: Any) -> None:
-    if about is not None:
+    if about is not None and not group.rank():
         keep(output.parent / "kept", about, value)
 
 
@@ -188,12 +190,12 @@ def score(
     """
     recipe = context.recipe
     places = [
-        [(tuple(e.prompt_ids), repr(e.row), tuple(ids)) for e, ids in group] for group in groups
+        [(tuple(e.prompt_ids), repr(e.row), tuple(ids)) for e, ids in some] for some in groups
     ]
     keys: list[Any] = [key for part in places for key in part]
     once: list[dict[Any, Any]] = []  # of each group, the answers that no earlier one has
-    for part, group in zip(places, groups, strict=True):
-        new = dict(zip(part, group, strict=True))
+    for part, some in zip(places, groups, strict=True):
+        new = dict(zip(part, some, strict=True))
         once.append({k: row for k, row in new.items() if not any(k in one for one in once)})
     rows = [list(one.values()) for one in once]
     scorer, rewards = wiring(recipe)[EVALUATION].get("reward_model"), Rewards.of(context)
@@ -206,7 +208,8 @@ def score(
         elif role in rules:
             found[prefix] = _judged(context, rules[role], rows, tell)
     if rewards:
-        parts = rewards.parts([row for group in rows for row in group], found.get(""))
+        answered, own = [row for some in rows for row in some], found.get("")
+        parts = group.first(lambda: rewards.parts(answered, own))
         for words in told_over(rewards.over):
             context.progress.note(words)
         found |= {"": rewards.totals(parts)}
@@ -225,8 +228,8 @@ def _judged(
 ) -> list[float]:
     """By a rule; what it gave to answers that were over its bound is said."""
     rule, tokens = load_rule(judge, context.recipe.model.base), context.session.tokens
-    rows = [said_of(row, tokens) for group in groups for row in group]
-    found = [rule.verdict(row) for row in rows]
+    rows = [said_of(row, tokens) for some in groups for row in some]
+    found = group.first(lambda: [rule.verdict(row) for row in rows])
     tell(len(rows))
     for words in told_over({judge.name: rule.over}):
         context.progress.note(words)
@@ -243,15 +246,15 @@ def scores_of(
     session, output, model = context.session, context.inputs.get(role), None
     on, found = session.of(JUDGE) if name == INDEPENDENT else session, list[float]()
     tokens, apart = on.tokens, on is not session
-    for group in groups:
-        both = [(list(example.prompt_ids), list(ids)) for example, ids in group]
+    for some in groups:
+        both = [(list(example.prompt_ids), list(ids)) for example, ids in some]
         if apart:
-            both, cut = reread(group, session.tokens, tokens, on.model_folder)
+            both, cut = reread(some, session.tokens, tokens, on.model_folder)
             if cut:
                 what = f"{cut} of {len(both)} answers, with their prompts, were cut"
                 context.progress.note(f"{what} to the positions of {on.recipe.model.name}")
         about = _about(context, output, rows=both, pad=tokens.pad_id)
-        if (scores := _recall(output, about)) is None:
+        if (scores := group.first(partial(_recall, output, about))) is None:
             if model is None and output is not None:
                 if apart:
                     session.release()
@@ -262,7 +265,7 @@ def scores_of(
             scores = [round(number, 4) for number in told]
             _keep(output, about, scores)
         else:
-            tell(len(group))
+            tell(len(some))
         found += scores
     if model is not None:
         if model.told:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers.integrations import TensorBoardCallback
 
+from rlhf_recipes import group
 from rlhf_recipes.errors import lost
 from rlhf_recipes.screen import StageProgress
 from rlhf_recipes.store import layout
@@ -117,8 +119,8 @@ class Resumable:
         sha = hashlib.sha256(self.key.encode())
         for tensor in self.tensors().values():
             sha.update(tensor.detach().float().cpu().numpy().tobytes())
-        self.start = sha.hexdigest()
-        found = newest(Path(self.args.output_dir), self.start, self.progress.note)
+        self.start, work = sha.hexdigest(), Path(self.args.output_dir)
+        found = group.first(lambda: newest(work, self.start, self.progress.note))
         self.progress.resume(layout.step_of(found) if found else 0)
         return found
 
@@ -126,14 +128,26 @@ class Resumable:
         folder, state, args = Path(self.args.output_dir), self.state, self.args
         if not all(tensor.isfinite().all() for tensor in self.tensors().values()):
             raise lost("weights")
+        group.check_same([*self.tensors().values()], f"after step {state.global_step}")
+        carried, draws = self.carried(), self._draws()
+        if group.rank():
+            return
         with written(folder, state.global_step, self.start, args.save_total_limit) as aside:
             tensors = self.tensors().items()
             save_file({name: t.detach().contiguous() for name, t in tensors}, aside / WEIGHTS)
             self._save_optimizer_and_scheduler(aside)
             self._save_scaler(aside)
-            self._save_rng_state(aside)
-            state.stateful_callbacks["carried"] = self.carried()
+            for name, drawn in draws.items():
+                (aside / name).write_bytes(drawn)
+            state.stateful_callbacks["carried"] = carried
             state.save_to_json(aside / STATE)
+
+    def _draws(self) -> dict[str, bytes]:
+        """Each process's random numbers, as files of a checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            own = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        return {name: drawn for one in group.everyone(own) for name, drawn in one.items()}
 
     def _load_from_checkpoint(self, folder: str | Path, *_: Any) -> None:
         kept = load_file(Path(folder) / WEIGHTS)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rlhf_recipes import stats
+from rlhf_recipes import group, stats
 from rlhf_recipes.data.dataset import Data
 from rlhf_recipes.data.rows import Example
 from rlhf_recipes.models.fake_model import Held, Sim, ids_of
@@ -177,14 +177,14 @@ def exact_kl(
 ) -> float:
     """KL(policy ‖ start) over the whole vocabulary, summed over an answer, in nats; mean."""
     total, width = 0.0, setting.length * policy.config.get_text_config().vocab_size
-    size = min(BATCH, max(1, LOGITS // width))
-    for first in range(0, len(answers), size):
+    size = group.at_once(min(BATCH, max(1, LOGITS // width)), len(answers))
+    for first in group.share(range(0, len(answers), size)):
         part = slice(first, first + size)
         prompts = [e.prompt_ids for e in examples[part]]
         rows = join(prompts, answers[part], 0, policy.lm.device)
         kl = _kl((policy, start), rows.ids, rows.mask, rows.answer, setting.temperature)
         total += (kl * rows.mask[:, -rows.answer :]).sum().item()
-    return total / len(answers)
+    return sum(group.everyone(total)) / len(answers)
 
 
 def _kl(roles: Sequence[Role], *given: Any) -> torch.Tensor:
@@ -200,14 +200,14 @@ def _kl(roles: Sequence[Role], *given: Any) -> torch.Tensor:
 @torch.no_grad()
 def nats_a_token(base: Role, examples: list[Example], answers: list[list[int]]) -> float:
     """Minus the mean log-probability of the answers' tokens under `base`, at temperature 1."""
-    total = 0.0
-    for first in range(0, len(answers), BATCH):
-        part = slice(first, first + BATCH)
+    total, size = 0.0, group.at_once(BATCH, len(answers))
+    for first in group.share(range(0, len(answers), size)):
+        part = slice(first, first + size)
         rows = join([e.prompt_ids for e in examples[part]], answers[part], 0, base.lm.device)
         with base.active():
             picked, _ = logprobs(base, rows.ids, rows.mask, rows.answer, 1.0)
         total -= (picked * rows.mask[:, -rows.answer :]).sum().item()
-    return total / sum(map(len, answers))
+    return sum(group.everyone(total)) / sum(map(len, answers))
 
 
 def _write_answers(

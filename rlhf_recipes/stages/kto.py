@@ -87,22 +87,26 @@ def even(good: int, bad: int) -> tuple[float, float]:
     return max(1.0, bad / good), max(1.0, good / bad)
 
 
-class Collator(DataCollatorForUnpairedPreference):
-    """Pairs each prompt with the answer of the row before it in the micro-batch, for the KL."""
+OTHER = "KL_completion_ids"
 
+
+def paired(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row of a micro-batch with the answer of the row before it, for the KL."""
+    answers = [example["completion_ids"] for example in examples]
+    moved = [answers[-1], *answers[:-1]]
+    return [{**example, OTHER: other} for example, other in zip(examples, moved, strict=True)]
+
+
+class Collator(DataCollatorForUnpairedPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        answers = [example["completion_ids"] for example in examples]
-        moved = [answers[-1], *answers[:-1]]
-        return super().torch_call(
-            [
-                {**example, "KL_completion_ids": other}
-                for example, other in zip(examples, moved, strict=True)
-            ]
-        )
+        return super().torch_call(examples if OTHER in examples[0] else paired(examples))
 
 
 class Trainer(Compared, KTOTrainer):
     strategy = "random"
+
+    def together(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return paired(examples)
 
     def row(self, example: Example) -> dict[str, Any]:
         good = example.chosen_ids is not None

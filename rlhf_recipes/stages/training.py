@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from rlhf_recipes import signals
+from rlhf_recipes import group, signals
 from rlhf_recipes.data.dataset import Data, lacking
 from rlhf_recipes.data.rows import Example, sequences
 from rlhf_recipes.errors import StageError, lost
@@ -31,7 +31,7 @@ from rlhf_recipes.recipe.load import Recipe
 from rlhf_recipes.recipe.wiring import columns_of
 from rlhf_recipes.stages.checkpoints import Resumable
 from rlhf_recipes.stages.contract import StageContext, Trial, Work
-from rlhf_recipes.stages.order import Order
+from rlhf_recipes.stages.order import Order, share_out, shared
 from rlhf_recipes.store.files import write_json
 
 Config = TypeVar("Config")
@@ -199,6 +199,10 @@ class Stock(Resumable):
     ):
         self.key, self.progress, self.role = context.key, context.progress, role
         self.first: Any = None  # what was measured before the first step
+        args = words["args"]
+        self.batch = batch(vars(args))
+        vars(args).update(share_out(context.recipe, context.name))
+        args.average_tokens_across_devices = True  # of one process it changes nothing
         super().__init__(
             callbacks=[Report(self, shown)],
             train_dataset=self._rows(train),
@@ -218,14 +222,52 @@ class Stock(Resumable):
         else:
             self.args.eval_on_start = False  # it was
         with signals.deferred():
-            return super().train(resume_from_checkpoint=folder and str(folder))
+            done = super().train(resume_from_checkpoint=folder and str(folder))
+        group.check_same(self.role.trainable(), "at the end")
+        # Of the steps since the last logged one, each process has its own rows' loss.
+        return done._replace(training_loss=fmean(group.everyone(done.training_loss)))
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[Any]:
         rows, strategy = self.train_dataset if dataset is None else dataset, self.strategy
         if strategy == "batch_rebalance":  # stock's, a function of the epoch too
             return super()._get_train_sampler(rows)
         lengths = [*map(len, rows["input_ids"])] if strategy == "group_by_length" else ()
-        return Order(len(rows), batch(vars(self.args)), self.args.seed, strategy, lengths)
+        return Order(len(rows), self.batch, self.args.seed, strategy, lengths)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *rest: Any, **words: Any
+    ) -> Any:
+        """In a group, a loader that accelerate has no hand in.
+
+        Accelerate would fill up a side's last batch, whose loss then is another. So every process
+        reads the whole validation side. transformers counts a batch's loss once a row.
+        """
+        if group.size() == 1:
+            return super()._get_dataloader(dataset, description, batch_size, *rest, **words)
+        rows = self._remove_unused_columns(dataset, description)
+        if not words.get("is_training"):
+            held = 0
+
+            def collate(examples: list[Any]) -> Any:
+                nonlocal held
+                held = len(examples)
+                return self.data_collator(examples)
+
+            self.gather_function = lambda losses: losses[:held]
+            return DataLoader(rows, batch_size, collate_fn=collate)
+        order = self._get_train_sampler(rows)
+        return shared(order, batch_size, rows, self.data_collator, self.together)
+
+    def together(self, examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What is done to a whole micro-batch before each process has its share."""
+        return examples
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """In a group, without the wrapper of DistributedDataParallel, which would be left out all
+        the same where a model was evaluated first: `training_step` adds the gradients."""
+        if group.size() > 1:
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return super()._prepare_for_training(*args)
 
     @property
     def strategy(self) -> str:
@@ -235,6 +277,8 @@ class Stock(Resumable):
         loss = super().training_step(*inputs)
         if not loss.isfinite():  # transformers would leave it out of what it logs
             raise lost("losses")
+        if self.accelerator.sync_gradients:
+            group.add_gradients(self.role.trainable(), 1 / group.size())
         return loss
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -242,13 +286,16 @@ class Stock(Resumable):
 
     def carried(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in self.COUNTS}
-        window = {"loss": self._tr_loss.item(), "metrics": dict(self._metrics["train"])}
+        losses = group.everyone(self._tr_loss.item())  # each process has its own rows'
+        window = {"loss": losses, "metrics": dict(self._metrics["train"])}
         return {"first": self.first, "counts": counts, **window}
 
     def carry(self, kept: dict[str, Any]) -> None:
         self.first = kept["first"]
         vars(self).update(kept["counts"], _initial_global_step=0)
-        self._tr_loss += kept["loss"]
+        losses = kept["loss"]
+        alike = len(losses) == group.size()
+        self._tr_loss += losses[group.rank()] if alike else fmean(losses)
         self._metrics["train"].update(kept["metrics"])
         self.state.compute_steps(self.args, self.state.max_steps)
 

@@ -18,8 +18,10 @@ MOMENT = 0.05  # seconds: a process that only looks (`held`) has the lock for an
 
 
 @contextlib.contextmanager
-def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold `folder` for this process alone, by a file beside it.
+def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) -> Iterator[int]:
+    """Hold `folder` for this process alone, by a file beside it; yields the file's descriptor.
+
+    A process that inherits the descriptor holds the lock too, if this one is killed.
 
     If another process holds it: raises BusyError, which names that process; or tells `waiting` the
     same, and waits.
@@ -30,7 +32,13 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
     file.parent.mkdir(parents=True, exist_ok=True)
     # FileLock follows no symbolic link, and a lock on a file that was removed is not one. With
     # `on_acquired` it never falls back to a lock that would outlive its process.
-    ours = FileLock(file, on_acquired=_sign)
+    held_by: list[int] = []
+
+    def sign(descriptor: int) -> None:
+        _sign(descriptor)
+        held_by.append(descriptor)
+
+    ours = FileLock(file, on_acquired=sign)
     try:
         got = ours.acquire(timeout=MOMENT)
     except Timeout:
@@ -41,7 +49,7 @@ def lock(folder: Path, what: str, waiting: Callable[[str], None] | None = None) 
         waiting(f"{held}: waiting for it")
         got = ours.acquire()
     with got:
-        yield
+        yield held_by[-1]
 
 
 def _sign(descriptor: int) -> None:

@@ -33,7 +33,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from rlhf_recipes import signals
+from rlhf_recipes import group, signals
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.reward_model import fined
 from rlhf_recipes.models.role import Role, logprobs, score
@@ -219,6 +219,7 @@ class OnPolicyTrainer(Resumable, Trainer):
                 self._save_checkpoint()
             if signals.requested():
                 break
+        group.check_same([*self.tensors().values()], "at the end")
         if self.keep == "best" and self.best is not None:
             for mine, best in zip(self.policy_model.trainable(), self.best.policy, strict=True):
                 mine.data.copy_(best)
@@ -317,8 +318,11 @@ class OnPolicyTrainer(Resumable, Trainer):
         sequences = join(prompts, answers, pad, self._device, width)
         columns = torch.arange(sequences.answer, device=self._device)
         seen: dict[str, torch.Tensor] = {}
-        for rows in sequences.alike(args.local_rollout_forward_batch_size):
-            for name, part in self._opinions(sequences[rows].trimmed()).items():
+        size = group.at_once(args.local_rollout_forward_batch_size, len(sequences))
+        chunks = group.share(sequences.alike(size))
+        mine = [(rows.cpu(), self._opinions(sequences[rows].trimmed())) for rows in chunks]
+        for rows, opinions in self._everyone(mine):
+            for name, part in opinions.items():
                 shape = (len(sequences), sequences.answer)[: part.dim()]
                 whole = seen.setdefault(name, part.new_zeros(shape))
                 whole[(rows, slice(part.shape[-1]))[: part.dim()]] = part
@@ -334,8 +338,10 @@ class OnPolicyTrainer(Resumable, Trainer):
             seen["scores"] = fined(seen["scores"], ended, *given)
         else:
             answered = [(prompt.example, ids) for prompt, ids in zip(prompts, answers, strict=True)]
-            paid = self.rewards.pay(answered, seen.get("scores"), ended, *given)
-            seen["scores"], means = paid
+            told, pay = (answered, seen.get("scores"), ended, *given), self.rewards.pay
+            # A function of the recipe's is called once an answer.
+            seen["scores"], means = group.first(lambda: _on_cpu(pay(*told)))
+            seen["scores"] = seen["scores"].to(self._device)
         return Rollout(
             sequences=sequences,
             mask=columns < sequences.lengths[:, None],
@@ -358,6 +364,17 @@ class OnPolicyTrainer(Resumable, Trainer):
             with self.reward_model.active():
                 seen["scores"] = score(self.reward_model, ids, mask, chunk.last)
         return seen
+
+    def _everyone(
+        self, mine: list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+    ) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """Each process's chunks of rows with the roles' opinions of them."""
+        if group.size() == 1:
+            yield from mine
+            return
+        told = [(rows, {name: part.cpu() for name, part in seen.items()}) for rows, seen in mine]
+        for rows, seen in (one for some in group.everyone(told) for one in some):
+            yield rows, {name: part.to(self._device) for name, part in seen.items()}
 
     @property
     def _device(self) -> torch.device:
@@ -382,10 +399,12 @@ class OnPolicyTrainer(Resumable, Trainer):
                 # The sum over a mini-batch does not depend on who shares a micro-batch: rows of
                 # like length do, and are computed without the padding of longer ones.
                 mini = mini[lengths[mini].argsort()]
-                for micro in mini.split(self.args.per_device_train_batch_size):
+                mine = mini[group.rank() :: group.size()]
+                for micro in mine.split(self.args.per_device_train_batch_size):
                     rows = Rows(rollout, learned, mini, micro)
                     for name, number in learn(rows).items():
                         step[name] += number
+                step = _added(step)
                 if update == 1 and epoch == 0 and not stats["policy/approxkl_avg"]:
                     once = (step, self.policy_model, rows, self._reread)
                     checks.unmoved(*once, self.whole_answers)
@@ -414,15 +433,16 @@ class OnPolicyTrainer(Resumable, Trainer):
             logprobs(self.policy_model, *rows.tokens, self.args.temperature)
 
     def _step(self) -> None:
+        found = [p for some in self.optimizer.param_groups for p in some["params"]]
+        group.add_gradients(found)
         if self.scaled:
-            found = [p for group in self.optimizer.param_groups for p in group["params"]]
             grads = [p.grad.div_(self.loss_scale) for p in found if p.grad is not None]
             if not all(grad.isfinite().all() for grad in grads):
                 self.skipped, self.loss_scale = self.skipped + 1, self.loss_scale / 2
                 return self.optimizer.zero_grad()
         if self.args.max_grad_norm:
-            for group in self.optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm)
+            for some in self.optimizer.param_groups:
+                torch.nn.utils.clip_grad_norm_(some["params"], self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -468,6 +488,20 @@ class OnPolicyTrainer(Resumable, Trainer):
 def numbered(**parts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights by the name of their part and their place in it."""
     return {f"{part}.{i}": t for part, tensors in parts.items() for i, t in enumerate(tensors)}
+
+
+def _added(step: dict[str, Any]) -> dict[str, Any]:
+    """A step's metrics, each the sum of the processes' shares."""
+    if group.size() == 1:
+        return step
+    names = sorted(step)
+    numbers = torch.stack([torch.as_tensor(step[name]).float() for name in names])
+    group.add([numbers])
+    return dict(zip(names, numbers, strict=True))
+
+
+def _on_cpu(paid: tuple[torch.Tensor, dict[str, float]]) -> tuple[torch.Tensor, dict[str, float]]:
+    return paid[0].cpu(), paid[1]
 
 
 def _copies(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
