@@ -189,6 +189,7 @@ def test_every_message_has_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     test_all_problems_at_once_with_their_lines(tmp_path)
     test_all_weights_do_not_train_in_4_bit(tmp_path)
     test_problems_of_several_datasets(tmp_path)
+    problems(tmp_path, "lora = false\n" + MINIMAL.replace(MODEL, f'{MODEL}\nsampler = "vllm"'))
     assert calls and calls - made == set()
 
 
