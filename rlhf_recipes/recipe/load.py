@@ -88,19 +88,20 @@ class Recipe:
         found = [self.tables[name] for name in self.stages if self.tables[name].of.explores]
         return found[-1] if found else None
 
-    def asked_with(self, key: str) -> Any:
-        """The evaluation's own word, else that of the last stage that samples, else the usual."""
-        trained = self.explorer.said(key) if self.explorer else None
+    def usual(self, key: str, own: Any) -> Any:
+        """How answers are asked for: in a stage's own word, else as the explorer asks."""
+        lent = self.explorer.said(key) if self.explorer else None
         usual = {"temperature": 0.7, "response_length": self.dataset.max_answer_tokens}
-        return getattr(self.evaluation, key, None) or trained or usual.get(key)
+        return own or lent or usual.get(key)
+
+    def asked_with(self, key: str) -> Any:
+        """How the evaluation asks, by its own word or the usual one."""
+        return self.usual(key, getattr(self.evaluation, key, None))
 
     def most_tokens(self, stage: str) -> int | None:
         """The most tokens of an answer that a stage samples; None where it samples none."""
-        table = self.tables[stage]
-        if not table.of.samples:
-            return None
-        lent = self.explorer.said("response_length") if self.explorer else None
-        return table.said("response_length") or lent or self.dataset.max_answer_tokens
+        key, table = "response_length", self.tables[stage]
+        return self.usual(key, table.said(key)) if table.of.samples else None
 
     def table(self, stage: str) -> StageTable:
         return self.tables[stage]

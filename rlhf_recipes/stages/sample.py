@@ -62,7 +62,8 @@ def run(context: StageContext) -> StageResult:
     recipe, table = context.recipe, context.recipe.table(context.name)
     data, found = load_rows(context)
     asked = share(data, found, table.extras["prompts"], table.extras["skip"])
-    length, temperature = answer_length(recipe, context.name), warmth(recipe, context.name)
+    length = answer_length(recipe, context.name)
+    temperature = recipe.usual("temperature", table.extras["temperature"])
     setting = Setting(length, temperature, context.seed())
 
     # ---- draws: several of the policy, or one of each of two
@@ -208,12 +209,6 @@ def made(
 def spoken(turns: Messages, system: str | None) -> Messages:
     """A prompt's turns as its row has them, without what [dataset] system puts before them."""
     return turns[1:] if turns[0] == {"role": "system", "content": system} else turns
-
-
-def warmth(recipe: Recipe, name: str) -> float:
-    """The temperature: its own, else that of the last stage that explores."""
-    lent = recipe.explorer.said("temperature") if recipe.explorer else None
-    return recipe.table(name).extras["temperature"] or lent or 0.7
 
 
 def answer_length(recipe: Recipe, name: str) -> int:

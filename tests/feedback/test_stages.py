@@ -61,6 +61,10 @@ def items_of(outcome: Any) -> list[Item]:
     return list(read_items(outcome.folder / "output" / ANSWERS))
 
 
+@pytest.fixture(autouse=True)
+def quick(undrawn: None) -> None: ...
+
+
 @pytest.fixture
 def recipe(tiny_recipe: Path, tiny_pairs: Path) -> Any:
     tiny_recipe.write_text(tiny_recipe.read_text() + TABLES)
@@ -72,7 +76,7 @@ def words_of(recipe: Any) -> list[str]:
 
 
 def go(recipe: Any, runs: Path, **options: Any) -> RunOutcome:
-    return run(recipe, runs=runs, name="mine", **options)
+    return run(recipe, runs=runs, name="mine", model=False, **options)
 
 
 def commands_know_that_it_waits(runs: Path, typed: str, capsys: Any) -> None:

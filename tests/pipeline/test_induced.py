@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -28,6 +29,10 @@ def likes_animals(prompt, answer):
 def likes_colours(prompt, answer):
     return len(answer.split()) - likes_animals(prompt, answer)
 """
+
+
+@pytest.fixture(autouse=True)
+def quick(stages_alone: None) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +77,9 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         always += ["evaluation.prompts=64", "ppo.total_episodes=320"]
         loaded = load_recipe(recipe, set=[*always, *changes])
         name = f"{data}-{len(list(folder.glob('runs/*')))}"
-        try:
-            return list(run(loaded, runs=folder / "runs", name=name).verdict)
-        except GateError:
-            return verdict(Facts(folder / "runs" / name))
+        with contextlib.suppress(GateError):
+            run(loaded, runs=folder / "runs", name=name)
+        return verdict(Facts(folder / "runs" / name))
 
     return go
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,8 +35,9 @@ def dpo_recipe(tiny_recipe: Path) -> Path:
 
 
 @pytest.fixture
-def chain(dpo_recipe: Path, tmp_path: Path) -> Chain:
-    return Chain(load_recipe(dpo_recipe), tmp_path / "stages")
+def chain(dpo_recipe: Path, tmp_path: Path, trained: SimpleNamespace) -> Chain:
+    """SFT is there."""
+    return Chain(load_recipe(dpo_recipe), tmp_path / "stages", outputs=dict(trained.outputs))
 
 
 def numbers(chain: Chain, start: dict[str, str]) -> list[dict[str, float]]:
@@ -76,7 +78,6 @@ def test_in_bfloat16_every_step_sees_the_step_before(dpo_recipe: Path, tmp_path:
 
 def test_only_its_own_adapter_moves_and_none_is_left(chain: Chain) -> None:
     base = base_weights(chain.session.base)
-    chain.run("sft", {})
     sft = (chain.outputs["sft"] / "adapter_model.safetensors").read_bytes()
     result = chain.run("dpo", {"policy": "sft"})
     assert not differs(base, base_weights(chain.session.base))
@@ -93,7 +94,6 @@ def test_its_numbers_are_those_of_the_saved_policy_against_the_one_it_started_fr
     chain: Chain,
 ) -> None:
     """By hand, one unpadded answer at a time; 13 pairs are a batch of 8 and one of 5."""
-    chain.run("sft", {})
     metrics = chain.run("dpo", {"policy": "sft"}).metrics
     policy, start = (
         chain.session.base.open(stage, chain.outputs[stage], seed=0) for stage in ("dpo", "sft")
@@ -112,6 +112,7 @@ def test_its_numbers_are_those_of_the_saved_policy_against_the_one_it_started_fr
     assert metrics["validation_loss"] == pytest.approx(sum(losses) / 13, abs=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("change", ["lora.r=2", "lora=false"])
 def test_the_chain_runs_and_is_evaluated(dpo_recipe: Path, tmp_path: Path, change: str) -> None:
     recipe = load_recipe(dpo_recipe, set=[change])

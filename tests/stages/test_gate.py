@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,8 +33,11 @@ POLICY, SCORED = {"policy": "sft"}, {"policy": "sft", "reward_model": "reward"}
 
 
 @pytest.fixture
-def chain(tiny_recipe: Path, tmp_path: Path) -> Chain:
-    return Chain(load_recipe(tiny_recipe, set=["ppo.total_episodes=16"]), tmp_path / "stages")
+def chain(tiny_recipe: Path, tmp_path: Path, trained: SimpleNamespace) -> Chain:
+    """SFT and a reward model are there; the latter's evidence may be changed."""
+    recipe = load_recipe(tiny_recipe, set=["ppo.total_episodes=16"])
+    reward = shutil.copytree(trained.outputs["reward"], tmp_path / "reward")
+    return Chain(recipe, tmp_path / "stages", outputs=trained.outputs | {"reward": reward})
 
 
 def rows_of(chain: Chain) -> Data:
@@ -47,9 +51,9 @@ def found(chain: Chain, stage: str) -> dict[str, Any]:
 # ---- evidence -----------------------------------------------------------------------------------
 
 
-def test_the_evidence_is_of_the_test_pairs_alone(chain: Chain) -> None:
+def test_the_evidence_is_of_the_test_pairs_alone(chain: Chain, trained: SimpleNamespace) -> None:
     """Recomputed by the role that later stages open, in units."""
-    metrics = chain.run("reward", {}).metrics
+    metrics = trained.metrics["reward"]
     told, rows = found(chain, "reward"), pairs(rows_of(chain).test)
     reward = open_reward(chain.session.base, chain.outputs["reward"])
     chosen, rejected = (
@@ -199,8 +203,6 @@ def test_ppo_does_not_train_against_what_learned_the_opposite(
 
 def test_whose_minimum_holds(chain: Chain, tmp_path: Path) -> None:
     """The stage's that reads, else the reward stage's, else 0.55."""
-    chain.run("sft", {})
-    chain.run("reward", POLICY)
     file = chain.outputs["reward"] / stats.FILE
     told = found(chain, "reward")
     low, high = stats.wilson(0.5, 4000)
@@ -223,14 +225,14 @@ def test_whose_minimum_holds(chain: Chain, tmp_path: Path) -> None:
 
 
 def test_a_foreign_reward_model_is_measured_before_ppo(
-    chain: Chain, tiny_pairs: Path, tmp_path: Path
+    chain: Chain, tiny_pairs: Path, tmp_path: Path, trained: SimpleNamespace
 ) -> None:
-    own = chain.run("reward", {}).metrics
+    own = trained.metrics["reward"]
     write_reward_model(chain.session, chain.outputs["reward"], tmp_path / "scorer", form="merged")
     words = [f"ppo.reward_model={tmp_path / 'scorer'}", 'stages=["sft", "ppo"]']
     words += ["ppo.total_episodes=16"]
-    other = Chain(load_recipe(chain.recipe.path, set=words), tmp_path / "other")
-    other.run("sft", {})
+    outputs = {"sft": chain.outputs["sft"]}
+    other = Chain(load_recipe(chain.recipe.path, set=words), tmp_path / "other", outputs=outputs)
     metrics = other.run("ppo", POLICY).metrics
     for name in ("accuracy", "test_pairs", "calibration_error", "shorter_accuracy"):
         assert metrics[f"reward.{name}"] == pytest.approx(own[name], abs=1e-3)

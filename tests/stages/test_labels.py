@@ -214,6 +214,7 @@ def test_labels_of_smoke_s_answers_rank_the_good_over_the_bad(tmp_path: Path) ->
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"dataset.path={file}", "reward.per_device_train_batch_size=32"]
     words += ["reward.max_steps=80", "evaluation.judge=none"]
+    words += [f"reward.{key}_strategy=no" for key in ("eval", "save")]
     chain = Chain(load_recipe(recipe, set=words), tmp_path / "stages")
     metrics = chain.run("reward", {}).metrics
     assert metrics["accuracy"] > 0.9 and metrics["test_bad"] > 80
