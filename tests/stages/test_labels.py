@@ -24,11 +24,15 @@ pytestmark = pytest.mark.train
 
 # One step that hardly moves anything, over all rows at once: its loss is that of the saved model.
 STILL = ["reward.max_steps=1", "reward.learning_rate=1e-12", "reward.head_learning_rate=1e-12"]
-STILL += ["reward.per_device_train_batch_size=200", "dataset.judge_fraction=0"]
-STILL += ["reward.center_rewards_coefficient=0.0"]
+STILL += ["dataset.judge_fraction=0", "reward.center_rewards_coefficient=0.0"]
 STILL += ["dataset.test_fraction=0", "dataset.validation_fraction=0"]
 
 Rows = list[dict[str, Any]]
+
+
+def at_once(rows: int) -> list[str]:
+    """STILL, with a batch of exactly so many rows: a batch that is not full has some twice."""
+    return [*STILL, f"reward.per_device_train_batch_size={rows}"]
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def test_the_loss_weighs_each_pair_by_its_row_and_heeds_the_rank_distance(
     chain_of: Callable[..., Chain], margin: bool
 ) -> None:
     """By hand: 5 rows of six pairs that weigh 1/6, and one of two that weigh 1/3."""
-    chain = chain_of(rated(), *STILL, f"reward.use_margin={str(margin).lower()}")
+    chain = chain_of(rated(), *at_once(32), f"reward.use_margin={str(margin).lower()}")
     metrics = chain.run("reward", {}).metrics
     score, losses, weights = scorer(chain), [], []
     for row in rated():
@@ -116,7 +120,7 @@ def test_a_pair_s_own_margin_is_heeded_where_the_recipe_says_so(
         }
         for at, word in enumerate(WORDS[:6])
     ]
-    chain = chain_of(rows, *STILL, f"reward.use_margin={str(margin).lower()}")
+    chain = chain_of(rows, *at_once(6), f"reward.use_margin={str(margin).lower()}")
     loss = chain.run("reward", {}).metrics["train_loss"]
     score = scorer(chain)
     apart = [score(word, "blue") - score(word, "cat") for word in WORDS[:6]]
@@ -126,7 +130,7 @@ def test_a_pair_s_own_margin_is_heeded_where_the_recipe_says_so(
 
 def test_a_margin_that_no_row_has_is_told(chain_of: Callable[..., Chain]) -> None:
     rows = [{"prompt": word, "chosen": "blue", "rejected": "cat"} for word in WORDS]
-    chain = chain_of(rows, *STILL, "reward.use_margin=true")
+    chain = chain_of(rows, *at_once(len(rows)), "reward.use_margin=true")
     chain.run("reward", {})
     assert any("use_margin is set, and no pair has a margin" in n for n in chain.progress.notes)
 
@@ -139,7 +143,7 @@ def test_a_single_answer_is_held_against_a_threshold_beside_pairs(
     said += [("black", "pig owl", False)]
     rows: Rows = [{"prompt": p, "completion": answer, "label": good} for p, answer, good in said]
     rows += [{"prompt": "grey", "chosen": "blue", "rejected": "cat"}]
-    chain = chain_of(rows, *STILL)
+    chain = chain_of(rows, *at_once(5))
     metrics = chain.run("reward", {}).metrics
     assert [metrics[key] for key in ("pairs", "good", "bad")] == [1, 1, 3]
     score, bias = scorer(chain), math.log(1 / 3)
