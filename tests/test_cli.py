@@ -21,7 +21,7 @@ from tests.helpers.counting import RECIPE, Counting, fail, toy
 pytestmark = pytest.mark.train
 
 COMMANDS = (
-    "init run sweep plan check fork fetch recipes schema runs compare report doctor clean chat"
+    "init run plan check fork fetch recipes schema sweep runs compare report doctor clean chat"
     " export label sample feedback judge ui"
 ).split()
 
