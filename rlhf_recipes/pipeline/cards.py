@@ -15,14 +15,14 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_recipes.errors import StageError
 from rlhf_recipes.models.fake_model import WEIGHTS
 from rlhf_recipes.models.load import compute_dtype
 from rlhf_recipes.pipeline.fit import Room
 from rlhf_recipes.pipeline.plan import PlannedStage
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.stages.order import share_out
 from rlhf_recipes.text import size, table
-
-ROWS, MICROS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 
 def needs(room: Room, stages: Sequence[PlannedStage], cards: int) -> str:
@@ -31,12 +31,11 @@ def needs(room: Room, stages: Sequence[PlannedStage], cards: int) -> str:
     notes, large = list[str](), {"data parallel": list[str](), "sharded": list[str]()}
     known = list[PlannedStage]()
     for stage in stages:
-        if (own := share(room.recipe, stage.name, cards)) is None:
-            options = room.recipe.tables[stage.name].options
-            batch = f"a batch of {options[ROWS]} × {options[MICROS]} rows"
-            notes.append(f"{stage.name}: {batch} does not go round {cards} cards")
+        try:
+            room.recipe = shared(room.recipe, stage.name, cards)
+        except StageError as error:
+            notes.append(error.message)
             continue
-        room.recipe = own
         known.append(stage)
     settled, _ = room.settled(known)
     parts = replace(settled, model=replace(settled.model, sampler="adapters"))
@@ -61,21 +60,11 @@ def needs(room: Room, stages: Sequence[PlannedStage], cards: int) -> str:
     return "\n".join([table(rows, right=(1, 2)), "", *notes, there])
 
 
-def share(recipe: Recipe, stage: str, cards: int) -> Recipe | None:
-    """The recipe with a card's share of a stage's batch; None where it does not go round."""
-    table = recipe.tables.get(stage)
-    if table is None or ROWS not in table.options:
+def shared(recipe: Recipe, stage: str, cards: int) -> Recipe:
+    """The recipe with a card's share of a stage's batch. Raises as `share_out` does."""
+    if (table := recipe.tables.get(stage)) is None:
         return recipe
-    rows, micros = (table.options[key] for key in (ROWS, MICROS))
-    if micros % cards == 0:
-        micros //= cards
-    elif rows % cards == 0:
-        rows //= cards
-    elif rows * micros % cards == 0:
-        rows, micros = 1, rows * micros // cards
-    else:
-        return None
-    own = replace(table, options=table.options | {ROWS: rows, MICROS: micros})
+    own = replace(table, options=table.options | share_out(recipe, stage, cards))
     return replace(recipe, tables=recipe.tables | {stage: own})
 
 

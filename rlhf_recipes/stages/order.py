@@ -47,20 +47,21 @@ class Order(torch.utils.data.Sampler[int]):
         return itertools.islice(itertools.cycle(order), len(self))
 
 
-def share_out(recipe: Recipe, stage: str) -> dict[str, int]:
-    """What each process of a group has of a stage's batch, which is the recipe's in any group.
+def share_out(recipe: Recipe, stage: str, count: int) -> dict[str, int]:
+    """What each of `count` processes has of a stage's batch, which is the recipe's in any group.
 
-    KTO pairs answers within a micro-batch: there each of them is shared out. Raises StageError
-    where a batch cannot be shared out.
+    KTO pairs answers within a micro-batch: there each of them is shared out. A kind that explores
+    shares out its mini-batches: its micro-batches are at most so large. Raises StageError where a
+    batch cannot be shared out.
     """
-    count, kind = group.size(), recipe.kind(stage)
+    kind = recipe.kind(stage)
     options = recipe.table(stage).options if kind.config else {}
     if count == 1 or not options:
         return {}
     rows, micros, hint = options[ROWS], options[MICROS], f"change {recipe.written_as(stage)}.{ROWS}"
     if kind.explores:
         if (mini := rows * micros // options.get("num_mini_batches", 1)) >= count:
-            return {}
+            return {ROWS: min(rows, -(-mini // count))}
         what = f"a mini-batch of {mini} answers"
     elif options.get("train_sampling_strategy") == "batch_rebalance":
         what, hint = "batch_rebalance", 'take train_sampling_strategy = "group_by_length"'

@@ -201,7 +201,7 @@ class Stock(Resumable):
         self.first: Any = None  # what was measured before the first step
         args = words["args"]
         self.batch = batch(vars(args))
-        vars(args).update(share_out(context.recipe, context.name))
+        vars(args).update(share_out(context.recipe, context.name, group.size()))
         args.average_tokens_across_devices = True  # of one process it changes nothing
         super().__init__(
             callbacks=[Report(self, shown)],

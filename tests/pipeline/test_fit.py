@@ -246,16 +246,11 @@ def test_what_each_of_several_cards_needs(tiny_recipe: Path) -> None:
     small = reckoning(plan, few, session, "2 x 0.7001 GB", False).splitlines()
     assert small[-3] == "data parallel: does not fit: sft"
 
-    # The batch is the recipe's: first fewer steps of accumulation, then fewer rows.
-    def shared(cards_: int, *changes: str, stage: str = "ppo") -> tuple[int, int] | None:
-        own = cards.share(load_recipe(tiny_recipe, set=changes), stage, cards_)
-        options = own and own.tables[stage].options
-        return options and (options[cards.ROWS], options[cards.MICROS])
-
-    assert [shared(n) for n in (1, 2, 4, 16, 3)] == [(8, 2), (8, 1), (2, 2), (1, 1), None]
-    assert shared(4, stage="sft") == (2, 1)
+    # The batch is the recipe's, whatever the cards: `stages.order` shares it out.
+    own = cards.shared(plan.recipe, "sft", 4).tables["sft"].options
+    assert own["per_device_train_batch_size"] == 2
     three = reckoning(plan, few, session, "3x24GB", False)
-    assert "sft: a batch of 8 × 1 rows does not go round 3 cards" in three
+    assert "sft: a batch of 8 × 1 rows cannot be shared out among 3 processes" in three
     packed = load_recipe(tiny_recipe, set=["model.quantization=4bit"])
     assert cards.unsharded(packed) == "a base in 4bit is whole on each card"
     full = load_recipe(tiny_recipe, set=["lora=false"])
