@@ -238,6 +238,16 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_before_a_model_is_read(
     assert "rows:" not in (tmp_path / "x" / "log.txt").read_text()  # nor were rows
 
 
+def test_vllm_is_refused_in_a_group(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load_recipe(recipe, set=[*told(FEW), "model.sampler=vllm"])
+    assert share_out(asked, "ppo") == share_out(asked, "evaluation") == {}
+    monkeypatch.setattr(group, "size", lambda: 2)
+    assert share_out(asked, "reward")
+    for stage in ("ppo", "evaluation"):
+        with pytest.raises(StageError, match=f"{stage}: a group of 2 processes samples by itself"):
+            share_out(asked, stage)
+
+
 @pytest.mark.parametrize(
     ("stage", "words", "count", "found"),
     [
