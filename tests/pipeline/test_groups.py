@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ def known(kinds: tuple[str, ...]) -> set[str]:
 
 
 Go = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_reports() -> Iterator[None]:
+    """Other tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner._Run, "_report", lambda self: [])
+        patch.setattr(runner._Run, "_write_model", lambda self: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +202,7 @@ def test_a_process_that_is_killed_is_named_and_nothing_is_lost(
         == "checkpoint-000004"
     )
     with forking() as two:
-        runner.run(asked, runs=tmp_path, name="x", launch=two, until="sft", model=False)
+        runner.run(asked, runs=tmp_path, name="x", launch=two, until="sft")
     assert left(tmp_path, "sft") == left(pair, "sft")
 
 
@@ -204,7 +213,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
     died = at_step(0, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with forking(fault=died) as two, pytest.raises(StageError, match="process 0 of 2 died"):
         runner.run(asked, runs=tmp_path, name="x", launch=two, until="sft")
-    runner.run(asked, runs=tmp_path, name="x", until="sft", model=False)
+    runner.run(asked, runs=tmp_path, name="x", until="sft")
     assert "goes on from its checkpoint after step 4" in (tmp_path / "x" / "log.txt").read_text()
     both = [
         stages_of(runs)["sft"] / "output/adapter_model.safetensors" for runs in (tmp_path, pair)
