@@ -162,23 +162,15 @@ class Sampler:
         self, prompts: Sequence[Ids], picked: list[list[float]] | None, words: dict[str, Any]
     ) -> list[list[int]]:
         """By vLLM. Who does not ask for log-probabilities compares none: some are read here."""
-        answers, found = group.first(lambda: self._drawn(prompts, words))
-        if picked is not None:
-            picked += found
-        else:
+        found = [] if picked is None else picked
+        answers = self.engine.sample(prompts, picked=found, **words)
+        if picked is None:
             heat, first = words["temperature"], slice(READ)
             rows = join(prompts[first], answers[first], words["pad"], self.policy.lm.device)
             with self.policy.active():
                 read, _ = logprobs(self.policy, rows.ids, rows.mask, rows.answer, heat)
             self.far(apart(found, read))
         return answers
-
-    def _drawn(
-        self, prompts: Sequence[Ids], words: dict[str, Any]
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """vLLM's answers, and its log-probabilities of their tokens."""
-        found: list[list[float]] = []
-        return self.engine.sample(prompts, picked=found, **words), found
 
     def _without(self, why: str) -> None:
         self.merge(False)

@@ -116,8 +116,7 @@ def compute(spec: dict[str, Any], folder: Path, progress: Progress) -> dict[str,
     recipe = loads(spec["recipe"]["text"], Path(spec["recipe"]["path"]))
     own, outputs = spec["stage"], {name: Path(output) for name, output in spec["outputs"].items()}
     stage = PlannedStage(**own, folder=Path(spec["folder"]))
-    if stage.name in recipe.tables:
-        share_out(recipe, stage.name, group.size())  # refused before a model is read
+    share_out(recipe, stage.name, group.size())  # what cannot be is refused before a model is read
     progress.note(f"{group.size()} processes" if group.size() > 1 else "one process")
     session = Session(recipe, spec["model"], Path(spec["runs"]))
     session.judged = {name: [Path(one) for one in some] for name, some in spec["judged"].items()}

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from rlhf_recipes import group
 from rlhf_recipes.errors import StageError
 from rlhf_recipes.recipe.load import Recipe
+from rlhf_recipes.recipe.tables import VLLM
 from rlhf_recipes.store.digests import derive_seed
 
 ROWS, MICROS = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -55,7 +56,10 @@ def share_out(recipe: Recipe, stage: str, count: int) -> dict[str, int]:
     batch cannot be shared out.
     """
     kind = recipe.kind(stage)
-    options = recipe.table(stage).options if kind.config else {}
+    options = recipe.tables[stage].options if stage in recipe.tables and kind.config else {}
+    if count > 1 and kind.samples and recipe.model.sampler == VLLM:
+        what = f"{stage}: a group of {count} processes samples by itself, not by vLLM"
+        raise StageError(what, 'set model.sampler = "adapters", or start one process')
     if count == 1 or not options:
         return {}
     rows, micros, hint = options[ROWS], options[MICROS], f"change {recipe.written_as(stage)}.{ROWS}"

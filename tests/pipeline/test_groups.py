@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ def known(kinds: tuple[str, ...]) -> set[str]:
 
 
 Go = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_reports() -> Iterator[None]:
+    """Other tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner._Run, "_report", lambda self: [])
+        patch.setattr(runner._Run, "_write_model", lambda self: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +202,7 @@ def test_a_process_that_is_killed_is_named_and_nothing_is_lost(
         == "checkpoint-000004"
     )
     with forking() as two:
-        runner.run(asked, runs=tmp_path, name="x", launch=two, until="sft", model=False)
+        runner.run(asked, runs=tmp_path, name="x", launch=two, until="sft")
     assert left(tmp_path, "sft") == left(pair, "sft")
 
 
@@ -204,7 +213,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
     died = at_step(0, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with forking(fault=died) as two, pytest.raises(StageError, match="process 0 of 2 died"):
         runner.run(asked, runs=tmp_path, name="x", launch=two, until="sft")
-    runner.run(asked, runs=tmp_path, name="x", until="sft", model=False)
+    runner.run(asked, runs=tmp_path, name="x", until="sft")
     assert "goes on from its checkpoint after step 4" in (tmp_path / "x" / "log.txt").read_text()
     both = [
         stages_of(runs)["sft"] / "output/adapter_model.safetensors" for runs in (tmp_path, pair)
@@ -236,6 +245,15 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_before_a_model_is_read(
         runner.run(broken, runs=tmp_path, name="x", launch=two, until="sft")
     assert "sft: a batch of 3 × 1 rows cannot be shared out among 2 processes" in str(caught.value)
     assert "rows:" not in (tmp_path / "x" / "log.txt").read_text()  # nor were rows
+
+
+def test_vllm_is_refused_in_a_group(recipe: Path) -> None:
+    asked = load_recipe(recipe, set=[*told(FEW), "model.sampler=vllm"])
+    assert share_out(asked, "ppo", 1) == share_out(asked, "evaluation", 1) == {}
+    assert share_out(asked, "reward", 2)
+    for stage in ("ppo", "evaluation"):
+        with pytest.raises(StageError, match=f"{stage}: a group of 2 processes samples by itself"):
+            share_out(asked, stage, 2)
 
 
 @pytest.mark.parametrize(
