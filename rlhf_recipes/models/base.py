@@ -85,6 +85,7 @@ class Base:
         for key, parameter in self.peft.named_parameters():
             if f".{name}." in key:
                 parameter.requires_grad_(trainable)
+        self.lm.eval()  # a new adapter's dropout is on: whoever trains switches it on
         return Role(self.lm, name, self.dtype, self._layers, self._lean)
 
     def close(self, *roles: Role) -> None:

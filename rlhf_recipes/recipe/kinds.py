@@ -131,7 +131,7 @@ _LABEL: Keys = {
 }
 _REWARD = Kind(
     REWARD,
-    version=7,
+    version=8,
     module="rlhf_recipes.stages.reward",
     config="trl:RewardConfig",
     makes="reward_model",
@@ -145,7 +145,7 @@ _REWARD = Kind(
 )
 _EVALUATION = Kind(
     EVALUATION,
-    version=6,
+    version=7,
     module="rlhf_recipes.stages.evaluate",
     config="",
     makes="numbers",
@@ -226,7 +226,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "sample",
-            version=1,
+            version=2,
             module="rlhf_recipes.stages.sample",
             config="",
             makes="answers",
@@ -248,13 +248,13 @@ KINDS: dict[str, Kind] = {
             extras=_LABEL,
         ),
         replace(
-            _REWARD, name=JUDGE, version=8, learns_from="judge_feedback", roles=(), listed=False
+            _REWARD, name=JUDGE, version=9, learns_from="judge_feedback", roles=(), listed=False
         ),
         _EVALUATION,
         replace(
             _EVALUATION,
             name=BEST_OF,
-            version=4,
+            version=5,
             module="rlhf_recipes.stages.best_of",
             reads=(*_EVALUATION.reads, "best_of"),
             borrows=("missing_eos_penalty",),

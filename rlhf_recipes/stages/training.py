@@ -224,6 +224,7 @@ class Stock(Resumable):
         with signals.deferred():
             done = super().train(resume_from_checkpoint=folder and str(folder))
         group.check_same(self.role.trainable(), "at the end")
+        self.role.lm.eval()  # what is measured next is measured without dropout
         # Of the steps since the last logged one, each process has its own rows' loss.
         return done._replace(training_loss=fmean(group.everyone(done.training_loss)))
 

@@ -75,6 +75,16 @@ def test_a_saved_adapter_is_the_same_adapter(tiny_model: Path, tmp_path: Path, l
     ]
 
 
+def test_what_is_opened_is_read_without_dropout(tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT adds an adapter that is ready to train; who trains says so itself."""
+    base, rows = make_base(tiny_model, lora_dropout=0.5), batch()
+    base.save(trained(base, "policy"), tmp_path)
+    again = base.open("start", tmp_path, seed=0)
+    with again.active(), torch.no_grad():
+        first, second = (logprobs(again, rows.ids, rows.mask, rows.answer, 1.0)[0] for _ in "12")
+    assert torch.equal(first, second)
+
+
 def test_switching_between_forward_and_backward_of_another_role_drops_no_gradient(
     tiny_model: Path,
 ) -> None:

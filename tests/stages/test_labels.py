@@ -128,6 +128,15 @@ def test_a_pair_s_own_margin_is_heeded_where_the_recipe_says_so(
     assert loss == pytest.approx(expected, abs=2e-5)
 
 
+def test_a_reward_s_unit_is_measured_without_dropout(chain_of: Callable[..., Chain]) -> None:
+    rows = [{"prompt": word, "chosen": "blue", "rejected": "cat"} for word in WORDS[:6]]
+    learns = ["reward.max_steps=4", "reward.learning_rate=1e-2", "lora.lora_dropout=0.6"]
+    chain = chain_of(rows, *at_once(6), *learns)
+    metrics, score = chain.run("reward", {}).metrics, scorer(chain)
+    by_hand = [score(word, "blue") for word in WORDS[:6]]
+    assert metrics["unit_mean"] == pytest.approx(sum(by_hand) / 6, abs=1e-5)
+
+
 def test_a_margin_that_no_row_has_is_told(chain_of: Callable[..., Chain]) -> None:
     rows = [{"prompt": word, "chosen": "blue", "rejected": "cat"} for word in WORDS]
     chain = chain_of(rows, *at_once(len(rows)), "reward.use_margin=true")
