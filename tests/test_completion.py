@@ -34,4 +34,4 @@ def test_the_shell_completes_commands_recipes_and_runs(
     assert completed("rlhf-recipes ch", monkeypatch) == ["check", "chat"]
     assert completed("rlhf-recipes run th", monkeypatch) == ["thumbs", "thing.toml"]
     assert completed("rlhf-recipes chat th", monkeypatch) == ["thyme"]
-    assert completed("rlhf-recipes plan --dev", monkeypatch) == ["--device"]
+    assert completed("rlhf-recipes plan --dev", monkeypatch) == ["--devices", "--device"]

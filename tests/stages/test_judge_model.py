@@ -96,10 +96,10 @@ def test_the_memory_rule_looks_at_both_bases(tiny_recipe: Path, other: Path) -> 
     stages = {stage.name: stage for stage in plan.stages}
     own = 4 * sum(p.numel() for p in GPTNeoXForCausalLM.from_pretrained(other).parameters())
     assert room.need(stages["judge"])["weights"] == pytest.approx(own, abs=500)
-    smaller = [room.need(stages["evaluation"]).total()]
-    room.judge = AutoConfig.from_pretrained(other, num_hidden_layers=4, intermediate_size=4096)
-    smaller.append(room.need(stages["evaluation"]).total())
-    assert smaller[0] < smaller[1]
+    large = AutoConfig.from_pretrained(other, num_hidden_layers=4, intermediate_size=4096)
+    larger = fit.Room(plan.recipe, config, session, judge=large)
+    both = [one.need(stages["evaluation"]).total() for one in (room, larger)]
+    assert both[0] < both[1]
 
 
 def test_a_win_by_a_judge_on_another_base_is_a_success(tmp_path: Path) -> None:

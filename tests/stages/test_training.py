@@ -64,6 +64,7 @@ def test_a_batch_over_all_rows_has_each_as_often_as_it_can() -> None:
 
 
 class Reads(Trainer):
+    batch = 4
     _get_train_sampler, strategy = Stock._get_train_sampler, Stock.strategy
 
 
