@@ -108,6 +108,14 @@ class Facts:
                 xy += sum((x - a) * (y - b) for x, y in pairs)
         return (xy / math.sqrt(xx * yy) if xx and yy else None), prompts
 
+    def both_best(self, key: str, one: str, other: str) -> tuple[int, int]:
+        """To how many prompts two policies' answers both have the best score, and of how many."""
+        told = [row[key] for row in self.answers if isinstance(row.get(key), dict)]
+        both = [(number(each, one), number(each, other)) for each in told]
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
+        best = max((max(pair) for pair in pairs), default=0.0)
+        return sum(min(pair) == best for pair in pairs), len(pairs)
+
     def learned_from(self, stage: str) -> str:
         """How much a stage learned from: pairs, labels, rows or, in PPO, answers of its own."""
         labels = [self.number(f"{stage}.{kind}") or 0 for kind in ("good", "bad")]

@@ -265,7 +265,12 @@ def winning(facts: Facts) -> Found:
                 level = "success" if apart else "good"
                 yield Finding(level, name, f"{text}{why}.", change)
             elif wins and own and gained:
-                if share.high < wins.low and not _open(share):
+                if share.high < wins.low and (same := _both_best(facts, name, called)):
+                    text = f"{called} gave both answers its best score on {same} prompts: "
+                    text += f"it cannot say that {who}'s are better than {start}'s."
+                    change = "Take a judge that asks for more, or ask people."
+                    yield Finding("doubt", name, f"{text[0].upper()}{text[1:]}", change)
+                elif share.high < wins.low and not _open(share):
                     text = f"{who} beat {start} on {percent(wins.value)} of {wins.count} prompts "
                     its = facts.scorer.replace("the", "its")
                     text += f"by {its}, and on {percent(share.value)} ({interval(share)}) by "
@@ -280,6 +285,16 @@ def winning(facts: Facts) -> Found:
         shares = [(wins, facts.scorer)] if wins else []
         shares += [(share, called) for share, called, _ in judged]
         yield from _too_few_prompts(facts, f"{who} wins against {start}", shares)
+
+
+def _both_best(facts: Facts, name: str, called: str) -> str:
+    """ "90 of 102", where a judge gave both answers its best score to most prompts."""
+    start = facts.starts().get(name, "")
+    for key, spec in zip(("judged", "judged2"), _specs(facts), strict=False):
+        same, count = facts.both_best(key, name, start)
+        if _called(spec) == called and same > count / 2:
+            return f"{same} of {count}"
+    return ""
 
 
 def _no_gain(facts: Facts, name: str, versus: str, wins: Share, called: str) -> Finding:

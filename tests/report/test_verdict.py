@@ -64,6 +64,23 @@ def test_success_takes_a_judge_of_another_make(tmp_path: Path, judge: str) -> No
     assert not any("not yet a success" in one.text for one in both)
 
 
+def test_a_rule_that_most_answers_satisfy_already_is_no_evidence(tmp_path: Path) -> None:
+    changes = shares("ppo.judge_win_rate", 0.5, 0.02)
+    recipe = {"evaluation": {"judge": "python:rule.py:score"}}
+    levels = {}
+    for same, both in ((30, 1), (8, 1), (32, 0)):
+        scores = [(both, both)] * same + [(1, 0), (0, 1)] * ((40 - same) // 2)
+        rows = [{"judged": {"sft": a, "ppo": b}, "prompt": "?"} for a, b in scores]
+        outputs = {"evaluation": {"answers.jsonl": "\n".join(map(json.dumps, rows))}}
+        findings = found(tmp_path / str(same), changes, recipe=recipe, outputs=outputs)
+        levels[same] = [(one.level, one.text) for one in findings]
+    text = "The rule `rule.py:score` gave both answers its best score on 30 of 40 prompts: "
+    assert ("doubt", f"{text}it cannot say that PPO's are better than SFT's.") in levels[30]
+    assert not any("learned to please" in text for _, text in levels[30])
+    for same in (8, 32):
+        assert any(one == "fault" and "learned to please" in text for one, text in levels[same])
+
+
 def test_a_policy_that_vllm_sampled_is_said_to_come_out_otherwise_again(tmp_path: Path) -> None:
     [one] = [one for one in found(tmp_path, {"ppo.sampler_apart": 0.00412}) if "vLLM" in one.text]
     assert (one.level, one.about) == ("note", "ppo")
