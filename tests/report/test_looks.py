@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,33 +10,16 @@ import pytest
 
 from rlhf_recipes.report import compare, run_page, sweep
 from rlhf_recipes.report.sweep import Trial
+from tests.helpers.browser import AXE, needs_axe, needs_chromium
 from tests.helpers.told import told
 from tests.report.test_pages import ROWS, whole
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-AXE = "axe_core_python"
-pytestmark = [
-    pytest.mark.train,
-    pytest.mark.skipif(
-        not (CHROMIUM and find_spec("playwright") and find_spec(AXE)),
-        reason="needs chromium, playwright and axe_core_python",
-    ),
-]
+pytestmark = [pytest.mark.train, needs_chromium, needs_axe]
 LONG = "Eine Antwort mit vielen Wörtern und einem" + "l" * 200 + "angen Wort. " * 40
 SMALLEST = """Math.min(...[...document.querySelectorAll("figure svg text")].map(text => {
     const at = text.getScreenCTM();
     return parseFloat(getComputedStyle(text).fontSize) * Math.hypot(at.a, at.b);
 }))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +35,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1280, "dark")])
 def test_axe_finds_nothing_and_the_page_fits(
-    browser: Any, pages: list[Path], width: int, scheme: str
+    chromium: Any, pages: list[Path], width: int, scheme: str
 ) -> None:
     script = Path(find_spec(AXE).submodule_search_locations[0], "axe.min.js").read_text()
     words = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
-    context = browser.new_context(bypass_csp=True, **words)
+    context = chromium.new_context(bypass_csp=True, **words)
     tab = context.new_page()
     for page in pages:
         tab.goto(page.as_uri())
